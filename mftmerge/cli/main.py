@@ -1,0 +1,103 @@
+"""The `mftmerge` program: finds a command's file by name, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from importlib.util import find_spec
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mftmerge.errors import MftmergeError
+
+UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.ClickException, reached by a public name
+
+# Command -> (module with a typer function `command`, line in `mftmerge --help`). Order is the order of the help page.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("quickstart", "The whole path on a small real model: train, combine, apply, build, evaluate."),
+    "train": ("train", "Learn a mask for one domain over a fine-tuned base model."),
+    "combine": ("combine", "Combine masks: union, intersection, vote, difference, xor, complement, score."),
+    "inspect": ("inspect", "Show a mask's density by layer and module, its provenance and family tree."),
+    "compare": ("compare", "Compare masks pairwise: overlap of what they prune against two baselines."),
+    "apply": ("apply", "Apply a mask to a checkpoint, to its weights or to its delta from a base."),
+    "build": ("build", "Build a model from a recipe: a mergekit YAML plus masks."),
+    "export": ("export", "Export a recipe to a form that stock mergekit runs."),
+    "eval": ("eval", "Evaluate models and masks on held-out rows of several domains."),
+    "import": ("import_", "Import masks from other tools' files."),
+    "diff-mask": ("diff_mask", "Derive a mask in closed form from a base and a fine-tuned checkpoint."),
+    "import-recipe": ("import_recipe", "Read any mergekit YAML as a recipe."),
+    "mergekit-yaml": ("mergekit_yaml", "Run mergekit's own command with mftmerge's merge methods registered."),
+    "sweep": ("sweep", "Run settings x seeds, choose on validation rows, report on test rows."),
+    "report": ("report", "One self-contained HTML page for a set of masks and results."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command's file only when that command is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name, (module, _) in COMMANDS.items() if find_spec(f"mftmerge.cli.{module}")]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"mftmerge.cli.{COMMANDS[cmd_name][0]}")
+        one = typer.Typer(add_completion=False, rich_markup_mode=None)
+        one.command(cmd_name, short_help=COMMANDS[cmd_name][1], **getattr(module, "SETTINGS", {}))(module.command)
+        return typer.main.get_command(one)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands, from the table alone: the help page imports no command."""
+        rows = [(name, COMMANDS[name][1]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows or [("-", "none installed")])
+
+
+app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(
+    help="Learn, combine, apply and export weight masks for fine-tuned and merged language models.",
+    invoke_without_command=True,
+)
+def root(
+    ctx: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+) -> None:
+    if version:
+        from mftmerge import __version__
+
+        print(f"mftmerge {__version__}")
+    elif ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program; errors become one line on stderr and exit code 2 (bad input) or 1 (failure)."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    try:
+        sys.exit(app(args=[a for a in arguments if a != "--debug"], prog_name="mftmerge", standalone_mode=False) or 0)
+    except UsageError as e:
+        where = f" (see '{e.ctx.command_path} --help')" if getattr(e, "ctx", None) else ""
+        _fail(f"{' '.join(e.format_message().split())}{where}", 2, debug)
+    except MftmergeError as e:
+        _fail(str(e), e.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130, debug)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as e:
+        _fail(str(e), 2 if isinstance(e, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"mftmerge: error: {message}", file=sys.stderr)
+    sys.exit(code)

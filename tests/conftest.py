@@ -1,0 +1,39 @@
+"""Shared fixtures: tiny checkpoints of several architectures, one torch thread, no hub, no shared random state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny(architecture, seed=..., dtype=...)` gives the path of a tiny checkpoint, made once a session. Read only."""
+    from mftmerge.quickstart.tiny import tiny_checkpoint
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(architecture: str = "llama", **options: object) -> Path:
+        key = (architecture, *sorted(options.items()))
+        if key not in made:
+            path = tmp_path_factory.mktemp("tiny") / architecture
+            made[key] = tiny_checkpoint(path, architecture, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    yield
