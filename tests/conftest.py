@@ -37,3 +37,18 @@ def _one_torch_thread() -> Iterator[None]:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     yield
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint (bfloat16), converted once a machine. Read only."""
+    import fcntl
+    import tempfile
+
+    from mftmerge.quickstart.smollm2 import smollm2_checkpoint
+
+    cache = Path(os.environ.get("MFTMERGE_TEST_CACHE", Path(tempfile.gettempdir()) / "mftmerge-tests"))
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return smollm2_checkpoint(cache / "smollm2", cache)
