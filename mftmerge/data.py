@@ -1,0 +1,250 @@
+"""Rows of text (JSONL, JSON, Parquet, hub) and their tokens with labels: the same for training and for evaluation.
+
+A row is one of three shapes, the ones that TRL reads:
+
+- `{"messages": [{"role": ..., "content": ...}, ...]}`: a conversation; the loss is on the assistant's turns;
+- `{"prompt": ..., "completion": ...}`: strings, or lists of messages; the loss is on the completion. Two strings become
+  a user's and an assistant's turn when the tokenizer has a chat template, and are joined as they are when it has none;
+- `{"text": ...}`: the loss is on every token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mftmerge.errors import BadInput
+
+IGNORE = -100  # the label of a token that takes no part in the loss, as everywhere in transformers
+
+Row = dict[str, Any]
+Tokens = dict[str, list[int]]  # {"input_ids": [...], "labels": [...]}
+log = logging.getLogger(__name__)
+
+
+def load_rows(source: str | Path | Sequence[Any], *, split: str | None = None) -> list[Row]:
+    """Read and check rows.
+
+    source: a `.jsonl`, `.json` or `.parquet` file, a dataset's id on the hub (`owner/name`), a list of rows, or a list
+    of any of these (joined in order). split: split of a hub dataset, "train" by default.
+
+    Raises BadInput for a missing file, an unreadable line, or a row with no assistant text, naming file and line.
+    """
+    if isinstance(source, str | Path):
+        return [_checked(row, where) for where, row in _read(source, split)]
+    rows: list[Row] = []
+    for number, item in enumerate(source, 1):
+        rows += [_checked(item, f"row {number}")] if isinstance(item, Mapping) else load_rows(item, split=split)
+    return rows
+
+
+def _read(source: str | Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".parquet":
+            from datasets import Dataset
+
+            yield from _numbered(path, Dataset.from_parquet(str(path)))
+        elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
+            yield from _numbered(path, _json(path.read_text(encoding="utf-8"), str(path)))
+        else:
+            yield from _lines(path)
+    elif path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or path.is_dir():
+        raise BadInput(
+            f"{source}: no such file of rows; give a .jsonl, .json or .parquet file, or a dataset id on the hub"
+        )
+    else:
+        yield from _numbered(path, _hub(str(source), split or "train"))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    found = False
+    try:
+        with path.open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    found = True
+                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: not UTF-8 text ({e.reason}); rows are JSON, one object a line") from None
+    if not found:
+        raise BadInput(f"{path}: no rows in this file")
+
+
+def _numbered(path: Path, rows: Any) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise BadInput(f"{where}: not JSON ({e.msg})") from None
+
+
+def _hub(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except Exception as e:  # the hub's client raises many kinds: absent, gated, offline, no such split
+        first_line = (str(e).splitlines() or [type(e).__name__])[0]
+        raise BadInput(f"{name}: neither a file here nor a readable dataset on the hub ({first_line})") from None
+
+
+def _checked(row: Any, where: str) -> Row:
+    """The row, if it has one of the three shapes and some text to learn from."""
+    if not isinstance(row, Mapping):
+        raise BadInput(f"{where}: a row must be an object with messages, prompt and completion, or text")
+    row = dict(row)
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+        said: Any = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+    elif "prompt" in row and "completion" in row:
+        for key in ("prompt", "completion"):
+            if not isinstance(row[key], str):
+                _check_messages(row[key], f"{where}: {key}")
+        if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+            raise BadInput(f"{where}: prompt and completion must both be strings or both be lists of messages")
+        said = row["completion"]
+        said = [said] if isinstance(said, str) else [m["content"] for m in said if m["role"] == "assistant"]
+    elif "text" in row:
+        said = [row["text"]]
+    else:
+        raise BadInput(f"{where}: a row needs messages, prompt and completion, or text; this one has {sorted(row)}")
+    if not any(isinstance(s, str) and s.strip() for s in said):
+        raise BadInput(f"{where}: no assistant text to learn from; fill it in or remove the row")
+    return row
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    good = isinstance(messages, Sequence) and all(
+        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
+    )
+    if not good or isinstance(messages, str):
+        raise BadInput(f"{where}: messages must be a list of objects with role and content")
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Tokens]:
+    """Token ids and labels of rows, cut on the right to `max_length` tokens; -100 outside the assistant's part.
+
+    The end-of-turn token after the assistant's text is learnt too. Rows in which nothing to learn is left after cutting
+    are left out, with one warning. Raises BadInput when no row is left or a chat template is needed and missing.
+    """
+    out = []
+    for number, row in enumerate(rows, 1):
+        tokens = _tokenize_one(row, tokenizer, f"row {number}")
+        ids, labels = tokens["input_ids"][:max_length], tokens["labels"][:max_length]
+        # Position 0 predicts nothing: its label is never used, by any causal language model's loss.
+        if any(label != IGNORE for label in labels[1:]):
+            out.append({"input_ids": ids, "labels": labels})
+    if len(out) < len(rows):
+        log.warning(
+            "%d of %d rows left out: no assistant token within %d tokens", len(rows) - len(out), len(rows), max_length
+        )
+    if not out:
+        raise BadInput(
+            f"no row has an assistant token within max length {max_length}; raise --max-length or check the rows"
+        )
+    return out
+
+
+def _tokenize_one(row: Row, tokenizer: Any, where: str) -> Tokens:
+    if "messages" in row:
+        return _conversation(row["messages"], 0, tokenizer, where)
+    if "prompt" not in row:
+        return _joined("", row["text"], tokenizer)
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, str):
+        return _conversation([*prompt, *completion], len(prompt), tokenizer, where)
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _conversation(turns, 1, tokenizer, where)
+    return _joined(prompt, completion, tokenizer)
+
+
+def _joined(prompt: str, completion: str, tokenizer: Any) -> Tokens:
+    """Plain text: special tokens as the tokenizer adds them, the end token at the end, loss on the completion."""
+    coded = tokenizer(prompt + completion, return_offsets_mapping=True)
+    ids = list(coded["input_ids"])
+    labels = _labels(ids, coded["offset_mapping"], [(len(prompt), len(prompt) + len(completion))])
+    end = tokenizer.eos_token_id
+    if end is not None and (not ids or ids[-1] != end):
+        ids.append(end)
+        labels.append(end)
+    elif end is not None:
+        labels[-1] = end
+    return {"input_ids": ids, "labels": labels}
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]], first: int, tokenizer: Any, where: str) -> Tokens:
+    """A conversation through the chat template; loss on the assistant's turns from message `first` on."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise BadInput(
+            f"{where}: messages need a chat template and the tokenizer has none; use prompt/completion or text rows"
+        )
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i >= first:
+            before = (
+                tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
+            )
+            through = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            if not (text.startswith(before) and text.startswith(through.rstrip()) and i):
+                return _by_generation_marks(messages, first, tokenizer, where)
+            spans.append((len(before), len(through.rstrip())))  # a line break after the end of turn is not learnt
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(coded["input_ids"])
+    return {"input_ids": ids, "labels": _labels(ids, coded["offset_mapping"], spans)}
+
+
+def _by_generation_marks(messages: Sequence[Mapping[str, Any]], first: int, tokenizer: Any, where: str) -> Tokens:
+    """For templates that rewrite earlier turns (such as removing old reasoning): they must mark what to learn."""
+    if first or not re.search(r"{%-?\s*generation", str(tokenizer.chat_template)):
+        raise BadInput(
+            f"{where}: the chat template rewrites earlier turns and does not mark the assistant's text with "
+            "{% generation %}; add the marks to the template, or give rows of one turn as prompt and completion"
+        )
+    coded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids = list(coded["input_ids"])
+    return {
+        "input_ids": ids,
+        "labels": [t if m else IGNORE for t, m in zip(ids, coded["assistant_masks"], strict=True)],
+    }
+
+
+def _labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Labels from character offsets: a token counts when it starts inside a span (and is not empty)."""
+    return [
+        token if any(lo <= start < hi for lo, hi in spans) and start < end else IGNORE
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
+
+
+def digest(tokens: Sequence[Tokens]) -> str:
+    """Hash of tokenised rows, in order: which data a mask was trained on."""
+    h = hashlib.blake2b(digest_size=16)
+    for row in tokens:
+        h.update(json.dumps([row["input_ids"], row["labels"]], separators=(",", ":")).encode())
+    return h.hexdigest()
+
+
+def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float] | None, seed: int) -> list[Row]:
+    """One list of rows from several: joined without weights, else drawn in proportion until each part was seen once."""
+    if weights is None or len(parts) == 1:
+        return [row for part in parts for row in part]
+    if len(weights) != len(parts) or min(weights) <= 0:
+        raise BadInput(f"data weights: {len(parts)} sources need {len(parts)} positive weights, got {list(weights)}")
+    from datasets import Dataset, interleave_datasets
+
+    share = [w / sum(weights) for w in weights]
+    places = [Dataset.from_list([{"part": p, "row": r} for r in range(len(part))]) for p, part in enumerate(parts)]
+    drawn = interleave_datasets(places, probabilities=share, seed=seed, stopping_strategy="all_exhausted")
+    return [parts[at["part"]][at["row"]] for at in drawn]

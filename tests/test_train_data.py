@@ -1,0 +1,131 @@
+"""Rows and their tokens: what is learnt, what is refused, and by which name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mftmerge import data
+from mftmerge.errors import BadInput
+from mftmerge.quickstart.tiny import tiny_tokenizer
+
+TALK = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "two."},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "four."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def learnt(tokenizer: Any, tokens: data.Tokens) -> str:
+    return tokenizer.decode([t for t in tokens["labels"] if t != data.IGNORE])
+
+
+def test_loss_is_on_the_assistants_turns_only(tokenizer: Any) -> None:
+    (tokens,) = data.tokenize([{"messages": TALK}], tokenizer, 512)
+    assert learnt(tokenizer, tokens) == "two.<|im_end|>four.<|im_end|>"
+    assert tokenizer.decode(tokens["input_ids"]) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert len(tokens["input_ids"]) == len(tokens["labels"])
+
+
+def test_offsets_agree_with_the_templates_own_marks(tokenizer: Any) -> None:
+    marked = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    (tokens,) = data.tokenize([{"messages": TALK}], tokenizer, 512)
+    assert [int(t != data.IGNORE) for t in tokens["labels"]] == list(marked["assistant_masks"])
+
+
+def test_prompt_and_completion_become_turns_or_plain_text(tokenizer: Any) -> None:
+    (chat,) = data.tokenize([{"prompt": "one?", "completion": "two."}], tokenizer, 512)
+    (same,) = data.tokenize([{"messages": TALK[:2]}], tokenizer, 512)
+    assert chat == same
+    (listed,) = data.tokenize([{"prompt": TALK[:3], "completion": TALK[3:]}], tokenizer, 512)
+    assert learnt(tokenizer, listed) == "four.<|im_end|>"
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    (joined,) = data.tokenize([{"prompt": "one? ", "completion": "two."}], plain, 512)
+    assert learnt(plain, joined) == "two.<|im_end|>"
+    (text,) = data.tokenize([{"text": "all of it"}], plain, 512)
+    assert learnt(plain, text) == "all of it<|im_end|>"
+
+
+def test_a_template_that_rewrites_history_uses_its_marks_or_says_so() -> None:
+    tokenizer = tiny_tokenizer()
+    rewriting = tokenizer.chat_template.replace(
+        "message['content'] +", "('' if not loop.last else message['content']) +"
+    )
+    tokenizer.chat_template = rewriting
+    (tokens,) = data.tokenize([{"messages": TALK}], tokenizer, 512)
+    assert learnt(tokenizer, tokens) == "<|im_end|>four.<|im_end|>"
+    tokenizer.chat_template = rewriting.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(BadInput, match="row 1: .*rewrites earlier turns"):
+        data.tokenize([{"messages": TALK}], tokenizer, 512)
+
+
+def test_rows_with_nothing_left_to_learn_are_left_out(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "x" * 100, "completion": "y"}, {"prompt": "x", "completion": "y"}]
+    with caplog.at_level("WARNING"):
+        assert len(data.tokenize(rows, tokenizer, 60)) == 1
+    assert "1 of 2 rows left out" in caplog.text
+    with pytest.raises(BadInput, match="max length 10"):
+        data.tokenize(rows, tokenizer, 10)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "must be an object"),
+        ('{"question": "a"}', "needs messages"),
+        ('{"prompt": "a", "completion": " "}', "no assistant text"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant text"),
+        ('{"messages": "a"}', "list of objects"),
+        ('{"prompt": "a", "completion": []}', "both"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(BadInput, match=rf"rows.jsonl:3: .*{message}"):
+        data.load_rows(path)
+
+
+def test_files_of_each_kind_and_mixtures(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}"} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    from datasets import Dataset
+
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        assert data.load_rows(tmp_path / name) == rows
+    assert data.load_rows([tmp_path / "a.json", tmp_path / "a.jsonl"]) == rows + rows
+    others = [{"text": f"other {i}"} for i in range(50)]
+    mixed = data.mix([rows, others], [1, 1], seed=0)
+    assert {r["text"] for r in mixed} == {r["text"] for r in rows + others}
+    assert 0.35 < sum(r in rows for r in mixed) / len(mixed) < 0.65
+    assert mixed == data.mix([rows, others], [1, 1], seed=0)
+    with pytest.raises(BadInput, match="2 positive weights"):
+        data.mix([rows, others], [1], seed=0)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.jsonl: no such file"):
+        data.load_rows(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(BadInput, match=r"empty\.jsonl: no rows"):
+        data.load_rows(tmp_path / "empty.jsonl")
+    with pytest.raises(BadInput, match="no-such-owner/no-such-set: neither a file"):
+        data.load_rows("no-such-owner/no-such-set")
+
+
+def test_digest_follows_the_tokens(tokenizer: Any) -> None:
+    one, two = (data.tokenize([{"text": t}], tokenizer, 64) for t in ("a b", "a c"))
+    assert data.digest(one) == data.digest(list(one)) != data.digest(two)
