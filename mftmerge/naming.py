@@ -1,0 +1,196 @@
+"""Checkpoint names <-> parameter names of a live transformers model: the only place that knows that the two differ.
+
+Masks use checkpoint names, the keys of the safetensors files. Where transformers renames or fuses tensors on loading
+(Mixtral's `block_sparse_moe.experts.3.w1.weight` becomes a slice of `mlp.experts.gate_up_proj`), the same conversions
+are applied here to tensors of any dtype: masks, scores, weights. They only move elements, so they are exact.
+A model without conversions, or one that is no transformers model, keeps its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from mftmerge.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
+
+
+def layout(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of `model`'s checkpoint, under the names that transformers saves it with.
+
+    Tied parameters are listed under each of their names. Nothing is computed: the conversions run on meta tensors.
+    """
+    return {name: tuple(t.shape) for name, t in _revert(model, _placeholders(model)).items()}
+
+
+def to_checkpoint(
+    model: torch.nn.Module, tensors: Tensors, *, names: Container[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Turn `{parameter name: tensor}` into `{checkpoint name: tensor}`, splitting fused parameters.
+
+    tensors: one per parameter, of the parameter's shape and any dtype (bool, uint8, float32, ...).
+    names: the checkpoint's own names, where they are known; settles whether they carry the base model's prefix
+    (`transformer.h.0` or `h.0`) and which name of a tied parameter is stored.
+    Raises BadInput for a name or shape that is not the model's, and when only some of the parameters that one
+    checkpoint tensor holds are given.
+    """
+    full = _placeholders(model)
+    for name, tensor in tensors.items():
+        if name not in full:
+            raise BadInput(f"the model has no parameter {name!r}")
+        _require_shape(name, tensor, tuple(full[name].shape))
+    converted = {k: t for k, t in _revert(model, {**full, **tensors}).items() if t.device.type != "meta"}
+    if sum(t.numel() for t in converted.values()) != sum(t.numel() for t in tensors.values()):
+        raise BadInput("the checkpoint fuses parameters of which only some are given; give all parts of a fused tensor")
+    if names is None:
+        return converted
+    tied = _tied(model)
+    return {_known(k, names, _prefix(model), _aliases(k, tied)): t for k, t in converted.items()}
+
+
+def to_parameters(
+    model: torch.nn.Module, tensors: Tensors, *, fill: float | bool | None = None
+) -> dict[str, torch.Tensor]:
+    """Turn `{checkpoint name: tensor}` into `{parameter name: tensor}`, fusing where the model fuses.
+
+    Names may lack or carry the base model's prefix, and a tied parameter may go by any of its names: the result has
+    the first (that of `named_parameters()`).
+    fill: value for those parts of a fused parameter that are not given (True for "keep"); None makes them an error.
+    Raises BadInput for names that the model does not have, other shapes, and two names of one tied parameter that are
+    given different tensors.
+    """
+    shapes = layout(model)
+    tied = _tied(model)
+    given: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        known = _known(name, shapes, _prefix(model), _aliases(name, tied))
+        _require_shape(name, tensor, shapes[known])
+        given[known] = tensor
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in _convert(model, shapes, given, fill).items():
+        first = tied.get(name, name)
+        if first in result and not _equal(result[first], tensor):
+            raise BadInput(f"{first!r} and {name!r} are tied in this model, but they are given different tensors")
+        result[first] = tensor
+    return result
+
+
+def _placeholders(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A meta tensor for each name of the state dict, tied names included."""
+    import torch
+
+    return {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in model.state_dict(keep_vars=True).items()}
+
+
+def _revert(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The conversion that `save_pretrained` does."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    try:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    except (RuntimeError, ValueError) as e:
+        raise BadInput(f"transformers cannot turn this model's names back into its checkpoint's: {e}") from None
+
+
+def _conversions(model: torch.nn.Module) -> list[Any]:
+    """What was applied when the model was loaded, or its class's own list for a model that was not loaded."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:  # as in revert_weight_conversion: without a file nobody knows whether it had the prefix
+        used = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    return deepcopy(list(used))
+
+
+def _convert(
+    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], given: Tensors, fill: float | bool | None
+) -> dict[str, torch.Tensor]:
+    """The conversion that `from_pretrained` does, for those of the checkpoint's tensors that are given.
+
+    All of the checkpoint's names take part in the matching, because a rule may depend on the names before it.
+    """
+    conversions = _conversions(model)
+    if not conversions:
+        return dict(given)
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    meta = _placeholders(model)
+    result: dict[str, torch.Tensor] = {}
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    for name in sorted(shapes, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, _prefix(model), meta)
+        if pattern is not None:
+            groups.setdefault(target, (deepcopy(by_pattern[pattern]), []))[1].append((name, pattern))
+        elif name in given:
+            result[target] = given[name]
+    for target, (converter, parts) in groups.items():
+        if any(name in given for name, _ in parts):
+            filled = _filled(target, [name for name, _ in parts], shapes, given, fill)
+            for (name, pattern), tensor in zip(parts, filled, strict=True):
+                converter.add_tensor(target, name, pattern, tensor)
+            for k, t in converter.convert(target, model=model, config=model.config).items():
+                result[k] = t[0] if isinstance(t, list) else t
+    return result
+
+
+def _filled(
+    target: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]], given: Tensors, fill: float | bool | None
+) -> list[torch.Tensor]:
+    """The parts of one fused parameter, with `fill` for those that are not given."""
+    import torch
+
+    missing = [name for name in parts if name not in given]
+    if missing and fill is None:
+        raise BadInput(f"the model fuses {len(parts)} tensors into {target!r}, of which {missing[0]!r} is not given")
+    like = next(given[name] for name in parts if name in given)
+    return [
+        given[name] if name in given else torch.full(shapes[name], fill or 0, dtype=like.dtype, device=like.device)
+        for name in parts
+    ]
+
+
+def _prefix(model: torch.nn.Module) -> str:
+    return getattr(model, "base_model_prefix", "") or ""
+
+
+def _tied(model: torch.nn.Module) -> dict[str, str]:
+    """Name -> first name of the same parameter, for all names of the model's parameters."""
+    first: dict[int, str] = {}
+    return {k: first.setdefault(id(p), k) for k, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _aliases(name: str, tied: Mapping[str, str]) -> Iterable[str]:
+    """The other names of a tied parameter (tied tensors are embeddings, which no conversion renames)."""
+    return (other for other, first in tied.items() if name in tied and first == tied[name])
+
+
+def _known(name: str, known: Container[str], prefix: str, aliases: Iterable[str]) -> str:
+    """`name` as `known` spells it: itself, with or without the base model's prefix, or a tied name."""
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."), *aliases):
+        if candidate in known:
+            return candidate
+    raise BadInput(f"no tensor {name!r} here; was the mask made for another architecture?")
+
+
+def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"tensor {name!r} has shape {tuple(tensor.shape)}, the model has {shape}")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
