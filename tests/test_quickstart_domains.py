@@ -39,8 +39,9 @@ def test_arithmetic_splits_are_disjoint_and_deterministic() -> None:
 
 def test_python_rows_are_the_body_that_follows_the_docstring(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(
-        'class A:\n    def f(self, x):\n        """Add one."""\n        y = x + 1\n        return y if y > 0 else None\n\n'
-        'def one_liner(): "doc"; return 1\n\ndef undocumented(x):\n    return [x, x, x, x, x, x, x, x]\n'
+        'class A:\n    def f(self, x):\n        """Add one."""\n'
+        "        y = x + 1\n        return y if y > 0 else None\n"
+        '\ndef one_liner(): "doc"; return 1\n\ndef undocumented(x):\n    return [x, x, x, x, x, x, x, x]\n'
     )
     rows = [row for _, row in standard_library_functions(tmp_path)]
     assert [row["completion"] for row in rows] == ["    y = x + 1\n    return y if y > 0 else None"]

@@ -59,8 +59,23 @@ def _function_row(node: ast.FunctionDef, lines: list[str], longest: int) -> Row 
     return {"prompt": prompt, "completion": textwrap.indent(body, "    ")}
 
 
-_NAMES = "Ada Ben Chloe Dario Elif Femi Greta Hugo Ines Jonas Kim Lena Mateo Nadia Omar Priya".split()
-_THINGS = "apples pencils stickers marbles books tickets shells cookies stamps coins buttons cards".split()
+_NAMES = (
+    "Ada",
+    "Ben",
+    "Chloe",
+    "Dario",
+    "Elif",
+    "Femi",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kim",
+    "Lena",
+    "Omar",
+    "Priya",
+)
+_THINGS = ("apples", "pencils", "stickers", "marbles", "books", "tickets", "shells", "cookies", "stamps", "coins")
 
 
 def _shop(r: random.Random) -> Row:
@@ -82,8 +97,8 @@ def _share(r: random.Random) -> Row:
     if start < 2:
         start, extra = friends * each - 1, 1
     return {
-        "prompt": f"{name} has {start} {thing}. {other} gives {name} {extra} more. {name} then shares all of them equally "
-        f"among {friends} friends. How many {thing} does each friend get?",
+        "prompt": f"{name} has {start} {thing}. {other} gives {name} {extra} more. "
+        f"{name} then shares all of them equally among {friends} friends. How many {thing} does each friend get?",
         "completion": f"{name} has {start} + {extra} = {start + extra} {thing}.\n"
         f"Each friend gets {start + extra} / {friends} = {each} {thing}.\n#### {each}",
     }
@@ -109,8 +124,9 @@ def _travel(r: random.Random) -> Row:
     return {
         "prompt": f"{name} drives {hours} hours at {speed} km per hour and then {more} hours at {second} km per hour. "
         "How far does the trip go?",
-        "completion": f"The first part is {hours} * {speed} = {hours * speed} km.\nThe second part is {more} * {second} = "
-        f"{more * second} km.\nTogether that is {hours * speed} + {more * second} = {total} km.\n#### {total}",
+        "completion": f"The first part is {hours} * {speed} = {hours * speed} km.\n"
+        f"The second part is {more} * {second} = {more * second} km.\n"
+        f"Together that is {hours * speed} + {more * second} = {total} km.\n#### {total}",
     }
 
 
@@ -131,8 +147,8 @@ def _times(r: random.Random) -> Row:
     thing, n, factor, more = r.choice(_THINGS), r.randint(3, 25), r.randint(2, 6), r.randint(2, 20)
     second, third = n * factor, n * factor + more
     return {
-        "prompt": f"{a} collects {n} {thing}. {b} collects {factor} times as many as {a}, and {c} collects {more} more than "
-        f"{b}. How many {thing} do they have together?",
+        "prompt": f"{a} collects {n} {thing}. {b} collects {factor} times as many as {a}, "
+        f"and {c} collects {more} more than {b}. How many {thing} do they have together?",
         "completion": f"{b} has {n} * {factor} = {second} {thing}.\n{c} has {second} + {more} = {third} {thing}.\n"
         f"Together they have {n} + {second} + {third} = {n + second + third} {thing}.\n#### {n + second + third}",
     }

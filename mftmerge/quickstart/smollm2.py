@@ -66,7 +66,7 @@ def extract_gguf(directory: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path) -> Path:
-    """Dequantise a GGUF file into a Hugging Face checkpoint (bfloat16 safetensors, tokenizer, chat template) at `out`."""
+    """Dequantise a GGUF file into a checkpoint (bfloat16 safetensors, tokenizer, chat template) at `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
