@@ -65,7 +65,7 @@ def test_a_template_that_rewrites_history_uses_its_marks_or_says_so() -> None:
     (tokens,) = data.tokenize([{"messages": TALK}], tokenizer, 512)
     assert learnt(tokenizer, tokens) == "<|im_end|>four.<|im_end|>"
     tokenizer.chat_template = rewriting.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(BadInput, match="row 1: .*rewrites earlier turns"):
+    with pytest.raises(BadInput, match=r"row 1: .*rewrites earlier turns"):
         data.tokenize([{"messages": TALK}], tokenizer, 512)
 
 

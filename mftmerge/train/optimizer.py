@@ -1,0 +1,308 @@
+"""The method: mask fine-tuning as one `torch.optim.Optimizer`.
+
+Zhang et al., "Boosting Large Language Models with Mask Fine-Tuning" (arXiv 2503.22764): freeze the weights `W`, learn a
+score `S` for each, keep the top share of the scores of each matrix, and pass the gradient straight through the cut:
+
+    forward with W * M,     M = 1 where |S| is among the largest `keep` share of its matrix
+    dL/dS = dL/d(W * M) * W * sign(S)            (without the sign where the scores are ranked as signed numbers)
+
+Here the model's own parameter holds `W * M`. Nothing in the model is patched and nothing runs in the forward pass:
+after backward, `p.grad` is already `dL/d(W * M)`; `step()` turns it into `dS`, steps Adam on the scores, finds the
+exact cut and refreshes the parameter in place, by selection, so that no weight is ever rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from mftmerge import bits
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.train import selection
+from mftmerge.train.sharding import Shard
+from mftmerge.train.targets import Target
+
+
+class MaskOptimizer(torch.optim.Optimizer):
+    """Learns which weights of the target parameters to keep. From construction on, the parameters hold `W * M`.
+
+    targets: from `targets.find`, or (name, parameter) pairs, each a matrix.
+    scores: float32 initial scores by name, of the parameters' shapes (see `train.scores`).
+    keep: share of weights kept in each matrix (exactly `size - floor((1 - keep) * size)` weights).
+    signed: rank scores as signed numbers (scores that start from magnitudes) or by absolute value (the paper's).
+    scope: "matrix", or "global" for one cut over all targets. pattern: (2, 4) keeps 2 of 4 neighbours instead.
+    dropped: by name, the values that dropped weights take (a base model's, for a mask over the task vector); default 0.
+    clip: largest norm of all score gradients together (None: no clipping). keep_warmup: steps over which the share
+    kept falls from 1 to `keep`. reference_rounding: drop `int((1 - keep) * n)` in floats, as the published code does.
+    """
+
+    def __init__(
+        self,
+        targets: Iterable[Target | tuple[str, torch.nn.Parameter]],
+        scores: Mapping[str, Tensor],
+        *,
+        keep: float | str | Fraction = 0.9,
+        lr: float = 4e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        signed: bool = True,
+        scope: str = "matrix",
+        pattern: tuple[int, int] | None = None,
+        dropped: Mapping[str, Tensor] | None = None,
+        clip: float | None = 1.0,
+        keep_warmup: int = 0,
+        reference_rounding: bool = False,
+    ) -> None:
+        self.targets = [t if isinstance(t, Target) else Target(*t, layer=0) for t in targets]
+        if scope not in ("matrix", "global"):
+            raise BadInput(f"scope {scope!r}: must be matrix or global")
+        self.keep, self.scope, self.pattern, self.signed = bits.exact(keep), scope, pattern, signed
+        self.clip, self.keep_warmup, self.reference_rounding = clip, keep_warmup, reference_rounding
+        self.flipped = 0  # weights switched on or off by the last step (weights that are exactly 0 never count)
+        self.steps = 0
+        super().__init__([t.parameter for t in self.targets], {"lr": lr, "betas": betas, "eps": eps})
+        with torch.no_grad():
+            for t in self.targets:
+                self._start(t, scores[t.name], None if dropped is None else dropped[t.name])
+        self.refresh()
+
+    def _start(self, target: Target, scores: Tensor, dropped: Tensor | None) -> None:
+        p, shard = target.parameter, Shard.of(target.parameter)
+        if tuple(scores.shape) != tuple(p.shape):
+            raise BadInput(f"{target.name}: scores have shape {tuple(scores.shape)}, the parameter {tuple(p.shape)}")
+        if self.pattern and p.shape[target.input_dim] % self.pattern[1]:
+            raise BadInput(f"{target.name}: {p.shape[target.input_dim]} inputs do not divide by {self.pattern[1]}")
+        local = shard.local(p)
+        mine = shard.rows(scores).to(device=local.device, dtype=torch.float32, copy=True).contiguous()
+        state = {"score": mine, "exp_avg": torch.zeros_like(mine), "exp_avg_sq": torch.zeros_like(mine)}
+        self.state[p] = state | {"step": torch.zeros(()), "original": local.detach().clone()}
+        if dropped is not None:
+            self.state[p]["dropped"] = shard.rows(dropped).to(local).clone()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the scores. Afterwards `p.grad` has been used up: it holds the score gradient.
+
+        Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [t for t in self.targets if t.parameter.grad is not None]
+        gradients = [self._to_score_gradient(t, self._gradient(t)) for t in active]
+        divisor = self._clip_divisor(active, gradients)
+        group = self.param_groups[0]
+        for t, gradient in zip(active, gradients, strict=True):
+            _adam(self.state[t.parameter], gradient, divisor, group)
+        self.steps += 1
+        self.refresh()
+        return loss
+
+    def score_gradients(self) -> dict[str, Tensor]:
+        """dL/dS of every target that has a gradient, in the gradient's dtype, without a step (copies)."""
+        active = [t for t in self.targets if t.parameter.grad is not None]
+        return {t.name: self._to_score_gradient(t, self._gradient(t).clone()) for t in active}
+
+    @staticmethod
+    def _gradient(target: Target) -> Tensor:
+        """The weight's gradient, this rank's rows."""
+        assert target.parameter.grad is not None
+        return Shard.local(target.parameter.grad)
+
+    def _to_score_gradient(self, target: Target, gradient: Tensor) -> Tensor:
+        """dL/d(W*M) * W [* sign(S)], in place of the weight's gradient: no memory of its own."""
+        state = self.state[target.parameter]
+        change = state["original"] if "dropped" not in state else state["original"] - state["dropped"]
+        gradient.mul_(change)
+        if not self.signed:
+            gradient.mul_(state["score"].sign())
+        return gradient
+
+    def _clip_divisor(self, active: list[Target], gradients: list[Tensor]) -> Tensor | None:
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]
+        total = self._sum_over_ranks(active, squares).sqrt() if squares else torch.zeros(())
+        if not torch.isfinite(total):
+            raise MftmergeError(
+                f"step {self.steps + 1}: the gradient is not finite; use float32 or a lower learning rate"
+            )
+        return (total / self.clip).clamp(min=1.0) if self.clip else None
+
+    @staticmethod
+    def _sum_over_ranks(active: list[Target], squares: list[Tensor]) -> Tensor:
+        group = Shard.of(active[0].parameter).group
+        total = torch.stack(squares).sum()
+        if group is not None:
+            torch.distributed.all_reduce(total, group=group)
+        return total
+
+    # -- the cut ------------------------------------------------------------------------------------------------------
+
+    @property
+    def current_keep(self) -> Fraction:
+        """The share kept now: it falls in equal steps from 1 to `keep` during the keep warm-up."""
+        done = Fraction(min(self.steps, self.keep_warmup), self.keep_warmup) if self.keep_warmup else Fraction(1)
+        return 1 - (1 - self.keep) * done
+
+    def drop_count(self, size: int, keep: Fraction) -> int:
+        """How many of `size` weights are dropped."""
+        return int((1 - float(keep)) * size) if self.reference_rounding else bits.drop_count(size, keep)
+
+    def _values(self, target: Target) -> Tensor:
+        """What is ranked: the scores, or their absolute values. Local rows only."""
+        score: Tensor = self.state[target.parameter]["score"]
+        return score if self.signed else score.abs()
+
+    @torch.no_grad()
+    def _kept(self, keep: Fraction) -> Iterator[tuple[Target, Tensor]]:
+        """Each target with the booleans of its local rows, one at a time (memory: one matrix)."""
+        if self.pattern:
+            for t in self.targets:
+                yield t, selection.keep_pattern(self._values(t), *self.pattern, dim=t.input_dim)
+        elif self.scope == "global":
+            cut, ties = self._global_cut(keep)
+            for t, excess in zip(self.targets, ties, strict=True):
+                values = self._values(t)
+                kept = values >= cut
+                selection.drop_ties(values, kept, cut, excess)
+                yield t, kept
+        else:
+            for t in self.targets:
+                shard, shape = Shard.of(t.parameter), t.parameter.shape
+                yield t, shard.keep_top(self._values(t), shape, t.blocks, lambda n: self.drop_count(n, keep))
+
+    def _global_cut(self, keep: Fraction) -> tuple[float, list[int]]:
+        """One cut over all targets, and for each target how many ties at the cut this rank drops."""
+        values = [self._values(t) for t in self.targets]
+        group = Shard.of(self.targets[0].parameter).group
+        size = sum(t.parameter.numel() for t in self.targets)
+        dropped = self.drop_count(size, keep)
+        if dropped <= 0:
+            return float("-inf"), [0] * len(values)
+        cut = selection.smallest_kept_over(values, dropped, group)
+        ties = [int((v == cut).sum()) for v in values]
+        below = [int((v < cut).sum()) for v in values]
+        return cut, Shard.share_ties(ties, below, dropped, group)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write `W * M` of the current scores into the parameters, exactly."""
+        flipped = 0
+        for t, kept in self._kept(self.current_keep):
+            local = Shard.of(t.parameter).local(t.parameter.data)
+            new = self._select(t, kept)
+            flipped += int((new != local).sum())
+            local.copy_(new)
+        self.flipped = flipped
+
+    def _select(self, target: Target, kept: Tensor) -> Tensor:
+        """The original weights where kept, the dropped values (0 or the base's) elsewhere. Local rows."""
+        state = self.state[target.parameter]
+        original: Tensor = state["original"]
+        return torch.where(kept, original, state.get("dropped", original.new_zeros(())))
+
+    def mask(self, *, final: bool = True) -> dict[str, Tensor]:
+        """Boolean tensors on the CPU by parameter name, True = keep: at `keep` (final), or at the share kept now.
+
+        With sharded parameters every rank must call it, and every rank gets whole tensors.
+        """
+        keep = self.keep if final else self.current_keep
+        return {t.name: Shard.of(t.parameter).whole(kept, t.parameter).cpu() for t, kept in self._kept(keep)}
+
+    def scores(self) -> dict[str, Tensor]:
+        """float32 scores on the CPU by parameter name (copies; whole tensors on every rank)."""
+        return {
+            t.name: Shard.of(t.parameter).whole(self.state[t.parameter]["score"], t.parameter).cpu().clone()
+            for t in self.targets
+        }
+
+    # -- base weights -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the original weights back, bit for bit (the scores stay: `refresh` masks again)."""
+        for t in self.targets:
+            Shard.of(t.parameter).local(t.parameter.data).copy_(self.state[t.parameter]["original"])
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """The original weights inside the block, the masked ones after it."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    @contextmanager
+    def masked_by(self, kept: Mapping[str, Tensor]) -> Iterator[None]:
+        """Another mask (as from `mask()`) inside the block, the current one after it."""
+        with torch.no_grad():
+            for t in self.targets:
+                shard = Shard.of(t.parameter)
+                local = shard.local(t.parameter.data)
+                local.copy_(self._select(t, shard.rows(kept[t.name]).to(local.device)))
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, moments and counters; the original weights are the base model's and are not stored again."""
+        out = super().state_dict()
+        out["state"] = {
+            i: {k: v for k, v in s.items() if k not in ("original", "dropped")} for i, s in out["state"].items()
+        }
+        return out | {"steps": self.steps, "names": [t.name for t in self.targets]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit, and mask the parameters accordingly."""
+        if list(state_dict["names"]) != [t.name for t in self.targets]:
+            raise BadInput("the saved training state covers other tensors; resume with the same --layers and --modules")
+        for i, t in enumerate(self.targets):
+            for key, value in state_dict["state"][i].items():
+                mine = self.state[t.parameter].get(key)
+                if isinstance(mine, Tensor):  # torch's own loader would cast the scores to a bfloat16 parameter's dtype
+                    mine.copy_(value)
+                else:
+                    self.state[t.parameter][key] = value
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            mine.update({k: v for k, v in saved.items() if k != "params"})
+        self.steps = int(state_dict["steps"])
+        self.refresh()
+
+
+def _adam(state: dict[str, Any], gradient: Tensor, divisor: Tensor | None, group: dict[str, Any]) -> None:
+    """Fused Adam on one score tensor; the kernel divides the gradient by `divisor` on the way."""
+    if gradient.dtype != torch.float32:
+        gradient = gradient.float()
+    on = gradient.device
+    state["step"] = state["step"].to(on)
+    adam(
+        [state["score"]],
+        [gradient],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=True,
+        grad_scale=None if divisor is None else divisor.to(on),
+        found_inf=None if divisor is None else torch.zeros((), device=on),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -1,0 +1,98 @@
+"""Where a parameter's rows live: whole on this process, or split by rows over the ranks of FSDP2 (`fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mftmerge.errors import BadInput
+from mftmerge.train import selection
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows [start, stop) of dimension 0 that this rank holds; group is None where a rank holds them all."""
+
+    start: int
+    stop: int
+    group: Any = None
+
+    @classmethod
+    def of(cls, p: Tensor) -> Shard:
+        placements = getattr(p, "placements", None)
+        if placements is None:
+            return cls(0, p.shape[0])
+        mesh = p.device_mesh  # type: ignore[attr-defined]
+        if mesh.ndim != 1 or not (placements[0].is_shard() and placements[0].dim == 0):
+            raise BadInput(f"sharding {placements} is not supported; use FSDP2's fully_shard on a one-dimensional mesh")
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+        return cls(offset[0], offset[0] + shape[0], mesh.get_group())
+
+    @staticmethod
+    def local(p: Tensor) -> Tensor:
+        """This rank's rows as a plain tensor that shares their memory."""
+        return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[no-any-return]
+
+    def rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a whole tensor."""
+        return whole[self.start : self.stop]
+
+    def whole(self, local: Tensor, p: Tensor) -> Tensor:
+        """The whole tensor from every rank's rows (a collective operation when sharded)."""
+        if self.group is None:
+            return local
+        out = torch.zeros(
+            p.shape, dtype=torch.float32 if local.is_floating_point() else torch.uint8, device=local.device
+        )
+        out[self.start : self.stop] = local
+        dist.all_reduce(out, group=self.group)
+        return out if local.is_floating_point() else out.bool()
+
+    def keep_top(self, values: Tensor, shape: Sequence[int], blocks: int, dropped: Callable[[int], int]) -> Tensor:
+        """Booleans of the local rows: in each of `blocks` equal pieces of the whole, all but `dropped(size)`."""
+        size = prod(shape) // blocks
+        count = dropped(size)
+        if self.group is None:
+            return torch.cat([selection.keep_top(b, count) for b in values.reshape(blocks, -1)]).view(values.shape)
+        row = prod(shape[1:])
+        flat, start = values.reshape(-1), self.start * row
+        kept = torch.ones_like(flat, dtype=torch.bool)
+        for block in range(blocks) if count else ():
+            lo, hi = (min(max(at - start, 0), flat.numel()) for at in (block * size, (block + 1) * size))
+            mine = flat[lo:hi]
+            cut = selection.smallest_kept_over([mine], count, self.group)
+            kept[lo:hi] = mine >= cut
+            ties, below = int((mine == cut).sum()), int((mine < cut).sum())
+            selection.drop_ties(mine, kept[lo:hi], cut, self.share_ties([ties], [below], count, self.group)[0])
+        return kept.view(values.shape)
+
+    @staticmethod
+    def share_ties(ties: list[int], below: list[int], dropped: int, group: Any) -> list[int]:
+        """How many of its elements equal to the cut this rank drops in each tensor.
+
+        The elements below the cut are all dropped; the rest of `dropped` are ties, taken in the order of the tensors
+        and, within a tensor, of the ranks (rank order is row order).
+        """
+        table = torch.tensor([ties, below], dtype=torch.int64)
+        rank, tables = 0, [table]
+        if group is not None:
+            table = table.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+            rank, tables = dist.get_rank(group), [torch.zeros_like(table) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(tables, table, group=group)
+        left = dropped - sum(int(t[1].sum()) for t in tables)
+        out = []
+        for i in range(len(ties)):
+            for r, t in enumerate(tables):
+                take = min(left, int(t[0][i]))
+                left -= take
+                if r == rank:
+                    out.append(take)
+        return out

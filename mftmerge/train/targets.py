@@ -1,0 +1,112 @@
+"""Which parameters are masked: the matrices of the chosen decoder layers, never embeddings, heads, norms or routers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from mftmerge.errors import BadInput
+
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter to mask.
+
+    name: the live model's parameter name. layer: its decoder layer. blocks: number of equal contiguous pieces that are
+    matrices of their own (fused experts hold one a expert, two where gate and up are fused), each cut separately.
+    input_dim: the dimension that is summed over in the product, for N:M patterns.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: int
+    blocks: int = 1
+    input_dim: int = -1
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of a causal LM's decoder layers: the longest ModuleList that is not inside another one."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    outer = [(n, m) for n, m in found if not any(n.startswith(f"{o}.") for o, _ in found)]
+    if not outer:
+        raise BadInput(f"{type(model).__name__}: no list of decoder layers found; is it a causal language model?")
+    return max(outer, key=lambda pair: len(pair[1]))
+
+
+def find(model: nn.Module, layers: str | None = None, modules: str = "attn,mlp") -> list[Target]:
+    """The parameters to mask, in the model's order.
+
+    layers: such as "4-7" or "0,2,28-29", None for the last four. modules: "attn", "mlp", parts of names such as
+    "q_proj,v_proj", or a regular expression that is searched for in the parameter's name.
+    Raises BadInput, listing what there is, when nothing matches.
+    """
+    prefix, stack = decoder_layers(model)
+    chosen = set(parse_layers(layers, len(stack)))
+    wanted = _matcher(modules)
+    everything = [t for t in _candidates(stack, prefix) if t.layer in chosen]
+    found = [t for t in everything if wanted(t.name)]
+    if not found:
+        kinds = sorted({re.sub(rf"^{re.escape(prefix)}\.\d+\.", "", t.name) for t in everything})
+        raise BadInput(f"--modules {modules}: matches nothing in layers {sorted(chosen)}; there are {', '.join(kinds)}")
+    return found
+
+
+def parse_layers(text: str | None, count: int) -> list[int]:
+    """Layer numbers from "4-7,9"; None means the last four."""
+    if text is None:
+        return list(range(max(0, count - 4), count))
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise BadInput(f"--layers {text}: give numbers and ranges such as 4-7 or 0,2,28-29")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low or high >= count:
+            raise BadInput(f"--layers {text}: the model has layers 0 to {count - 1}")
+        numbers += range(low, high + 1)
+    return sorted(set(numbers))
+
+
+def _candidates(stack: nn.ModuleList, prefix: str) -> Iterator[Target]:
+    from transformers.pytorch_utils import Conv1D
+
+    for number, layer in enumerate(stack):
+        for path, module in layer.named_modules():
+            skipped = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or _ROUTERS & set(path.split("."))
+            for short, p in () if skipped else module.named_parameters(recurse=False):
+                name = ".".join(filter(None, (prefix, str(number), path, short)))
+                if p.ndim == 2 and not short.endswith("bias"):
+                    yield Target(name, p, number, 1, 0 if isinstance(module, Conv1D) else -1)
+                elif p.ndim == 3 and "experts" in path.split("."):
+                    yield Target(name, p, number, p.shape[0] * (2 if "gate_up" in short else 1))
+
+
+def _matcher(modules: str) -> Callable[[str], bool]:
+    parts = {m.strip() for m in modules.split(",")}
+    if all(re.fullmatch(r"\w+", p) for p in parts):
+
+        def matches(name: str) -> bool:
+            path = name.split(".")
+            attention = any("attn" in p or "attention" in p for p in path)
+            return bool(parts & {*path, "attn" if attention else "mlp"})
+
+        return matches
+    try:
+        expression = re.compile(modules)
+    except re.error as e:
+        raise BadInput(f"--modules {modules}: not a regular expression ({e})") from None
+    return lambda name: bool(expression.search(name))
+
+
+def freeze_others(model: nn.Module, targets: list[Target]) -> dict[str, bool]:
+    """Let gradients flow to the targets only: backward never goes below them. Returns the flags as they were."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    learnt = {t.name for t in targets}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in learnt)
+    return flags
