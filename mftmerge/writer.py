@@ -1,0 +1,209 @@
+"""An output directory that appears whole or not at all, and the copying of byte ranges inside the kernel (numpy-free).
+
+The directory is filled beside its place under a temporary name, synced, and renamed. Finished files are listed with
+their hashes, so that a run that was killed can be continued.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from mftmerge.errors import BadInput, MftmergeError
+
+PIECE = 1 << 18
+MANIFEST = ".mftmerge-progress.json"
+# The kernel's copy is not possible between these two files: read and write instead.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+class OutputDirectory:
+    """A context manager around a directory being written. Without `commit()` nothing appears under `out`.
+
+    job: identifies the work (inputs and options); a leftover of another job is never continued.
+    resume: continue the leftover of a killed run, and leave what was finished in place when this run fails.
+    """
+
+    def __init__(self, out: Path, job: str, *, overwrite: bool = False, resume: bool = False) -> None:
+        self.out, self.job, self.overwrite, self.resume = out, job, overwrite, resume
+        self.path = out.parent / f".{out.name}.partial"
+        self._finished: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._committed = False
+
+    def __enter__(self) -> OutputDirectory:
+        check_target(self.out, self.overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as e:
+            raise MftmergeError(f"cannot write beside {self.out}: {e.strerror}") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise MftmergeError(f"{self.out}: another run is writing it; wait for that one, or stop it") from None
+        self._finished = self._read_manifest() if self.resume else {}
+        for child in self.path.iterdir():
+            if child.name not in self._finished:
+                _remove(child)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._committed and not (self.resume and self._finished):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._fd)
+
+    def is_finished(self, name: str, size: int) -> bool:
+        """Whether a previous run finished this file: its size and its hash are those that were recorded."""
+        path = self.path / name
+        recorded = self._finished.get(name)
+        if recorded is None:
+            return False
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != size or hash_file(path) != recorded:
+            self._finished.pop(name)
+            return False
+        return True
+
+    def record(self, name: str, digest: str) -> None:
+        """Note that a file is complete and synced. Safe to call from any thread."""
+        with self._lock:
+            self._finished[name] = digest
+            temporary = self.path / f"{MANIFEST}.tmp"
+            temporary.write_text(json.dumps({"job": self.job, "files": self._finished}))
+            os.replace(temporary, self.path / MANIFEST)
+
+    def commit(self) -> None:
+        """Give the finished directory its name. An old directory of that name is replaced and then deleted."""
+        with self._lock:
+            for name in (MANIFEST, f"{MANIFEST}.tmp"):
+                (self.path / name).unlink(missing_ok=True)
+        os.fsync(self._fd)
+        old = self.out.parent / f".{self.out.name}.replaced"
+        replaced = self.overwrite and self.out.is_dir()
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.out, old)
+        try:
+            os.rename(self.path, self.out)
+        except OSError:
+            if replaced:
+                os.rename(old, self.out)
+            raise
+        self._committed = True
+        sync_directory(self.out.parent)
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _read_manifest(self) -> dict[str, str]:
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+            files = {str(k): str(v) for k, v in manifest["files"].items() if Path(k).name == k}
+            return files if manifest["job"] == self.job else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise BadInput unless `out` may become a checkpoint directory."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise BadInput(f"{out}: exists and is not a directory; choose another output")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise BadInput(f"{out}: already exists; give --overwrite to replace it")
+    if not (out / "config.json").exists() and not any(out.glob("*.safetensors")):
+        raise BadInput(f"{out}: is no checkpoint directory, so it is not overwritten; choose another output")
+
+
+def open_new(path: Path, size: int) -> int:
+    """Create a file of `size` bytes with its blocks reserved, so that a full disk shows now. Returns its descriptor."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        if size:
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as e:
+                if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """`pwrite` of all of `data`."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def read_at(fd: int, into: memoryview, offset: int, what: Path) -> None:
+    """`pread` that fills all of `into`. Raises MftmergeError when the file ends before that."""
+    while into:
+        got = os.preadv(fd, [into], offset)
+        if not got:
+            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
+        into, offset = into[got:], offset + got
+
+
+def copy_range(
+    source: int, target: int, start: int, stop: int, what: Path, advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Copy bytes [start, stop) to the same place in another file, inside the kernel where the two files allow it."""
+    step = 64 * PIECE
+    while start < stop:
+        try:
+            copied = os.copy_file_range(source, target, min(step, stop - start), start, start)
+        except OSError as e:
+            if e.errno not in _NO_KERNEL_COPY:
+                raise
+            buffer = memoryview(bytearray(min(PIECE, stop - start)))
+            read_at(source, buffer, start, what)
+            write_at(target, buffer, start)
+            copied = len(buffer)
+        if not copied:
+            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
+        start += copied
+        advance(copied)
+
+
+def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """blake2b-128 of a file as hexadecimal digits, or None when `stopped()` became true before the end."""
+    digest = hashlib.blake2b(digest_size=16)
+    buffer = bytearray(4 * PIECE)
+    with open(path, "rb", buffering=0) as f:
+        while got := f.readinto(buffer):
+            if stopped():
+                return None
+            digest.update(memoryview(buffer)[:got])
+    return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
