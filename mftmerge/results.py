@@ -1,0 +1,239 @@
+"""`GridResult`: models by domains, with every row's measurement kept, as a table, Markdown, JSON and a heat map."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mftmerge import pairing
+from mftmerge.errors import BadInput
+from mftmerge.pairing import PairedDifference, Values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+FORMAT = 1
+LOSS = "loss"
+Cell = tuple[str, str, str]  # (row of the table, domain, metric)
+
+LEGEND = (
+    "loss: nats per assistant token, lower is better; other columns: share of rows, higher is better. "
+    "In brackets: difference from the reference row ± one paired standard error. "
+    "gain / worse: beyond two standard errors; within noise: the wanted direction, "
+    "but could be chance; no gain: not even that."
+)
+
+
+@dataclass
+class GridResult:
+    """Measurements of several models (rows) on several domains.
+
+    models: row -> model, dtype, hash of the weights, mask digest and density. domains: domain -> rows, digest, source.
+    cells: (row, domain, metric) -> array (rows, 2) of sums and weights, see `pairing`; metric "loss" is in nats.
+    reference: the row that differences are taken against. resamples: with more than 0, paired bootstrap intervals
+    (95 %, seed 0) stand beside the standard errors. extra: what else was measured (lm-evaluation-harness).
+    """
+
+    models: dict[str, dict[str, Any]]
+    domains: dict[str, dict[str, Any]]
+    cells: dict[Cell, Values]
+    reference: str
+    versions: dict[str, str] = field(default_factory=dict)
+    resamples: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[tuple[str, str]]:
+        """The (domain, metric) pairs that were measured, in order: the columns of the table."""
+        return list(dict.fromkeys((domain, metric) for _, domain, metric in self.cells))
+
+    def values(self, row: str, domain: str, metric: str = LOSS) -> Values:
+        """Per-row sums and weights, shape (rows, 2). Raises BadInput for what was not measured."""
+        try:
+            return self.cells[row, domain, metric]
+        except KeyError:
+            raise BadInput(f"no {metric} of {row!r} on {domain!r}; rows: {list(self.models)}") from None
+
+    def mean(self, row: str, domain: str, metric: str = LOSS) -> float:
+        """Loss per assistant token, or share of right answers."""
+        return pairing.mean(self.values(row, domain, metric))
+
+    def difference(
+        self, row: str, domain: str, metric: str = LOSS, *, reference: str | None = None
+    ) -> PairedDifference:
+        """Paired difference of a row from the reference row (or from `reference`) on a domain."""
+        return pairing.paired(
+            self.values(row, domain, metric), self.values(reference or self.reference, domain, metric)
+        )
+
+    def verdict(self, row: str, domain: str, metric: str = LOSS) -> str:
+        """ "gain", "within noise", "no gain", "worse" or "identical" against the reference row."""
+        return self.difference(row, domain, metric).verdict(lower_is_better=metric == LOSS)
+
+    def words(self) -> list[str]:
+        """One sentence for every place where a row did not clearly gain on the reference."""
+        return [
+            f"{row} on {domain}: {self.verdict(row, domain, metric)} ({metric} {_signed(self, row, domain, metric)})."
+            for domain, metric in self.metrics
+            for row in self.models
+            if row != self.reference
+            and (row, domain, metric) in self.cells
+            and self.verdict(row, domain, metric) != "gain"
+        ]
+
+    def merged(self, other: GridResult) -> GridResult:
+        """The rows of both results; the domains must hold the same data, and the rows different names."""
+        twice = set(self.models) & set(other.models)
+        if twice:
+            raise BadInput(f"two rows are called {min(twice)!r}; give the models or masks other names (NAME=PATH)")
+        for domain, facts in other.domains.items():
+            if facts.get("digest") != self.domains.get(domain, {}).get("digest"):
+                raise BadInput(
+                    f"domain {domain!r}: the two results are not of the same rows (another file, tokenizer or length)"
+                )
+        return dataclasses.replace(
+            self,
+            models=self.models | other.models,
+            cells=self.cells | other.cells,
+            extra={k: {**self.extra.get(k, {}), **other.extra.get(k, {})} for k in {**self.extra, **other.extra}},
+        )
+
+    def to_json(self, path: str | Path | None = None, *, overwrite: bool = False) -> str:
+        """The whole result as JSON, with every row's measurement; written to `path` too when it is given."""
+        cells = [self._json_cell(row, domain, metric) for row, domain, metric in self.cells]
+        whole = {"format": FORMAT, "reference": self.reference, "models": self.models, "domains": self.domains}
+        whole |= {"versions": self.versions, "resamples": self.resamples, "extra": self.extra, "cells": cells}
+        return _written(json.dumps(whole, indent=1, allow_nan=False) + "\n", path, overwrite)
+
+    def _json_cell(self, row: str, domain: str, metric: str) -> dict[str, Any]:
+        values, difference = self.values(row, domain, metric), self.difference(row, domain, metric)
+        cell: dict[str, Any] = {"model": row, "domain": domain, "metric": metric, "mean": pairing.mean(values)}
+        cell["standard_error"] = _finite(pairing.standard_error(values))
+        cell["difference"] = {"mean": difference.mean, "standard_error": _finite(difference.standard_error)}
+        if self.resamples:
+            cell["difference"]["interval"] = [_finite(x) for x in self._interval(row, domain, metric)]
+        cell["verdict"] = "reference" if row == self.reference else self.verdict(row, domain, metric)
+        return cell | {"rows": [[float(s), int(w)] for s, w in values]}
+
+    def _interval(self, row: str, domain: str, metric: str) -> tuple[float, float]:
+        reference = self.values(self.reference, domain, metric)
+        return pairing.bootstrap(self.values(row, domain, metric), reference, resamples=self.resamples)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> GridResult:
+        """Read what `to_json` gave: a path or the text. Raises BadInput on anything else."""
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+        try:
+            whole = json.loads(text)
+            cells = {
+                (c["model"], c["domain"], c["metric"]): np.array(c["rows"], np.float64).reshape(-1, 2)
+                for c in whole["cells"]
+            }
+            names = ("models", "domains", "reference", "versions", "resamples", "extra")
+            return cls(cells=cells, **{name: whole[name] for name in names})
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"not the JSON of an evaluation ({e!r})") from None
+
+    def _lines(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and cells, shared by the terminal table and the Markdown one."""
+        headings = ["model", "density", *(f"{domain} {metric}" for domain, metric in self.metrics)]
+        rows = []
+        for row, facts in self.models.items():
+            density = f"{facts['density']:.3f}" if "density" in facts else ""
+            rows.append([row, density, *(self._text(row, domain, metric) for domain, metric in self.metrics)])
+        return headings, rows
+
+    def _text(self, row: str, domain: str, metric: str) -> str:
+        if (row, domain, metric) not in self.cells:
+            return "-"
+        value = _number(self.mean(row, domain, metric), metric)
+        if row == self.reference:
+            return f"{value} (reference)"
+        return f"{value} ({_signed(self, row, domain, metric)}, {self.verdict(row, domain, metric)})"
+
+    def to_markdown(self, path: str | Path | None = None, *, overwrite: bool = False) -> str:
+        """A Markdown table, what did not help in words, and the data and versions; written to `path` too if given."""
+        headings, rows = self._lines()
+        lines = [_markdown_row(headings), _markdown_row(["---"] * len(headings)), *map(_markdown_row, rows), ""]
+        lines += [f"Reference: {self.reference}. {LEGEND}", ""]
+        lines += [f"- {sentence}" for sentence in self.words()] + ([""] if self.words() else [])
+        data = [f"{name}: {facts['rows']} rows, {facts['digest']}" for name, facts in self.domains.items()]
+        lines.append("Data: " + "; ".join(data) + ".")
+        lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
+        return _written("\n".join(lines) + "\n", path, overwrite)
+
+    def table(self) -> Table:
+        """A rich table for the terminal."""
+        from rich.table import Table
+
+        headings, rows = self._lines()
+        table = Table(caption=LEGEND, caption_justify="left")
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(_styled(text) for text in row))
+        return table
+
+    def plot(self, path: str | Path | None = None, *, overwrite: bool = False) -> Figure:
+        """Heat map of the differences from the reference row (blue is better); `path`: a .png or .svg to write."""
+        from mftmerge.heatmap import heat_map
+
+        if path is not None:
+            refuse_existing(path, overwrite)
+        return heat_map(self, path)
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raise BadInput when the output is there already and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise BadInput(f"{path}: exists already; give another path or --overwrite")
+
+
+def _written(text: str, path: str | Path | None, overwrite: bool) -> str:
+    if path is not None:
+        refuse_existing(path, overwrite)
+        temporary = Path(f"{path}.tmp{os.getpid()}")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return text
+
+
+def _signed(result: GridResult, row: str, domain: str, metric: str) -> str:
+    difference = result.difference(row, domain, metric)
+    text = f"{_number(difference.mean, metric, '+')} ± {_number(difference.standard_error, metric)}"
+    if result.resamples:
+        low, high = result._interval(row, domain, metric)
+        text += f", 95 % [{_number(low, metric, '+')}, {_number(high, metric, '+')}]"
+    return text
+
+
+def _number(value: float, metric: str, sign: str = "") -> str:
+    """Losses with four places, shares as percentages with one."""
+    return f"{value:{sign}.4f}" if metric == LOSS else f"{100 * value:{sign}.1f} %"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _styled(text: str) -> Any:
+    from rich.text import Text
+
+    styles: Mapping[str, str] = {"gain)": "green", "worse)": "red"}
+    style = next((s for end, s in styles.items() if text.endswith(end) and not text.endswith("no gain)")), "")
+    return Text(text.replace(" (", "\n(", 1), style=style)
