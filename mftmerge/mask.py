@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mftmerge import bits
 from mftmerge.errors import BadInput
+
+Scores = npt.NDArray[np.float32]
+PIECE = 1 << 18  # bytes of packed bits that are handled at a time where a whole tensor is not needed
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class MaskInfo:
     """Where a mask came from.
 
     keep: share of weights kept that was asked for (None where it follows from an operation).
-    base: reference of the base model (path or hub id), `fingerprints`: per covered tensor, see `checkpoint.fingerprint`.
+    base: reference of the base model (path or hub id); fingerprints: one per covered tensor, of the base's weights.
     training: settings, seed, init, steps, data digest, validation losses; comparison: what `--control` measured.
     operation, options, parents: for a combined mask.
     """
@@ -47,59 +51,163 @@ class MaskInfo:
     parents: tuple[Parent, ...] = ()
 
 
+class Store(Protocol):
+    """Where a mask's tensors are: arrays in memory, or a file that is read piece by piece."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def digest(self) -> str | None: ...
+    @property
+    def has_scores(self) -> bool: ...
+    @property
+    def has_initial_scores(self) -> bool: ...
+    def count(self, name: str) -> int: ...
+    def verify(self, name: str, check: int) -> None: ...
+    def read(self, name: str, start: int, stop: int) -> bits.Packed: ...
+    def read_scores(self, name: str, start: int, stop: int) -> Scores: ...
+    def read_initial(self, name: str, start: int, stop: int) -> Scores: ...
+
+
+class _Arrays:
+    """A store in memory."""
+
+    digest: str | None = None
+
+    def __init__(
+        self,
+        packed: Mapping[str, bits.Packed],
+        shapes: Mapping[str, tuple[int, ...]],
+        scores: Mapping[str, Scores] | None,
+        initial: Mapping[str, Scores] | None,
+    ) -> None:
+        self.shapes = {n: tuple(map(int, shapes[n])) for n in packed}
+        self.packed = {n: np.ascontiguousarray(a, dtype=np.uint8).reshape(-1) for n, a in packed.items()}
+        self.scores = {n: np.asarray(a, np.float32, order="C") for n, a in (scores or {}).items()}
+        self.initial = {n: np.asarray(a, np.float32, order="C") for n, a in (initial or {}).items()}
+        self.has_scores, self.has_initial_scores = bool(self.scores), bool(self.initial)
+        for name, array in self.packed.items():
+            size = math.prod(self.shapes[name])
+            if array.size != bits.nbytes(size):
+                raise BadInput(f"tensor {name!r}: {array.size} bytes of bits do not fit shape {self.shapes[name]}")
+            if size % 8 and array[-1] >> size % 8:
+                raise BadInput(f"tensor {name!r}: padding bits after the last weight are not 0")
+        for kind in (self.scores, self.initial):
+            if kind and set(kind) != set(self.packed):
+                raise BadInput(f"scores for {len(kind)} tensors, bits for {len(self.packed)}: give all scores or none")
+            for name, array32 in kind.items():
+                if array32.shape != self.shapes[name]:
+                    raise BadInput(f"tensor {name!r}: scores have shape {array32.shape}, bits {self.shapes[name]}")
+
+    def count(self, name: str) -> int:
+        return bits.count(self.packed[name])
+
+    def verify(self, name: str, check: int) -> None:
+        """Bits in memory have nothing to be compared with."""
+
+    def read(self, name: str, start: int, stop: int) -> bits.Packed:
+        return self.packed[name][start // 8 : bits.nbytes(stop)]
+
+    def read_scores(self, name: str, start: int, stop: int) -> Scores:
+        return self.scores[name].reshape(-1)[start:stop]
+
+    def read_initial(self, name: str, start: int, stop: int) -> Scores:
+        return self.initial[name].reshape(-1)[start:stop]
+
+
 class Mask:
-    """A mask over named tensors. `names` are checkpoint names; a tensor that is not named is not covered."""
+    """A mask over named tensors. `names` are checkpoint names; a tensor that is not named is not covered.
+
+    packed: uint8 arrays of ceil(size / 8) bytes, little bit order, padding bits 0. scores, initial: float32 arrays of
+    the tensors' shapes (for all covered tensors or none). Raises BadInput where these do not fit together.
+    """
 
     def __init__(
         self,
         packed: Mapping[str, bits.Packed],
         shapes: Mapping[str, tuple[int, ...]],
         info: MaskInfo | None = None,
-        scores: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        scores: Mapping[str, Scores] | None = None,
+        initial: Mapping[str, Scores] | None = None,
     ) -> None:
-        self._packed, self._shapes = dict(packed), {k: tuple(v) for k, v in shapes.items()}
-        self._scores = dict(scores or {})
+        self._store: Store = _Arrays(packed, shapes, scores, initial)
         self.info = info or MaskInfo()
+        self._digest: str | None = None
+
+    @classmethod
+    def from_store(cls, store: Store, info: MaskInfo) -> Mask:
+        """A mask whose tensors are read from `store` when they are asked for."""
+        mask = cls({}, {}, info)
+        mask._store, mask._digest = store, store.digest
+        return mask
 
     @classmethod
     def from_bools(
         cls,
         kept: Mapping[str, npt.NDArray[np.bool_]],
         info: MaskInfo | None = None,
-        scores: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        scores: Mapping[str, Scores] | None = None,
+        initial: Mapping[str, Scores] | None = None,
     ) -> Mask:
         """Make a mask from one boolean array a tensor (True = keep)."""
-        return cls({k: bits.pack(v) for k, v in kept.items()}, {k: v.shape for k, v in kept.items()}, info, scores)
+        packed = {k: bits.pack(v) for k, v in kept.items()}
+        return cls(packed, {k: v.shape for k, v in kept.items()}, info, scores, initial)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the covered tensors, sorted."""
-        return tuple(sorted(self._packed))
+        return tuple(sorted(self._store.shapes))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._packed
+        return name in self._store.shapes
+
+    def __repr__(self) -> str:
+        return f"Mask({len(self._store.shapes)} tensors, {sum(map(self.size, self.names))} weights)"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        """Shape of a covered tensor; KeyError where the mask does not cover it."""
+        return self._store.shapes[name]
 
     def size(self, name: str) -> int:
-        return int(np.prod(self._shapes[name], dtype=np.int64))
+        """Number of weights in a covered tensor."""
+        return math.prod(self.shape(name))
 
     def packed(self, name: str) -> bits.Packed:
         """All the bits of a tensor, packed, shape (ceil(size / 8),)."""
-        return self._packed[name]
+        packed = self.read(name, 0, self.size(name))
+        self.verify(name, bits.check(packed))
+        return packed
 
     def read(self, name: str, start: int, stop: int) -> bits.Packed:
-        """Packed bits [start, stop) of a tensor; start must be a multiple of 8."""
-        return self._packed[name][start // 8 : bits.nbytes(stop)]
+        """Packed bits [start, stop) of a tensor, uint8; start must be a multiple of 8. Of a file only that is read."""
+        size = self.size(name)
+        if start % 8 or not 0 <= start <= stop:
+            raise ValueError(f"cannot read bits [{start}, {stop}): start must be a multiple of 8 and not after stop")
+        return self._store.read(name, start, min(stop, size))
+
+    def pieces(self, name: str, nbytes: int = PIECE) -> Iterator[bits.Packed]:
+        """The packed bits of a tensor in order, `nbytes` (a multiple of 8) at a time.
+
+        Raises BadInput at the end where a file's bits are not those that were written.
+        """
+        size, check = self.size(name), 0
+        for start in range(0, size, nbytes * 8):
+            piece = self.read(name, start, start + nbytes * 8)
+            check ^= bits.check(piece)
+            yield piece
+        self.verify(name, check)
+
+    def verify(self, name: str, check: int) -> None:
+        """Compare `bits.check` of a whole tensor with the one in the file; BadInput where the file is damaged."""
+        self._store.verify(name, check)
 
     def kept(self, name: str) -> npt.NDArray[np.bool_]:
         """Boolean array of the tensor's shape, True where the weight is kept."""
         return bits.unpack(self.packed(name), self.size(name)).reshape(self.shape(name))
 
     def count(self, name: str) -> int:
-        """Number of weights kept in a tensor."""
-        return bits.count(self.packed(name))
+        """Number of weights kept in a tensor; of a file, what its header says."""
+        return self._store.count(name)
 
     def density(self, name: str | None = None) -> float:
         """Share of weights kept, in one tensor or over all covered tensors (an empty mask has density 1)."""
@@ -109,33 +217,65 @@ class Mask:
 
     @property
     def has_scores(self) -> bool:
-        return bool(self._scores)
+        return self._store.has_scores
 
-    def scores(self, name: str) -> npt.NDArray[np.float32]:
-        """float32 scores of a tensor, its shape."""
-        return self._scores[name]
+    @property
+    def has_initial_scores(self) -> bool:
+        return self._store.has_initial_scores
+
+    def scores(self, name: str) -> Scores:
+        """float32 scores of a tensor after training, its shape. KeyError without scores."""
+        return self.read_scores(name, 0, self.size(name)).reshape(self.shape(name))
+
+    def initial_scores(self, name: str) -> Scores:
+        """float32 scores of a tensor before training, its shape. KeyError without them."""
+        return self.read_initial_scores(name, 0, self.size(name)).reshape(self.shape(name))
+
+    def read_scores(self, name: str, start: int, stop: int) -> Scores:
+        """Scores [start, stop) of a tensor in C order, shape (stop - start,)."""
+        return self._store.read_scores(name, start, stop)
+
+    def read_initial_scores(self, name: str, start: int, stop: int) -> Scores:
+        """Scores before training [start, stop) of a tensor in C order, shape (stop - start,)."""
+        return self._store.read_initial(name, start, stop)
 
     @property
     def digest(self) -> str:
-        """Hash of the covered names, shapes and bits (not of the header): equal masks have equal digests."""
-        h = hashlib.blake2b(digest_size=16)
-        for n in self.names:
-            h.update(f"{n}\0{self.shape(n)}\0".encode())
-            h.update(self.packed(n).tobytes())
-        return h.hexdigest()
+        """blake2b (16 bytes, hex) of the covered names, shapes and bits: equal masks have equal digests.
+
+        The provenance in the header and the scores do not count. Taken from a file's header where it is there.
+        """
+        if self._digest is None:
+            h = hashlib.blake2b(digest_size=16)
+            for name in self.names:
+                h.update(f"{name}\0{','.join(map(str, self.shape(name)))}\0".encode())
+                for piece in self.pieces(name):
+                    h.update(piece.data)
+            self._digest = h.hexdigest()
+        return self._digest
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Open a .mask file. Raises BadInput on anything that is not one."""
+        """Open a .mask file; bits and scores are read when asked for. Raises BadInput on anything that is not one."""
         from mftmerge.maskfile import load
 
         return load(path)
 
-    def save(self, path: str | Path, *, archive: bool = False) -> None:
-        """Write a .mask file, whole or not at all."""
+    def save(
+        self,
+        path: str | Path,
+        *,
+        archive: bool = False,
+        scores: Literal["embed", "sidecar", "none"] = "embed",
+        overwrite: bool = True,
+    ) -> None:
+        """Write a .mask file, whole or not at all.
+
+        archive: compress the bits. scores: in the same file, in `<name>.scores.safetensors` beside it, or not at all.
+        """
         from mftmerge.maskfile import save
 
-        save(self, path, archive=archive)
+        save(self, path, archive=archive, scores=scores, overwrite=overwrite)
 
 
 def require_same_shape(name: str, a: tuple[int, ...], b: tuple[int, ...], what: str) -> None:
