@@ -1,0 +1,277 @@
+"""Everything that can be wrong with a recipe before a tensor is read: methods, parameters, counts, files, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, suggestion
+from mftmerge.recipe.lines import Lines, Location, Problem
+from mftmerge.recipe.schema import (
+    BaseInput,
+    Document,
+    MaskExpression,
+    MaskUse,
+    ModelInput,
+    Module,
+    OutputSlice,
+    Reference,
+)
+
+Checked = list[tuple[Document, Lines]]
+
+
+def check_documents(documents: Checked) -> list[Problem]:
+    """Problems that show in the text alone."""
+    problems = list(_check_names(documents))
+    for document, lines in documents:
+        for location, message in _check_document(document):
+            problems.append(Problem(lines.at(location), message))
+    return problems
+
+
+def result_index(documents: Iterable[Document]) -> int:
+    """Which document is the recipe's result: the one without a name, else the last."""
+    names = [d.name for d in documents]
+    return names.index(None) if None in names else len(names) - 1
+
+
+def references(document: Document) -> Iterator[tuple[Location, Reference]]:
+    """Every model reference of a document, those of delta masks and the tokenizer's included."""
+    items: list[tuple[Location, ModelInput | BaseInput]] = [*document.inputs(), *document.bases()]
+    for where, item in items:
+        yield where, item.model
+    for where, use in mask_uses(document):
+        if use.base:
+            yield (*where, "base"), use.base
+    for where, source in (
+        (("tokenizer_source",), document.tokenizer_source),
+        (("tokenizer", "source"), document.tokenizer and document.tokenizer.source),
+    ):
+        if source and source not in ("union", "base"):
+            yield where, Reference.model_validate(source)
+
+
+def mask_uses(document: Document) -> Iterator[tuple[Location, MaskUse]]:
+    """Every mask that the document applies, with its place."""
+    items: list[tuple[Location, ModelInput | BaseInput]] = [*document.inputs(), *document.bases()]
+    for where, item in items:
+        if item.mask:
+            yield (*where, "mask"), item.mask
+    if document.mask:
+        yield ("mask",), document.mask
+
+
+def _check_names(documents: Checked) -> Iterator[Problem]:
+    seen: dict[str | None, int] = {}
+    names = {d.name for d, _ in documents if d.name}
+    order = [d.name for d, _ in documents]
+    for i, (document, lines) in enumerate(documents):
+        if document.name in seen:
+            what = f"the name {document.name!r} is used twice" if document.name else "a second document without name:"
+            yield Problem(lines.at(("name",)), what)
+        seen[document.name] = i
+        if document.name and ("/" in document.name or document.name.startswith(".")):
+            yield Problem(lines.at(("name",)), f"name: {document.name!r} is not a plain name")
+        for where, reference in references(document):
+            if reference.path in names and reference.path not in order[:i]:
+                message = f"{reference.path!r} is built by a later document; put that document first"
+                yield Problem(lines.at(where), message)
+
+
+def _check_document(document: Document) -> Iterator[tuple[Location, str]]:
+    method = METHODS.get(document.merge_method)
+    if method is None:
+        yield (
+            ("merge_method",),
+            f"unknown merge method {document.merge_method!r}{suggestion(document.merge_method, METHODS)}",
+        )
+    else:
+        yield from _check_parameters(document, method)
+        for where, out, module in groups(document):
+            yield from _check_group(document, method, where, out, module)
+        yield from _check_own(document)
+    yield from _check_masks(document)
+
+
+def groups(document: Document) -> Iterator[tuple[Location, tuple[ModelInput, ...], OutputSlice | Module | None]]:
+    """The sets of inputs that are merged together: `models:`, or each slice, of the document or of each module."""
+    parts: list[tuple[Location, Document | Module]] = [((), document)]
+    parts += [(("modules", name), m) for name, m in (document.modules or {}).items()]
+    for where, part in parts:
+        module = part if isinstance(part, Module) else None
+        if part.models:
+            yield (*where, "models"), part.models, module
+        for i, out in enumerate(part.slices or ()):
+            yield (*where, "slices", i), out.sources, out
+
+
+def _settings(document: Document) -> Iterator[tuple[Location, str, Mapping[str, Any], bool]]:
+    """Every `parameters:` mapping: place, and whether it belongs to one model."""
+    if document.parameters:
+        yield ("parameters",), "", document.parameters, False
+    for where, item in document.inputs():
+        if item.parameters:
+            yield (*where, "parameters"), str(item.model), item.parameters, True
+    for where, _, out in groups(document):
+        if out is not None and out.parameters:
+            place = where[:-1] if where[-1] == "models" else where
+            yield (*place, "parameters"), "", out.parameters, False
+    for name, module in (document.modules or {}).items():
+        if module.slices and module.parameters:
+            yield ("modules", name, "parameters"), "", module.parameters, False
+
+
+def _check_parameters(document: Document, method: Method) -> Iterator[tuple[Location, str]]:
+    for where, model, settings, per_model in _settings(document):
+        for name, value in settings.items():
+            place = (*where, name)
+            if name not in method.parameters:
+                hint = suggestion(name, method.parameters) or "; it has none"
+                yield place, f"{document.merge_method} has no parameter {name!r}{hint}"
+            elif per_model and method.parameters[name].scope == "shared":
+                yield (
+                    place,
+                    f"{name!r} is one value for the whole merge; move it from {model} to parameters: of the document",
+                )
+            else:
+                for scalar in _scalars(value):
+                    if not _fits(scalar, method.parameters[name].kind):
+                        yield place, f"{name}: {scalar!r} is not a {method.parameters[name].kind}"
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for v in value:
+            yield from _scalars(v)
+    elif isinstance(value, dict):
+        yield from _scalars(value["value"])
+    else:
+        yield value
+
+
+def _fits(value: Any, kind: Kind) -> bool:
+    """Whether mergekit would read the scalar as that kind (numbers may be strings: YAML reads 1e-5 as text)."""
+    try:
+        if kind == "str":
+            return isinstance(value, str)
+        if kind == "bool":
+            return isinstance(value, bool) or value in (0, 1) or str(value).lower() in ("true", "false", "yes", "no")
+        number = float(value)
+        return number.is_integer() if kind == "int" else True
+    except (TypeError, ValueError):
+        return False
+
+
+def _unconditional(value: Any) -> bool:
+    """Whether a setting has a value for every tensor."""
+    rules = [value] if isinstance(value, dict) else value
+    if not isinstance(rules, list) or not any(isinstance(r, dict) for r in rules):
+        return True
+    return any(r.get("filter") in (None, "*") for r in rules)
+
+
+def _check_group(
+    document: Document,
+    method: Method,
+    where: Location,
+    inputs: tuple[ModelInput, ...],
+    out: OutputSlice | Module | None,
+) -> Iterator[tuple[Location, str]]:
+    base = (out.base_model if isinstance(out, OutputSlice) else None) or document.base_model
+    ids = [(i.model, i.mask) for i in inputs]
+    base_id = (base.model, base.mask) if base else None
+    is_slice = where[-1] != "models"
+    added = base_id is not None and base_id not in ids
+    if added and is_slice and method.base != "ignored":
+        yield where, f"base_model {base and base.model} must be one of the slice's sources"
+    if len(set(map(str, ids))) != len(ids):
+        yield where, "the same model is given twice; a model may repeat only with different masks"
+    if method.base == "required" and base is None:
+        yield where, f"{document.merge_method} needs base_model:"
+    total = len(ids) + (added and not is_slice)
+    others = total - (base_id is not None)
+    yield from ((where, m) for m in _count(document.merge_method, "models (the base included)", total, *method.inputs))
+    if method.base != "ignored":
+        yield from (
+            (where, m) for m in _count(document.merge_method, "models besides the base", others, *method.non_base)
+        )
+    chain = [document.parameters, out.parameters if out else None]
+    every = [(where, i) for i in inputs] + ([(("base_model",), base)] if added and not is_slice else [])
+    for name, parameter in method.parameters.items():
+        if parameter.default != REQUIRED:
+            continue
+        for place, item in every:
+            is_base = base_id is not None and item is not None and (item.model, item.mask) == base_id
+            if parameter.scope == "non_base" and is_base:
+                continue
+            own = item.parameters if isinstance(item, ModelInput) else None
+            given = [s[name] for s in [*chain, own if parameter.scope != "shared" else None] if s and name in s]
+            whose = "" if parameter.scope == "shared" else f" for {item.model if item else ''}"
+            if not given:
+                yield place, f"{document.merge_method} needs the parameter {name!r}{whose}"
+            elif not any(map(_unconditional, given)):
+                yield place, f"{name!r}{whose} has no value for tensors that match no filter; end with '- value: ...'"
+            if parameter.scope == "shared":
+                break
+    if is_slice and len({i.layer_range[1] - i.layer_range[0] for i in inputs if hasattr(i, "layer_range")}) > 1:
+        yield where, "all sources of a slice must have equally many layers"
+
+
+def _count(method: str, what: str, count: int, low: int | None, high: int | None) -> Iterator[str]:
+    if low is not None and count < low:
+        yield f"{method} needs at least {low} {what}, not {count}"
+    if high is not None and count > high:
+        yield f"{method} takes at most {high} {what}, not {count}"
+
+
+def _check_own(document: Document) -> Iterator[tuple[Location, str]]:
+    """What our own methods need beyond their parameters."""
+    if document.merge_method == "masked":
+        given = [p for p in [document.parameters, *(i.parameters for _, i in document.inputs())] if p and "mask" in p]
+        if not given and not list(mask_uses(document)):
+            yield ("merge_method",), "masked has nothing to do without mask: on its model"
+    if document.merge_method == "emr":
+        chosen = [w for w, i in document.inputs() if i.parameters and i.parameters.get("task") is True]
+        if len(chosen) > 1:
+            yield chosen[1], "emr rebuilds one model at a time: set task: true on one of them"
+    if document.merge_method == "localize_and_stitch" and not document.models and list(mask_uses(document)):
+        yield ("merge_method",), "localize_and_stitch takes masks with models: only, not with slices: or modules:"
+
+
+def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
+    for where, use in mask_uses(document):
+        yield from _check_expression(use, where)
+        if use.on == "delta" and not use.base and not document.base_model:
+            yield where, "on: delta needs base_model: in the recipe, or base: beside it"
+        if use.on == "weights" and use.base:
+            yield (*where, "base"), "base: belongs to on: delta"
+    for name, expression in (document.masks or {}).items():
+        yield from _check_expression(expression, ("masks", name))
+
+
+def _check_expression(expression: MaskExpression, where: Location) -> Iterator[tuple[Location, str]]:
+    if expression.op is not None:
+        from mftmerge.combine import OPERATIONS
+
+        if expression.op not in OPERATIONS:
+            yield (*where, "op"), f"unknown operation {expression.op!r}{suggestion(expression.op, OPERATIONS)}"
+    for i, part in enumerate(expression.of or ()):
+        yield from _check_expression(part, (*where, "of", i))
+    if expression.weights is not None and len(expression.weights) != len(expression.of or ()):
+        yield (*where, "weights"), f"{len(expression.weights)} weights for {len(expression.of or ())} masks"
+
+
+def check_files(folder: Path, documents: Checked) -> tuple[list[Problem], list[str]]:
+    """Problems and warnings that show in the files a recipe names: see files.py."""
+    from mftmerge.recipe.files import FileChecks
+
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    stages = {d.name for d, _ in documents if d.name}
+    for document, lines in documents:
+        checks = FileChecks(folder, document, frozenset(stages))
+        problems += [Problem(lines.at(where), message) for where, message in checks.problems()]
+        warnings += [f"line {lines.at(where)}: {message}" for where, message in checks.warnings]
+    return problems, warnings

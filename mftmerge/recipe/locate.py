@@ -1,0 +1,101 @@
+"""Where a recipe's models and masks are: beside the recipe first, then in the current directory, then on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask
+from mftmerge.recipe.schema import MaskExpression, Reference
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def local(text: str, folder: Path) -> Path | None:
+    """The existing path that a recipe in `folder` means by `text`: beside the recipe, else in the current directory."""
+    given = Path(text).expanduser()
+    for candidate in (folder / given, given):
+        if candidate.exists():
+            return candidate.resolve()
+    return None
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether `text` can only be `name` or `owner/name` on the hub, were it not a local directory."""
+    return not text.startswith(("/", ".", "~")) and text.count("/") == 1
+
+
+def model_directory(path: str, folder: Path, revision: str | None = None) -> Path:
+    """The directory of a model; a hub id is downloaded. Raises BadInput when there is no such model."""
+    found = local(path, folder)
+    if found is None and looks_like_hub_id(path):
+        from mftmerge.checkpoint import resolve
+
+        return resolve(f"{path}@{revision}" if revision else path).resolve()
+    if found is None:
+        raise BadInput(f"no model at {path!r} (looked beside the recipe, in {folder}, and in the current directory)")
+    if not found.is_dir():
+        raise BadInput(f"{path!r} is a file; give the checkpoint's directory")
+    return found
+
+
+def absolute(reference: Reference, folder: Path, stages: Mapping[str, Path] | None = None) -> Reference:
+    """The reference with absolute paths; `stages`: directories of the documents that are built already, by name."""
+    if stages and reference.path in stages:
+        path = stages[reference.path]
+    else:
+        path = model_directory(reference.path, folder, reference.revision)
+    lora = model_directory(reference.lora, folder, reference.lora_revision) if reference.lora else None
+    return reference.model_copy(
+        update={"path": str(path), "revision": None, "lora": lora and str(lora), "lora_revision": None}
+    )
+
+
+class MaskBook:
+    """Evaluates a document's mask expressions, each file and each named mask once."""
+
+    def __init__(self, folder: Path, named: Mapping[str, MaskExpression] | None) -> None:
+        self.folder, self.named = folder, dict(named or {})
+        self._files: dict[Path, Mask] = {}
+        self._open: list[str] = []
+
+    def file(self, text: str) -> Path:
+        """Path of a mask file. Raises BadInput when there is none."""
+        found = local(text, self.folder)
+        if found is None or not found.is_file():
+            raise BadInput(
+                f"no mask file {text!r} (looked beside the recipe, in {self.folder}), and no such name in masks:"
+            )
+        return found
+
+    def evaluate(self, expression: MaskExpression) -> Mask:
+        """The mask that an expression means. Raises BadInput for absent files, cycles, and unsuitable options."""
+        if expression.file is not None:
+            return self._named_or_file(expression.file)
+        assert expression.op is not None
+        parts = [self.evaluate(e) for e in expression.of or ()]
+        names = [self.label(e) for e in expression.of or ()]
+        from mftmerge.combine import combine
+
+        return combine(expression.op, parts, names=names, **expression.options())
+
+    def _named_or_file(self, text: str) -> Mask:
+        if text in self.named:
+            if text in self._open:
+                raise BadInput(f"masks: {' -> '.join([*self._open, text])} refers to itself")
+            self._open.append(text)
+            try:
+                return self.evaluate(self.named[text])
+            finally:
+                self._open.pop()
+        path = self.file(text)
+        if path not in self._files:
+            self._files[path] = Mask.load(path)
+        return self._files[path]
+
+    def label(self, expression: MaskExpression) -> str:
+        """A short text for messages and family trees."""
+        if expression.file is not None:
+            return expression.file if expression.file in self.named else Path(expression.file).name
+        return f"{expression.op}({', '.join(self.label(e) for e in expression.of or ())})"

@@ -1,0 +1,94 @@
+"""What a build will do, from headers alone: steps, tensors, sizes, memory and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mftmerge.checkpoint import TensorEntry
+from mftmerge.recipe.build import Executor, choose, needed
+from mftmerge.recipe.card import masks_used
+from mftmerge.recipe.locate import MaskBook
+from mftmerge.recipe.schema import Document, Recipe, load_recipe
+from mftmerge.recipe.sizes import WIDTH, expected, width
+
+STREAM_BYTES = 160_000_000  # measured by benchmarks/recipe_stream.py: working memory at any model size
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merge: who does it and why, its masks as (whose, label, on, density), and what it writes and holds."""
+
+    name: str
+    method: str
+    executor: str
+    reason: str
+    inputs: tuple[str, ...]
+    masks: tuple[tuple[str, str, str, float], ...]
+    tensors: int
+    nbytes: int
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a build in order; `disk`: bytes needed beside the output, intermediate steps included."""
+
+    recipe: Path
+    steps: tuple[Step, ...]
+    disk: int
+    warnings: tuple[str, ...]
+
+    def text(self) -> str:
+        """For people."""
+        rows: list[str] = []
+        for step in self.steps:
+            rows.append(f"{step.name}: {step.method} over {', '.join(step.inputs)}")
+            rows += [
+                f"  mask {label} on {on} of {whose}, keeps {density:.4f}" for whose, label, on, density in step.masks
+            ]
+            rows.append(f"  by {step.executor}: {step.reason}")
+            rows.append(
+                f"  writes {step.tensors} tensors, {step.nbytes / 1e6:.1f} MB;"
+                f" needs about {step.peak_memory / 1e6:.0f} MB of memory beyond the interpreter's"
+            )
+        rows.append(f"disk: {self.disk / 1e6:.1f} MB")
+        return "\n".join(rows + [f"warning: {w}" for w in self.warnings])
+
+
+def plan(recipe_path: str | Path, *, executor: Executor = "auto") -> Plan:
+    """The plan of `build(recipe_path, ...)`. Raises BadInput for everything wrong with the recipe."""
+    recipe = load_recipe(recipe_path)
+    stages: dict[str, list[TensorEntry]] = {}
+    steps: list[Step] = []
+    documents = needed(recipe.documents)
+    for document in documents:
+        entries = list(expected(document, recipe.folder, stages))
+        if document.name:
+            stages[document.name] = entries
+        chosen, reason = choose(document, recipe.folder, set(stages), executor)
+        steps.append(_step(recipe, document, chosen, reason, entries))
+    return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
+
+
+def _step(recipe: Recipe, document: Document, executor: str, reason: str, entries: list[TensorEntry]) -> Step:
+    book = MaskBook(recipe.folder, document.masks)
+    masks = tuple(
+        (w, label, u.on, book.evaluate(u.expression()).density()) for w, u, label in masks_used(recipe, document)
+    )
+    inputs = dict.fromkeys(str(i.model) for _, i in [*document.inputs(), *document.bases()])  # type: ignore[attr-defined, misc]
+    sizes = [e.size * width(e, document.out_dtype or document.dtype) for e in entries]
+    largest = max((e.size for e in entries), default=0)
+    # Each input and the method's own deltas in the dtype of the arithmetic, then the result.
+    held = largest * (WIDTH.get(document.dtype or "", 4)) * (2 * len(inputs) + 2)
+    return Step(
+        document.name or "result",
+        document.merge_method,
+        executor,
+        reason,
+        tuple(inputs),
+        masks,
+        len(entries),
+        sum(sizes),
+        STREAM_BYTES if executor == "stream" else held,
+    )

@@ -1,0 +1,403 @@
+"""What a recipe file may say: everything that mergekit 0.1.5 accepts, plus masks. Unknown keys are errors.
+
+`load_recipe` reads and checks a file and reports all problems at once, with line numbers; `json_schema` describes the
+format to editors.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from mftmerge.errors import BadInput
+from mftmerge.recipe.catalogue import suggestion
+from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
+
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64")  # the names that mergekit 0.1.5 knows
+DType = Literal["float32", "float16", "bfloat16", "float64", "int64"]
+
+
+class Strict(BaseModel):
+    """A part of a recipe. Keys that are not declared are errors, where mergekit ignores them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reference(Strict):
+    """A model: `path[@revision][+lora[@revision]]`, or a mapping with the same parts."""
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+    override_architecture: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, Reference) or (isinstance(value, dict) and "path" in value):
+            return value
+        parts: dict[str, Any] = {"model": value} if isinstance(value, str) else value
+        if not isinstance(parts, dict) or "model" not in parts:
+            raise ValueError("a model is 'path[@revision][+lora[@revision]]' or a mapping with 'model:'")
+        if unknown := set(parts) - {"model", "lora", "override_architecture"}:
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r} in a model reference")
+        if isinstance(value, str) and "+" in value:
+            parts = dict(zip(("model", "lora"), value.split("+", 1), strict=True))
+        path, revision = _path_and_revision(parts["model"])
+        lora, lora_revision = _path_and_revision(parts.get("lora"))
+        if not path:
+            raise ValueError("a model reference needs a path")
+        architecture = parts.get("override_architecture")
+        found = {"path": path, "revision": revision, "lora": lora, "lora_revision": lora_revision}
+        return found | ({"override_architecture": architecture} if architecture else {})
+
+    def __str__(self) -> str:
+        text = self.path + (f"@{self.revision}" if self.revision else "")
+        return text + (f"+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "") if self.lora else "")
+
+    def to_mergekit(self) -> Any:
+        """The reference as mergekit's YAML writes it."""
+        if self.override_architecture is None and " " not in str(self) and '"' not in str(self):
+            return str(self)
+        lora = {"path": self.lora, "revision": self.lora_revision} if self.lora else None
+        return {
+            "model": {"path": self.path, "revision": self.revision},
+            "lora": lora,
+            "override_architecture": self.override_architecture,
+        }
+
+
+def _path_and_revision(value: Any) -> tuple[str | None, str | None]:
+    if value is None:
+        return None, None
+    if isinstance(value, dict) and set(value) <= {"path", "revision"}:
+        return value.get("path"), value.get("revision")
+    if not isinstance(value, str) or value.count("@") > 1 or "+" in value:
+        raise ValueError(f"cannot read {value!r} as a model path")
+    path, _, revision = value.partition("@")
+    return path, revision or None
+
+
+class MaskExpression(Strict):
+    """A mask: a file, a name from `masks:`, or an operation on other masks."""
+
+    file: str | None = Field(default=None, description="A .mask file (relative to the recipe), or a name from masks:.")
+    op: str | None = Field(
+        default=None, description="union, intersection, vote, difference, xor, complement, score, ..."
+    )
+    of: tuple[MaskExpression, ...] | None = Field(default=None, description="The operation's inputs.")
+    threshold: float | None = Field(default=None, description="vote: kept where at least this many inputs keep.")
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="One weight an input, for a weighted vote or score."
+    )
+    density: float | None = Field(default=None, description="Project the result to exactly this share of kept weights.")
+    uncovered: str | None = Field(default=None, description="What a mask says of a tensor it does not cover.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"file": value}
+        if not isinstance(value, dict | MaskExpression):
+            raise ValueError("a mask is a file, a name from masks:, or a mapping with op: and of:")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskExpression:
+        if (self.file is None) == (self.op is None):
+            raise ValueError("a mask needs either file: or op:")
+        if self.op is not None and not self.of:
+            raise ValueError(f"op: {self.op} needs of: with the masks that it combines")
+        if self.op is None and (stray := sorted({"of", *self.options()} & self.model_fields_set)):
+            raise ValueError(f"{stray[0]}: belongs to an operation; add op:")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """The operation's options that are set, as `combine.combine` takes them."""
+        named = {"threshold": self.threshold, "weights": self.weights, "density": self.density}
+        return {k: v for k, v in (named | {"uncovered": self.uncovered}).items() if v is not None}
+
+
+class MaskUse(MaskExpression):
+    """A mask applied to a model: on its weights (dropped ones become 0) or its delta (they return to the base)."""
+
+    on: Literal["weights", "delta"] = Field(
+        default="weights", description="What dropped weights become: 0, or the base's."
+    )
+    base: Reference | None = Field(default=None, description="on: delta: the model to return to; default base_model.")
+
+    def expression(self) -> MaskExpression:
+        """The mask alone."""
+        return MaskExpression.model_validate(self.model_dump(exclude={"on", "base"}, exclude_unset=True))
+
+
+def _setting(value: Any) -> Any:
+    """A parameter: a scalar, a list of scalars (gradient over the layers), or [{filter, value}] (first match wins)."""
+    scalar = (bool, int, float, str)
+    if isinstance(value, scalar):
+        return value
+    rules = [value] if isinstance(value, dict) else value
+    if not isinstance(rules, list) or not rules:
+        raise ValueError("a parameter is a number, a list of numbers, or a list of {filter, value}")
+    if all(isinstance(v, scalar) for v in rules):
+        return value
+    for rule in rules:
+        if not isinstance(rule, dict) or "value" not in rule:
+            raise ValueError("each rule of a parameter needs value: and may have filter:")
+        if unknown := set(rule) - {"filter", "value"}:
+            raise ValueError(f"unknown key {sorted(map(str, unknown))[0]!r} in a rule; a rule has filter: and value:")
+        if isinstance(rule["value"], dict) or (isinstance(rule["value"], list) and not rule["value"]):
+            raise ValueError("value: is a number or a list of numbers")
+        if not isinstance(rule.get("filter", ""), str):
+            raise ValueError("filter: is a part of a tensor name")
+    return value
+
+
+_SCALAR_SCHEMA: dict[str, Any] = {"type": ["number", "boolean", "string"]}
+_VALUE_SCHEMA: dict[str, Any] = {"anyOf": [_SCALAR_SCHEMA, {"type": "array", "items": _SCALAR_SCHEMA}]}
+_RULE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"filter": {"type": "string"}, "value": _VALUE_SCHEMA},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+_SETTING_SCHEMA = {"anyOf": [_VALUE_SCHEMA, _RULE_SCHEMA, {"type": "array", "items": _RULE_SCHEMA}]}
+Setting = Annotated[Any, AfterValidator(_setting), WithJsonSchema(_SETTING_SCHEMA)]
+Parameters = dict[str, Setting]
+
+
+class ModelInput(Strict):
+    """One model of `models:`."""
+
+    model: Reference
+    parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for this model.")
+    mask: MaskUse | None = Field(default=None, description="Mask applied to this model while it is read.")
+
+
+class SliceInput(ModelInput):
+    """One source of a slice: layers [first, after-last) of a model."""
+
+    layer_range: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _check(self) -> SliceInput:
+        if not 0 <= self.layer_range[0] <= self.layer_range[1]:
+            raise ValueError("layer_range is [first, after-last]")
+        return self
+
+
+class BaseInput(Strict):
+    """`base_model:`, a model reference, or a mapping with `model:` and `mask:`."""
+
+    model: Reference
+    mask: MaskUse | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, dict) and "mask" not in value):
+            return {"model": value}
+        return value
+
+
+class OutputSlice(Strict):
+    """Layers of the output, merged from equally many layers of each source."""
+
+    sources: tuple[SliceInput, ...] = Field(min_length=1)
+    base_model: BaseInput | None = None
+    residual_weight: float | None = None
+    parameters: Parameters | None = None
+
+
+class Module(Strict):
+    """One module (text, vision, ...) of a model with several."""
+
+    slices: tuple[OutputSlice, ...] | None = None
+    models: tuple[ModelInput, ...] | None = None
+    parameters: Parameters | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Module:
+        if bool(self.slices) == bool(self.models):
+            raise ValueError("a module needs either slices: or models:")
+        return self
+
+
+class TokenSource(Strict):
+    """Where a token's embedding comes from: zeros, or one token of one model."""
+
+    kind: Literal["zero", "model_token"]
+    model: Reference | None = None
+    token_id: int | None = None
+    token: str | None = None
+
+
+class TokenSetting(Strict):
+    source: TokenSource | Reference | None = None
+    force: bool = False
+
+
+class Tokenizer(Strict):
+    """Tokenizer of the output and how embeddings are aligned, as in mergekit."""
+
+    source: str = "union"
+    tokens: dict[str, TokenSetting] | None = None
+    pad_to_multiple_of: int | None = None
+
+
+class Document(Strict):
+    """One merge: mergekit's keys, and `masks:`, `mask:`."""
+
+    name: str | None = Field(default=None, description="Name by which later documents use this merge as a model.")
+    merge_method: str = Field(description="Merge method; see docs/recipes.md for each method's parameters.")
+    base_model: BaseInput | None = None
+    models: tuple[ModelInput, ...] | None = None
+    slices: tuple[OutputSlice, ...] | None = None
+    modules: dict[str, Module] | None = None
+    parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for all models.")
+    dtype: DType | None = Field(default=None, description="dtype of the arithmetic.")
+    out_dtype: DType | None = Field(default=None, description="dtype of the stored result.")
+    tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    masks: dict[str, MaskExpression] | None = Field(default=None, description="Named masks, for use in mask: and of:.")
+    mask: MaskUse | None = Field(default=None, description="Mask applied to the result while it is written.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Document:
+        if sum(bool(part) for part in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("exactly one of models:, slices: or modules: is needed")
+        if self.tokenizer_source and self.tokenizer:
+            raise ValueError("give tokenizer_source: or tokenizer:, not both")
+        return self
+
+    def inputs(self) -> list[tuple[Location, ModelInput]]:
+        """Every model input with its place in the document."""
+        found: list[tuple[Location, ModelInput]] = []
+
+        def visit(part: Document | Module, where: Location) -> None:
+            found.extend(((*where, "models", i), m) for i, m in enumerate(part.models or ()))
+            for i, out in enumerate(part.slices or ()):
+                found.extend(((*where, "slices", i, "sources", j), s) for j, s in enumerate(out.sources))
+
+        visit(self, ())
+        for name, module in (self.modules or {}).items():
+            visit(module, ("modules", name))
+        return found
+
+    def bases(self) -> list[tuple[Location, BaseInput]]:
+        """Every base model with its place in the document."""
+        found: list[tuple[Location, BaseInput]] = [(("base_model",), self.base_model)] if self.base_model else []
+        parts: list[tuple[Location, Document | Module]] = [((), self)]
+        parts += [(("modules", name), m) for name, m in (self.modules or {}).items()]
+        for where, part in parts:
+            for i, out in enumerate(part.slices or ()):
+                if out.base_model:
+                    found.append(((*where, "slices", i, "base_model"), out.base_model))
+        return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its file, its text, its documents in order, and where each value stands."""
+
+    path: Path
+    text: str
+    documents: tuple[Document, ...]
+    lines: tuple[Lines, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Relative paths in the recipe start here."""
+        return self.path.parent
+
+
+def load_recipe(path: str | Path, *, files: bool = True) -> Recipe:
+    """Read a recipe and check all of it; nothing but headers is read of the models and masks that it names.
+
+    files: also check that models and masks exist, agree in names and shapes (False: the text alone).
+    Raises BadInput with every problem found, each with its line.
+    """
+    from mftmerge.recipe.check import check_documents, check_files
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path}: cannot be read as a recipe ({getattr(e, 'strerror', None) or e})") from None
+    parsed, problems = load_documents(path, text)
+    documents: list[tuple[Document, Lines]] = []
+    for data, lines in parsed:
+        try:
+            documents.append((Document.model_validate(data), lines))
+        except ValidationError as e:
+            problems += [_problem(error, lines) for error in e.errors()]
+            problems += check_documents(_without_unknown(data, lines, e))
+    if not parsed:
+        problems.append(Problem(0, "the recipe is empty"))
+    problems += check_documents(documents)
+    warnings: list[str] = []
+    if files:
+        missing, warnings = check_files(path.parent, documents)
+        problems += missing
+    if problems:
+        raise report(path, problems)
+    found = tuple(d for d, _ in documents), tuple(lines for _, lines in documents)
+    return Recipe(path.resolve(), text, *found, tuple(warnings))
+
+
+def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tuple[Document, Lines]]:
+    """The document less its unknown keys, when nothing else is wrong with its form: its content can then be checked."""
+    if any(e["type"] != "extra_forbidden" for e in error.errors()):
+        return []
+    data = copy.deepcopy(data)
+    for e in error.errors():
+        place: Any = data
+        for part in e["loc"][:-1]:
+            if (isinstance(place, dict) and part in place) or (isinstance(place, list) and isinstance(part, int)):
+                place = place[part]
+        place.pop(e["loc"][-1], None)
+    try:
+        return [(Document.model_validate(data), lines)]
+    except ValidationError:
+        return []
+
+
+def _problem(error: Any, lines: Lines) -> Problem:
+    """One pydantic error as a line of ours."""
+    location: Location = error["loc"]
+    where = ".".join(str(p) for p in location if not str(p).startswith("function-"))
+    line = lines.at(location)
+    if error["type"] == "extra_forbidden":
+        known = {k for cls in Strict.__subclasses__() for k in cls.model_fields} | {"layer_range", "on", "base"}
+        return Problem(line, f"unknown key {location[-1]!r} at {where}{_close(str(location[-1]), known)}")
+    if error["type"] == "missing":
+        return Problem(line, f"{where}: is missing")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] not in ("value_error", "missing") and not isinstance(error.get("input"), dict | list):
+        message += f", not {error.get('input')!r}"
+    return Problem(line, f"{where}: {message}" if where else message)
+
+
+def _close(word: str, known: set[str]) -> str:
+    text = suggestion(word, known)
+    return text if text.startswith("; did") else ""
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of one document of a recipe, for editors (`# yaml-language-server: $schema=...`)."""
+    schema = Document.model_json_schema()
+    text = {"type": "string"}
+    definitions = schema["$defs"]
+    for name in ("Reference", "MaskExpression", "MaskUse", "BaseInput"):  # each may also be written as a plain string
+        body = definitions[name]
+        if name == "Reference":
+            body = {"type": "object", "properties": {"model": {}, "lora": {}, "override_architecture": {}}}
+        definitions[name] = {"anyOf": [text, body], "description": body.get("description", "A model reference.")}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mftmerge recipe"} | schema
