@@ -80,6 +80,10 @@ class Checkpoint:
             raise BadInput(f"{self.path}: no tensor {name!r} in this checkpoint")
         return self._entries[name]
 
+    def shard_of(self, entry: TensorEntry) -> Shard:
+        """The file that holds a tensor."""
+        return self._shard_of[entry.file]
+
     def read(self, name: str) -> Integers:
         """A whole tensor as unsigned integers of the element's width, in the tensor's shape."""
         entry = self.entry(name)

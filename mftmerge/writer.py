@@ -28,11 +28,11 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, er
 class OutputDirectory:
     """A context manager around a directory being written. Without `commit()` nothing appears under `out`.
 
-    job: identifies the work (inputs and options); a leftover of another job is never continued.
+    job: gives a text that identifies the work (inputs and options); a leftover of another job is never continued.
     resume: continue the leftover of a killed run, and leave what was finished in place when this run fails.
     """
 
-    def __init__(self, out: Path, job: str, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(self, out: Path, job: Callable[[], str], *, overwrite: bool = False, resume: bool = False) -> None:
         self.out, self.job, self.overwrite, self.resume = out, job, overwrite, resume
         self.path = out.parent / f".{out.name}.partial"
         self._finished: dict[str, str] = {}
@@ -81,7 +81,7 @@ class OutputDirectory:
         with self._lock:
             self._finished[name] = digest
             temporary = self.path / f"{MANIFEST}.tmp"
-            temporary.write_text(json.dumps({"job": self.job, "files": self._finished}))
+            temporary.write_text(json.dumps({"job": self.job(), "files": self._finished}))
             os.replace(temporary, self.path / MANIFEST)
 
     def commit(self) -> None:
@@ -110,7 +110,7 @@ class OutputDirectory:
         try:
             manifest = json.loads((self.path / MANIFEST).read_text())
             files = {str(k): str(v) for k, v in manifest["files"].items() if Path(k).name == k}
-            return files if manifest["job"] == self.job else {}
+            return files if manifest["job"] == self.job() else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -191,6 +191,15 @@ def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | 
                 return None
             digest.update(memoryview(buffer)[:got])
     return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sync_directory(path: Path) -> None:

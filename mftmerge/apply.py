@@ -1,0 +1,270 @@
+"""Mask x checkpoint -> checkpoint, as a stream: dropped weights become 0 or the base's value, nothing else changes.
+
+The output has the input's layout: every shard keeps its header, tensors outside the mask are copied by the kernel, and
+masked ones pass through in pieces as integers, so that each kept weight keeps its bits, NaNs included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mftmerge import card, matching
+from mftmerge.checkpoint import INDEX, Checkpoint, resolve
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask
+from mftmerge.matching import BaseDifference
+from mftmerge.shard import safe_file
+from mftmerge.stream import MaskStream
+from mftmerge.writer import OutputDirectory, check_target, hash_file, open_new, sync_file
+
+# Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+COMPANION_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What `apply_mask` did.
+
+    tensors, covered, dropped: tensors masked, weights in them, and weights set to 0 or to the base's value.
+    nbytes: size of the weight files written. continued: shards taken over from a killed run.
+    difference: the model against the mask's own base; None when the mask has no fingerprints or the check was skipped.
+    notes: what the user should know besides, one sentence each.
+    """
+
+    out: Path
+    tensors: int
+    covered: int
+    dropped: int
+    nbytes: int
+    continued: tuple[str, ...]
+    difference: BaseDifference | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Inputs that were checked against each other, and the files that go along."""
+
+    mask: Mask
+    source: Checkpoint
+    base: Checkpoint | None
+    names: dict[str, str]
+    companions: tuple[str, ...]
+    model: str
+    base_name: str | None
+
+
+def apply_mask(
+    mask: Mask | str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    require_base: bool = False,
+    resume: bool = False,
+    check_base: bool = True,
+    include: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> ApplyReport:
+    """Write a complete checkpoint to the directory `out`: `model` with `mask` applied.
+
+    model: checkpoint directory or hub id. base: apply to the delta from this checkpoint, so that dropped weights return
+    to its values; without it they become 0. overwrite: replace an existing checkpoint directory.
+    require_base: refuse, before anything is written, a model whose covered tensors are not those the mask was made for.
+    check_base=False skips that comparison, which hashes the covered tensors beside the copying.
+    resume: continue what a killed run left, shard by shard, each checked by its hash; keep finished shards on failure.
+    include: patterns of further files of `model` to copy (`*.py` for code, which a plain run leaves out).
+    progress: called with (bytes done, bytes in all).
+
+    Memory does not grow with the model. Raises BadInput before anything is written when names, shapes or types do not
+    fit, MftmergeError on failures; either way `out` is then as it was.
+    """
+    plan = _plan(mask, model, base, include)
+    target = Path(os.path.abspath(Path(out).expanduser()))
+    check_target(target, overwrite)
+    for used in (plan.source, plan.base):
+        if used and target.exists() and target.samefile(used.path):
+            raise BadInput(f"{target}: is itself an input; choose another output directory")
+    if require_base and not plan.mask.info.fingerprints:
+        raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
+    try:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mftmerge-hash") as pool:
+            difference: Future[BaseDifference | None] | None = None
+            if check_base or require_base:
+                difference = pool.submit(matching.base_difference, plan.names, plan.mask, plan.source)
+            if require_base and difference and (found := difference.result()) and found.tensors:
+                raise BadInput(f"{model}: {found}, and --require-base allows no difference")
+            return _write(plan, target, pool, difference, overwrite, resume, progress)
+    except OSError as e:
+        where = f" ({e.filename})" if e.filename else ""
+        raise MftmergeError(f"cannot write {target}: {e.strerror or e}{where}; nothing was put there") from None
+
+
+def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iterator[str]:
+    """Names of the files to copy beside the weights, relative to the checkpoint. `include`: more patterns than usual.
+
+    Raises BadInput for a link that leads out of the checkpoint.
+    """
+    own = {s.name for s in checkpoint.shards}
+    folders = [".", *(f for f in COMPANION_FOLDERS if (checkpoint.path / f).is_dir())]
+    for folder in folders:
+        for path in sorted((checkpoint.path / folder).iterdir()):
+            name = str(path.relative_to(checkpoint.path))
+            usual = any(path.match(p) for p in COMPANIONS) and not path.name.endswith(".index.json")
+            index = name == INDEX and checkpoint.index is not None
+            wanted = usual or index or any(path.match(p) for p in include)
+            if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):
+                safe_file(checkpoint.path, name)
+                yield name
+
+
+def _plan(mask: Mask | str | Path, model: str | Path, base: str | Path | None, include: Sequence[str]) -> _Plan:
+    """Everything that can be checked without reading a weight."""
+    if not isinstance(mask, Mask):
+        mask = Mask.load(mask)
+    source = Checkpoint.open(resolve(model))
+    foundation = None if base is None else Checkpoint.open(resolve(base))
+    names = matching.match(mask, source, str(model))
+    if foundation is not None:
+        matching.require_base_tensors(names, source, foundation, str(base))
+    companions = tuple(companion_files(source, include))
+    base_name = None if base is None else card.public_name(str(base))
+    return _Plan(mask, source, foundation, names, companions, card.public_name(str(model)), base_name)
+
+
+def _write(
+    plan: _Plan,
+    out: Path,
+    pool: ThreadPoolExecutor,
+    difference: Future[BaseDifference | None] | None,
+    overwrite: bool,
+    resume: bool,
+    progress: Callable[[int, int], None] | None,
+) -> ApplyReport:
+    """Fill the output directory and give it its name."""
+    digest = pool.submit(lambda: plan.mask.digest)
+    stopped = threading.Event()
+    with OutputDirectory(out, lambda: _job(plan, digest.result()), overwrite=overwrite, resume=resume) as directory:
+        try:
+            continued = _write_shards(plan, directory, pool, stopped, progress)
+            report = _report(plan, out, continued, difference.result() if difference else None)
+            _write_companions(plan, directory.path, report, digest.result())
+            directory.commit()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    return report
+
+
+def _write_shards(
+    plan: _Plan,
+    directory: OutputDirectory,
+    pool: ThreadPoolExecutor,
+    stopped: threading.Event,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[str, ...]:
+    """Write each shard that is not there yet; one is synced and hashed while the next is written."""
+    shards = plan.source.shards
+    total, done = sum(s.nbytes for s in shards), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    def complete(name: str) -> None:
+        sync_file(directory.path / name)
+        # The last shard's hash would serve nobody: the directory gets its name next.
+        if name != shards[-1].name and (digest := hash_file(directory.path / name, stopped.is_set)):
+            directory.record(name, digest)
+
+    continued = [s.name for s in shards if directory.is_finished(s.name, s.nbytes)]
+    to_write = [s for s in shards if s.name not in continued]
+    advance(total - sum(s.nbytes for s in to_write))
+    _require_space(directory.path, sum(s.nbytes for s in to_write))
+    stream = MaskStream(plan.mask, plan.names, plan.base, advance)
+    completing: list[Future[None]] = []
+    for shard in to_write:
+        fd = open_new(directory.path / shard.name, shard.nbytes)
+        try:
+            stream.write(shard, fd)
+        finally:
+            os.close(fd)
+        completing.append(pool.submit(complete, shard.name))
+    stopped.set()
+    for future in completing:
+        future.result()
+    return tuple(continued)
+
+
+def _require_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise MftmergeError(f"{path.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; free some space")
+
+
+def _job(plan: _Plan, digest: str) -> str:
+    """Identifies the work, so that a leftover of other inputs is never continued."""
+    inputs: list[Any] = [digest, sorted(plan.names.items())]
+    for checkpoint in (plan.source, plan.base):
+        shards = checkpoint.shards if checkpoint else ()
+        inputs.append([(s.name, hashlib.blake2b(s.header).hexdigest(), s.identity) for s in shards])
+    return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
+
+
+def _report(plan: _Plan, out: Path, continued: tuple[str, ...], difference: BaseDifference | None) -> ApplyReport:
+    covered = sum(plan.source.entry(n).size for n in plan.names)
+    kept = sum(plan.mask.count(n) for n in plan.names.values())
+    notes = []
+    if set(plan.names) - set(plan.names.values()):
+        notes.append("some names differ between mask and model; tensors were matched by prefix or as tied embeddings")
+    if any((plan.source.path).glob("*.py")) and not any(n.endswith(".py") for n in plan.companions):
+        notes.append("the model directory has Python code, which was not copied (--include '*.py' copies it)")
+    return ApplyReport(
+        out=out,
+        tensors=len(plan.names),
+        covered=covered,
+        dropped=covered - kept,
+        nbytes=sum(s.nbytes for s in plan.source.shards),
+        continued=continued,
+        difference=difference,
+        notes=tuple(notes),
+    )
+
+
+def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest: str) -> None:
+    """Copy configuration, tokenizer, templates and licence; write the model card."""
+    for name in plan.companions:
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(safe_file(plan.source.path, name), directory / name)
+        sync_file(directory / name)
+    density = 1 - report.dropped / report.covered if report.covered else 1.0
+    facts = [
+        f"{report.tensors} tensors masked: {report.dropped:,} of {report.covered:,} weights dropped "
+        f"(density {density:.4f}).",
+        f"Dropped weights have the value of `{plan.base_name}`." if plan.base_name else "Dropped weights are 0.",
+        "All other values are bit for bit those of the original.",
+    ]
+    if report.difference:
+        text = str(report.difference)
+        facts.append(f"{text[0].upper()}{text[1:]}.")
+    original = card.read_card(safe_file(plan.source.path, "README.md")) if _has_card(plan.source.path) else None
+    text = card.model_card(report.out.name, plan.mask, digest, facts, plan.model, original)
+    (directory / "README.md").write_text(text, encoding="utf-8")
+    sync_file(directory / "README.md")
+
+
+def _has_card(path: Path) -> bool:
+    return (path / "README.md").exists() or (path / "README.md").is_symlink()

@@ -1,0 +1,155 @@
+"""Which tensors of a checkpoint a mask covers, and every check that needs no weights: done before a byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask
+from mftmerge.shard import TensorEntry, safe_file
+
+HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class BaseDifference:
+    """How far a checkpoint is from the one a mask was made for: covered tensors and weights in those that differ."""
+
+    tensors: int
+    of_tensors: int
+    weights: int
+    of_weights: int
+
+    def __str__(self) -> str:
+        if not self.tensors:
+            return f"the model is the mask's base: all {self.of_tensors} covered tensors are equal"
+        share = self.weights / self.of_weights if self.of_weights else 0.0
+        return (
+            f"the model is not the mask's base: {self.tensors} of {self.of_tensors} covered tensors differ "
+            f"({share:.1%} of the covered weights)"
+        )
+
+
+def match(mask: Mask, checkpoint: Checkpoint, what: str) -> dict[str, str]:
+    """Checkpoint tensor -> mask tensor, for all that the mask covers.
+
+    Names match exactly, or all with the same prefix added or removed (`model.layers.0` and `layers.0`). A mask over one
+    of two tied tensors covers both. what: the checkpoint's name for messages.
+    Raises BadInput when a covered tensor is missing, has another shape, or a type that has no weights to drop.
+    """
+    names = _by_name(mask, checkpoint, what)
+    for here, there in names.items():
+        entry, shape = checkpoint.entry(here), mask.shape(there)
+        if entry.shape != shape:
+            raise BadInput(f"{what}: tensor {here!r} has shape {entry.shape}, the mask has {shape}")
+        if entry.dtype[:1] not in "FB" or entry.dtype == "BOOL":
+            raise BadInput(f"{what}: tensor {here!r} is {entry.dtype}; masks apply to floating point weights only")
+        _ = entry.integer
+    return {**names, **_tied_copies(mask, checkpoint, names)}
+
+
+def require_base_tensors(names: dict[str, str], checkpoint: Checkpoint, base: Checkpoint, what: str) -> None:
+    """Raise BadInput unless `base` has every covered tensor with the checkpoint's shape and type."""
+    for name in names:
+        if name not in base:
+            raise BadInput(f"{what}: has no tensor {name!r}, which the mask covers; give the model's own base")
+        a, b = checkpoint.entry(name), base.entry(name)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            raise BadInput(
+                f"{what}: tensor {name!r} is {b.dtype} {b.shape}, the model has {a.dtype} {a.shape}; "
+                "exact selection needs both alike"
+            )
+
+
+def base_difference(names: dict[str, str], mask: Mask, checkpoint: Checkpoint) -> BaseDifference | None:
+    """Compare the covered tensors with the mask's fingerprints; None when it has none. Reads those tensors."""
+    known = {here: mask.info.fingerprints.get(there) for here, there in names.items()}
+    entries: list[TensorEntry] = [checkpoint.entry(n) for n, print_ in known.items() if print_]
+    if not entries:
+        return None
+    differ = [e for e in entries if checkpoint.fingerprint(e.name) != known[e.name]]
+    return BaseDifference(len(differ), len(entries), sum(e.size for e in differ), sum(e.size for e in entries))
+
+
+def _by_name(mask: Mask, checkpoint: Checkpoint, what: str) -> dict[str, str]:
+    missing = [n for n in mask.names if n not in checkpoint]
+    if not missing:
+        return {n: n for n in mask.names}
+    renamed = [r for r in _renamings(missing[0], checkpoint) if all(r(n) in checkpoint for n in missing)]
+    found = {tuple(sorted((r(n), n) for n in missing)) for r in renamed}
+    if len(found) == 1:
+        changed = dict(found.pop())
+        same = {n: n for n in mask.names if n in checkpoint}
+        if not changed.keys() & same.keys():
+            return {**same, **changed}
+    tied = _tied_name(missing, checkpoint)
+    if tied and tied not in mask:
+        return {**{n: n for n in mask.names if n in checkpoint}, tied: missing[0]}
+    raise BadInput(
+        f"{what}: {len(missing)} of {len(mask.names)} covered tensors are missing{_hint(missing, checkpoint)}"
+    )
+
+
+class _Renaming:
+    """Adds or removes one prefix."""
+
+    def __init__(self, add: str, remove: str) -> None:
+        self.add, self.remove = add, remove
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.remove)
+
+
+def _renamings(name: str, checkpoint: Checkpoint) -> Iterator[_Renaming]:
+    """The prefix changes that would turn `name` into one of the checkpoint's names."""
+    for other in checkpoint.names:
+        if other.endswith("." + name):
+            yield _Renaming(other.removesuffix(name), "")
+        elif name.endswith("." + other):
+            yield _Renaming("", name.removesuffix(other))
+
+
+def _tied_name(missing: list[str], checkpoint: Checkpoint) -> str | None:
+    """The stored embeddings, when all that is missing is a head: a checkpoint without a head ties it to them."""
+    stored = [n for n in checkpoint.names if n.endswith(EMBEDDINGS)]
+    heads = [n for n in checkpoint.names if n.endswith(HEADS)]
+    return stored[0] if len(missing) == len(stored) == 1 and missing[0].endswith(HEADS) and not heads else None
+
+
+def _tied_copies(mask: Mask, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, str]:
+    """Where head and embeddings are tied but both stored, the one that the mask does not name."""
+    embeddings = [n for n in checkpoint.names if n.endswith(EMBEDDINGS)]
+    heads = [n for n in checkpoint.names if n.endswith(HEADS)]
+    if len(embeddings) != 1 or len(heads) != 1 or not ties_embeddings(checkpoint):
+        return {}
+    pair = (embeddings[0], heads[0])
+    covered = [n for n in pair if n in names]
+    if len(covered) != 1 or len({checkpoint.entry(n).shape for n in pair}) != 1:
+        return {}
+    other = pair[1 - pair.index(covered[0])]
+    return {other: names[covered[0]]}
+
+
+def ties_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether config.json says that the head is the embeddings."""
+    if not (checkpoint.path / "config.json").exists():
+        return False
+    try:
+        config = json.loads(safe_file(checkpoint.path, "config.json").read_bytes())
+    except ValueError:
+        raise BadInput(f"{checkpoint.path}: config.json is not readable JSON") from None
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in (config, inner))
+
+
+def _hint(missing: list[str], checkpoint: Checkpoint) -> str:
+    if any(".experts." in n for n in missing) and any(n.endswith("experts.gate_up_proj") for n in checkpoint.names):
+        return (
+            f" (first {missing[0]!r}): the checkpoint stores its experts fused; save it with "
+            "save_pretrained(..., save_original_format=True), or apply the mask to the live model"
+        )
+    return f" (first {missing[0]!r}); was the mask made for another architecture or size?"

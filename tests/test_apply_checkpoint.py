@@ -1,0 +1,298 @@
+"""mftmerge apply: exact on every dtype, complete output, checks before any byte is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.stream import select
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
+DTYPES = {
+    "bfloat16": torch.int16,
+    "float16": torch.int16,
+    "float32": torch.int32,
+    "float64": torch.int64,
+    "float8_e4m3fn": torch.uint8,
+    "float8_e5m2": torch.uint8,
+}
+
+
+def random_mask(path: Path, seed: int = 0, density: float = 0.9, where: str = "", info: MaskInfo | None = None) -> Mask:
+    """A mask over the 2-D weights of a checkpoint's layers whose name contains `where`."""
+    checkpoint = Checkpoint.open(path)
+    rng = np.random.default_rng(seed)
+    names = [e.name for e in checkpoint if len(e.shape) == 2 and ".h." in "." + e.name.replace("layers", "h")]
+    kept = {n: rng.random(checkpoint.entry(n).shape) < density for n in names if where in n}
+    return Mask.from_bools(kept, info)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {k: t for f in sorted(path.glob("*.safetensors")) for k, t in load_file(f).items()}
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else bytes(tensor.numpy().tobytes())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keeping_everything_reproduces_every_tensor_bit_for_bit(
+    tiny: Callable[..., Path], tmp_path: Path, architecture: str
+) -> None:
+    path = tiny(architecture, dtype="bfloat16", max_shard_size="150KB")
+    mask = random_mask(path, density=2.0)
+    assert len(mask.names) > 10
+    apply_mask(mask, path, tmp_path / "out")
+    before, after = tensors(path), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(bits_of(before[k]) == bits_of(after[k]) for k in before)
+    for file in path.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selection_is_exact_for_every_bit_pattern(tmp_path: Path, dtype: str, with_base: bool) -> None:
+    """Random bit patterns, so NaNs with payloads, infinities, -0.0 and denormals, and sizes that fill no byte."""
+    integer, width = DTYPES[dtype], getattr(torch, dtype).itemsize
+    g = torch.Generator().manual_seed(5)
+
+    def random_bits(*shape: int) -> torch.Tensor:
+        raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * width), generator=g, dtype=torch.uint8)
+        return raw.view(getattr(torch, dtype))
+
+    shapes = {"a": (3, 7), "b": (257, 1031), "c": (1, 1), "untouched": (5, 5)}
+    one, two = {k: random_bits(*s) for k, s in shapes.items()}, {k: random_bits(*s) for k, s in shapes.items()}
+    for name, tensors_ in (("model", one), ("base", two)):
+        (tmp_path / name).mkdir()
+        save_file(tensors_, tmp_path / name / "model.safetensors")
+    rng = np.random.default_rng(1)
+    kept = {k: rng.random(s) < 0.7 for k, s in shapes.items() if k != "untouched"}
+    apply_mask(
+        Mask.from_bools(kept), tmp_path / "model", tmp_path / "out", base=tmp_path / "base" if with_base else None
+    )
+    result = tensors(tmp_path / "out")
+    for name in shapes:
+        a = one[name].view(integer)
+        dropped = two[name].view(integer) if with_base else torch.zeros_like(a)
+        keep = torch.from_numpy(kept[name]) if name in kept else torch.ones(shapes[name], dtype=torch.bool)
+        assert torch.equal(result[name].view(integer), torch.where(keep, a, dropped)), name
+
+
+def test_select_refuses_bits_that_do_not_fit() -> None:
+    from mftmerge.errors import MftmergeError
+
+    with pytest.raises(MftmergeError, match="damaged"):
+        select(np.ones(9, np.uint16), np.array([255], np.uint8))
+
+
+def test_output_is_complete_and_loads(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path / "model"
+    shutil.copytree(tiny("llama", dtype="bfloat16", max_shard_size="150KB"), path)
+    (path / "LICENSE").write_text("terms")
+    (path / "README.md").write_text("---\nlicense: mit\nmodel-index: x\n---\n\n# Old\nold words\n")
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    (path / "modeling_x.py").write_text("boom")
+    (path / "model.fp16.safetensors").write_bytes(b"other weights")
+    (path / "pytorch_model.bin.index.json").write_text("{}")
+    info = MaskInfo(
+        operation="vote",
+        options={"threshold": 2},
+        parents=(Parent("code.mask", "c" * 32), Parent("both.mask", "b" * 32, operation="union")),
+    )
+    report = apply_mask(random_mask(path, info=info), path, tmp_path / "out")
+    out = tmp_path / "out"
+    before = {p.name for p in path.iterdir()}
+    left_out = {"pytorch_model.bin", "modeling_x.py", "model.fp16.safetensors", "pytorch_model.bin.index.json"}
+    assert {p.name for p in out.iterdir()} == before - left_out
+    assert (out / "LICENSE").read_text() == "terms"
+    readme = (out / "README.md").read_text()
+    for part in ("license: mit", "vote(threshold=2)", "code.mask cccccccccccc", "union of", "old words", "mftmerge"):
+        assert part in readme
+    assert "model-index" not in readme
+    assert str(tmp_path) not in readme
+    assert any("Python code" in n for n in report.notes)
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(path).chat_template
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    state = tensors(out)
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, state["model.layers.0.mlp.up_proj.weight"])
+    apply_mask(random_mask(path), path, tmp_path / "code", include=["*.py"])
+    assert (tmp_path / "code" / "modeling_x.py").read_text() == "boom"
+    assert not (tmp_path / "code" / "pytorch_model.bin").exists()
+
+
+def test_base_difference_is_counted_and_can_be_required(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama")
+    checkpoint = Checkpoint.open(path)
+    names = random_mask(path).names
+    info = MaskInfo(base="x", fingerprints={n: checkpoint.fingerprint(n) for n in names})
+    mask = random_mask(path, info=info)
+    same = apply_mask(mask, path, tmp_path / "same", require_base=True).difference
+    assert same is not None
+    assert (same.tensors, same.of_tensors) == (0, len(names))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(path, tuned)
+    state = load_file(path / "model.safetensors")
+    state[names[0]][0, 0] += 1
+    state[names[3]][1, 2] *= 2
+    save_file(state, tuned / "model.safetensors", metadata={"format": "pt"})
+    report = apply_mask(mask, tuned, tmp_path / "out")
+    assert report.difference is not None
+    assert report.difference.tensors == 2
+    assert report.difference.weights == sum(mask.size(names[i]) for i in (0, 3))
+    assert f"2 of {len(names)} covered tensors differ" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(BadInput, match=f"2 of {len(names)} covered tensors differ"):
+        apply_mask(mask, tuned, tmp_path / "refused", require_base=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "same", "tuned"]
+    with pytest.raises(BadInput, match="no fingerprints"):
+        apply_mask(random_mask(path), path, tmp_path / "refused", require_base=True)
+
+
+def test_delta_of_the_base_itself_is_the_base(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    tuned, base = tiny("llama", seed=1, dtype="bfloat16"), tiny("llama", dtype="bfloat16")
+    mask = random_mask(tuned, density=-1.0)
+    apply_mask(mask, tuned, tmp_path / "out", base=base)
+    result, expected, original = tensors(tmp_path / "out"), tensors(base), tensors(tuned)
+    assert all(torch.equal(result[n], (expected if n in mask else original)[n]) for n in result)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda k: {**k, "model.layers.9.mlp.up_proj.weight": np.ones((2, 2), bool)},
+            "1 of 29 covered tensors are mis",
+        ),
+        (lambda k: {n: v[:-1] for n, v in k.items()}, "has shape"),
+        (lambda k: {"model.layers.0.mlp.up_proj.weigth": next(iter(k.values()))}, "another architecture"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tiny: Callable[..., Path], tmp_path: Path, change: Callable[..., dict[str, np.ndarray]], message: str
+) -> None:
+    path = tiny("llama")
+    mask = random_mask(path)
+    wrong = Mask.from_bools(change({n: mask.kept(n) for n in mask.names}))
+    with pytest.raises(BadInput, match=message):
+        apply_mask(wrong, path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_may_differ_by_the_base_models_prefix(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("gpt2")
+    mask = random_mask(path)
+    bare = Mask.from_bools({n.removeprefix("transformer."): mask.kept(n) for n in mask.names})
+    report = apply_mask(bare, path, tmp_path / "bare")
+    apply_mask(mask, path, tmp_path / "full")
+    assert report.notes
+    assert (tmp_path / "bare/model.safetensors").read_bytes() == (tmp_path / "full/model.safetensors").read_bytes()
+
+
+def test_tied_embeddings_are_masked_wherever_they_are_stored(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("qwen2")  # tied: only the embeddings are stored
+    embeddings = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    kept = np.random.default_rng(0).random(tuple(embeddings.shape)) < 0.5
+    by_head = Mask.from_bools({"lm_head.weight": kept})
+    apply_mask(by_head, path, tmp_path / "one")
+    expected = embeddings * torch.from_numpy(kept)
+    assert torch.equal(tensors(tmp_path / "one")["model.embed_tokens.weight"], expected)
+    both = tmp_path / "both"
+    shutil.copytree(path, both)
+    state = load_file(path / "model.safetensors")
+    save_file({**state, "lm_head.weight": embeddings.clone()}, both / "model.safetensors", metadata={"format": "pt"})
+    apply_mask(by_head, both, tmp_path / "two")
+    result = tensors(tmp_path / "two")
+    assert torch.equal(result["lm_head.weight"], expected)
+    assert torch.equal(result["model.embed_tokens.weight"], expected)
+
+
+def test_fused_experts_in_the_file_are_refused_with_the_way_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tiny("mixtral")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(BadInput, match="stores its experts fused"):
+        apply_mask(random_mask(path, where="experts"), tmp_path / "fused", tmp_path / "out")
+
+
+def test_integers_are_not_weights(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    save_file({"q": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(BadInput, match="I8"):
+        apply_mask(Mask.from_bools({"q": np.ones((4, 4), bool)}), tmp_path / "m", tmp_path / "out")
+
+
+def test_a_base_of_another_type_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama", dtype="bfloat16")
+    with pytest.raises(BadInput, match="exact selection needs both alike"):
+        apply_mask(random_mask(path), path, tmp_path / "out", base=tiny("llama"))
+
+
+def test_target_is_never_replaced_unasked(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path, out = tiny("llama"), tmp_path / "out"
+    mask = random_mask(path)
+    apply_mask(mask, path, out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="--overwrite"):
+        apply_mask(random_mask(path, 1), path, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    apply_mask(random_mask(path, 1), path, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    with pytest.raises(BadInput, match="no checkpoint directory"):
+        apply_mask(mask, path, tmp_path / "home", overwrite=True)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(BadInput, match="not a directory"):
+        apply_mask(mask, path, tmp_path / "link", overwrite=True)
+    with pytest.raises(BadInput, match="itself an input"):
+        apply_mask(mask, out, out, overwrite=True)
+
+
+def test_command_line(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama", dtype="bfloat16")
+    random_mask(path).save(tmp_path / "a.mask")
+    program = "from mftmerge.cli.main import main; main(); "
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program, "apply", *arguments], capture_output=True, text=True)
+
+    first = run(str(tmp_path / "a.mask"), "--model", str(path), "-o", str(tmp_path / "out"))
+    assert first.returncode == 0, first.stderr
+    assert "28 tensors masked" in first.stdout
+    again = run(str(tmp_path / "a.mask"), "--model", str(path), "-o", str(tmp_path / "out"))
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "--overwrite" in again.stderr
+    assert run(str(tmp_path / "b.mask"), "--model", str(path), "-o", str(tmp_path / "o")).returncode == 2
+    assert run(str(tmp_path / "a.mask"), "--model", str(tmp_path), "-o", str(tmp_path / "o")).returncode == 2
+
+
+def test_apply_never_imports_torch(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama")
+    random_mask(path).save(tmp_path / "a.mask")
+    code = (
+        "import sys; from mftmerge.apply import apply_mask;"
+        f"apply_mask({str(tmp_path / 'a.mask')!r}, {str(path)!r}, {str(tmp_path / 'out')!r});"
+        "assert not {'torch', 'transformers', 'mergekit'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
