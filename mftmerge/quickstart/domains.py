@@ -167,8 +167,11 @@ def arithmetic_problems(seed: int = 0) -> Iterator[Row]:
             yield row
 
 
-def python_splits(sizes: dict[str, int], seed: int = 0, root: Path | None = None) -> Splits:
-    """Functions split by source file: a file's hash decides its split, then rows are shuffled and cut to size."""
+def python_splits(sizes: dict[str, int], seed: int = 0, root: Path | None = None, longest: int = 480) -> Splits:
+    """Functions split by source file: a file's hash decides its split, then rows are shuffled and cut to size.
+
+    longest: bound on the characters of head and body. There can be fewer rows than asked for.
+    """
     total = sum(sizes.values())
     bounds, edge = [], 0.0
     for name, size in sizes.items():
@@ -176,7 +179,7 @@ def python_splits(sizes: dict[str, int], seed: int = 0, root: Path | None = None
         bounds.append((edge, name))
     rows: Splits = {name: [] for name in sizes}
     seen: set[str] = set()
-    for file, row in standard_library_functions(root):
+    for file, row in standard_library_functions(root, longest):
         if row["completion"] in seen:  # the same body twice would leak between splits
             continue
         seen.add(row["completion"])
@@ -194,11 +197,14 @@ def arithmetic_splits(sizes: dict[str, int], seed: int = 0) -> Splits:
     return {name: [next(stream) for _ in range(size)] for name, size in sizes.items()}
 
 
-def write_domains(directory: Path, sizes: dict[str, int], seed: int = 0) -> dict[str, dict[str, Path]]:
+def write_domains(
+    directory: Path, sizes: dict[str, int], seed: int = 0, longest: int = 480
+) -> dict[str, dict[str, Path]]:
     """Write `DOMAIN-SPLIT.jsonl` files into `directory`; returns domain -> split -> path."""
     directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, dict[str, Path]] = {}
-    for domain, splits in (("python", python_splits(sizes, seed)), ("arithmetic", arithmetic_splits(sizes, seed))):
+    python, arithmetic = python_splits(sizes, seed, longest=longest), arithmetic_splits(sizes, seed)
+    for domain, splits in (("python", python), ("arithmetic", arithmetic)):
         for split, rows in splits.items():
             path = directory / f"{domain}-{split}.jsonl"
             temporary = path.with_suffix(".tmp")

@@ -104,3 +104,46 @@ def tiny_checkpoint(
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(path)
     return path
+
+
+def tiny_base(
+    path: str | Path, rows: list[dict[str, Any]], *, steps: int = 150, seed: int = 0, report: Any = lambda step: None
+) -> Path:
+    """A tiny Llama (1M weights, 4 layers), fine-tuned in full on `rows` for a few seconds: a base that knows a little.
+
+    rows: as `data.load_rows` gives them. report: called with the number of steps done. Written whole or not at all.
+    """
+    import os
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mftmerge.data import tokenize
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        complete = Path(temporary) / "checkpoint"
+        corpus = [row["prompt"] + row["completion"] for row in rows]
+        tiny_checkpoint(complete, "llama", seed=seed, hidden=128, corpus=corpus)
+        from transformers import AutoTokenizer
+
+        tokenized = tokenize(rows, AutoTokenizer.from_pretrained(complete), 256)
+        model = AutoModelForCausalLM.from_pretrained(complete, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps)
+            chosen = torch.randint(len(tokenized), (8,), generator=generator).tolist()
+            ids = [torch.tensor(tokenized[i]["input_ids"]) for i in chosen]
+            batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=0)
+            labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+            model(input_ids=batch, attention_mask=(labels != -100).long(), labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            report(step + 1)
+        model.save_pretrained(complete)
+        os.replace(complete, path)
+    return path
