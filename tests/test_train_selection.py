@@ -92,7 +92,7 @@ def test_modules_are_named_or_listed_when_nothing_matches() -> None:
     assert short("llama", r"(q|k)_proj") == {"self_attn.q_proj.weight", "self_attn.k_proj.weight"}
     assert short("mixtral", "mlp") == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}  # never the router
     assert short("gpt2", "attn") == {"attn.c_attn.weight", "attn.c_proj.weight"}
-    with pytest.raises(BadInput, match="there are mlp.down_proj.weight, .*self_attn.v_proj.weight"):
+    with pytest.raises(BadInput, match=r"there are mlp.down_proj.weight, .*self_attn.v_proj.weight"):
         short("llama", "nothing")
     with pytest.raises(BadInput, match="not a regular expression"):
         short("llama", "(")

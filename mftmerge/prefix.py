@@ -1,0 +1,263 @@
+"""Cheap forward passes: the layers below the first masked one computed once, and logits only where there is a label.
+
+The layers below the first masked layer are the same in every epoch, for every mask, so their output for a row is too.
+`PrefixCache` keeps it. Inside `with cache.use():` any forward pass of the model over rows that it knows (padded on the
+right, no key-value cache) skips these layers; every other pass runs as always. Nobody who calls the model has to know.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mftmerge.data import IGNORE, Tokens
+
+log = logging.getLogger(__name__)
+SHARE = 0.4  # of the free memory that states may fill
+
+
+class PrefixCache:
+    """Hidden states that enter decoder layer `first_layer`, by row, computed when a row is first seen.
+
+    Each row is computed on its own, without padding, so that a state does not depend on what it was batched with: a run
+    that is resumed reads the same numbers. Rows share one memory budget; beyond it they are computed every time.
+
+    directory: keep the states in a file there (deleted with the cache) instead of in memory.
+    budget: bytes to use at most; None is 40 % of what is free at the start.
+    """
+
+    def __init__(
+        self, model: Any, first_layer: int, *, directory: str | Path | None = None, budget: int | None = None
+    ) -> None:
+        from mftmerge.train.targets import decoder_layers
+
+        self.model, self.first_layer = model, first_layer
+        self._layers = list(decoder_layers(model)[1])
+        self._store: _Memory | _File = _File(Path(directory)) if directory is not None else _Memory()
+        self._budget = budget if budget is not None else _budget(directory)
+        self._lengths: set[int] = set()
+        self._known: set[bytes] = set()
+        self._states: Tensor | None = None  # what the batch that runs now gets; None: it runs all layers
+        self._busy = self._checked = self._off = False
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[Tokens]) -> None:
+        """Make rows known. Nothing is computed yet."""
+        for row in rows:
+            self._known.add(_key(row["input_ids"]))
+            self._lengths.add(len(row["input_ids"]))
+
+    def nbytes(self, rows: Sequence[Tokens]) -> int:
+        """Bytes that the states of `rows` take."""
+        width = self.model.config.get_text_config().hidden_size
+        size: int = sum(len(r["input_ids"]) for r in rows) * width * self.model.dtype.itemsize
+        return size
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes stored so far."""
+        return self._store.used
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self) -> Iterator[PrefixCache]:
+        """Let the model take known rows' states from here inside the block. Blocks may be nested."""
+        lower = self._layers[: self.first_layer]
+        if not lower or "forward" in vars(lower[0]):
+            yield self
+            return
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_pre_hook(self._on_embedding)
+        try:
+            for number, layer in enumerate(lower):
+                layer.forward = partial(self._lower_forward, number, layer.forward)
+            yield self
+        finally:
+            hook.remove()
+            self._states = None
+            for layer in lower:
+                vars(layer).pop("forward", None)
+
+    def _on_embedding(self, _: Any, args: tuple[Any, ...]) -> None:
+        if not self._busy:
+            self._states = None if self._off or args[0].ndim != 2 else self._find(args[0])
+
+    def _lower_forward(self, number: int, real: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._states is None or kwargs.get("past_key_values") is not None:
+            return real(*args, **kwargs)
+        if number == self.first_layer - 1:
+            return self._states
+        return args[0] if args else kwargs["hidden_states"]
+
+    def _find(self, ids: Tensor) -> Tensor | None:
+        """States of a padded batch, shape (rows, length, hidden), or None when a row of it is not known."""
+        found = []
+        for row in ids.tolist():
+            # The longest known row that this one starts with: what follows is padding, which a causal model's
+            # earlier positions never see.
+            length = next((n for n in sorted(self._lengths, reverse=True) if _is(self._known, row, n)), None)
+            if length is None or len(set(row[length:])) > 1:
+                return None
+            found.append(row[:length])
+        states = [self._row(row) for row in found]
+        if any(s is None for s in states):
+            return None
+        first = states[0]
+        assert first is not None
+        out = torch.zeros(*ids.shape, first.shape[-1], dtype=first.dtype, device=ids.device)
+        for i, s in enumerate(states):
+            assert s is not None
+            out[i, : len(s)] = s
+        return out
+
+    def _row(self, ids: list[int]) -> Tensor | None:
+        key = _key(ids)
+        states = self._store.get(key)
+        if states is None:
+            states = self._compute(ids)
+            if not self._checked and not self._agrees(ids, states):
+                log.warning("%s: cached states give other results; running all layers", type(self.model).__name__)
+                self._off = True
+                return None
+            if self._store.used + states.nbytes <= self._budget:
+                self._store.put(key, states)
+        return states
+
+    @torch.no_grad()
+    def _compute(self, ids: list[int]) -> Tensor:
+        """Run one row through the lower layers and stop at the first masked one: shape (length, hidden)."""
+
+        class Reached(Exception):
+            pass
+
+        caught: list[Tensor] = []
+
+        def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args[0] if args else kwargs["hidden_states"])[0])
+            raise Reached
+
+        hook = self._layers[self.first_layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self._full(ids)
+        except Reached:
+            pass
+        finally:
+            hook.remove()
+        return caught[0].detach().clone()
+
+    @torch.no_grad()
+    def _agrees(self, ids: list[int], states: Tensor) -> bool:
+        """Whether skipping the lower layers gives the model's own logits on one row (checked once)."""
+        self._checked = True
+        expected = self._full(ids).logits
+        found = self._full(ids, states[None]).logits
+        error = (found - expected).abs().max()
+        return bool(error <= 64 * torch.finfo(expected.dtype).eps * expected.abs().max())
+
+    def _full(self, ids: list[int], states: Tensor | None = None) -> Any:
+        """The model's forward pass of one row, in evaluation mode, with the lower layers or from states."""
+        before, was_training = self._states, self.model.training
+        self._busy, self._states = True, states
+        self.model.eval()
+        try:
+            batch = torch.tensor([ids], device=self.model.device)
+            return self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
+        finally:
+            self._busy, self._states = False, before
+            self.model.train(was_training)
+
+
+class _Memory:
+    def __init__(self) -> None:
+        self._rows: dict[bytes, Tensor] = {}
+        self.used = 0
+
+    def get(self, key: bytes) -> Tensor | None:
+        return self._rows.get(key)
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        self._rows[key] = states
+        self.used += states.nbytes
+
+
+class _File:
+    """States one after another in an unnamed file, which the system deletes with the process."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
+        self._places: dict[bytes, tuple[int, Tensor]] = {}
+        self.used = 0
+
+    def get(self, key: bytes) -> Tensor | None:
+        if key not in self._places:
+            return None
+        start, like = self._places[key]
+        raw = bytearray(os.pread(self._file.fileno(), like.nbytes, start))
+        return torch.frombuffer(raw, dtype=torch.uint8).view(like.dtype).view(like.shape).to(like.device)
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        raw = states.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        os.pwrite(self._file.fileno(), raw, self.used)
+        # An expanded scalar remembers shape, dtype and device and takes no memory.
+        self._places[key] = (self.used, states.new_zeros(()).expand(states.shape))
+        self.used += len(raw)
+
+
+def _key(ids: Sequence[int]) -> bytes:
+    return torch.tensor(ids, dtype=torch.int64).numpy().tobytes()
+
+
+def _is(known: set[bytes], row: list[int], length: int) -> bool:
+    return length <= len(row) and _key(row[:length]) in known
+
+
+def _budget(directory: str | Path | None) -> int:
+    import shutil
+
+    import psutil  # type: ignore[import-untyped]
+
+    free = psutil.virtual_memory().available if directory is None else shutil.disk_usage(Path(directory).parent).free
+    return int(SHARE * free)
+
+
+@contextmanager
+def logits_at(model: Any, wanted: Tensor) -> Iterator[None]:
+    """Inside the block the model's head sees only the positions where `wanted` (batch, length) is True.
+
+    `model(...).logits` then has shape (1, number wanted, vocabulary), in row-major order, with whatever the model does
+    after its head (scaling, soft capping). The head is the largest product of a small model, and most positions of a
+    chat have no label.
+    """
+
+    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][wanted][None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def token_loss_sum(model: Any, ids: Tensor, labels: Tensor, *, whole: Any = None, **inputs: Any) -> Tensor:
+    """Sum of the token losses in nats over labels that are not -100 (label i belongs to token i: shifted here).
+
+    ids, labels: shape (batch, length). whole: the wrapper to call (DDP) where it is not the model itself.
+    """
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    wanted = following != IGNORE
+    with logits_at(model, wanted):
+        logits = (whole or model)(input_ids=ids, use_cache=False, **inputs).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), following[wanted], reduction="sum")
