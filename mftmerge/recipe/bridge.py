@@ -22,8 +22,10 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
+from mftmerge.matching import match
 from mftmerge.recipe.arrival import SHARD_BYTES, ArrivalWriter
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.locate import MaskBook, absolute
@@ -61,23 +63,22 @@ def select(kept: torch.Tensor, tensor: torch.Tensor, other: torch.Tensor | None,
 
 
 class MaskedLoader(LazyTensorLoader):
-    """A checkpoint's loader that masks tensors as they are read, by their names in the checkpoint."""
+    """A checkpoint's loader that masks tensors as they are read. `names`: tensor of the checkpoint -> of the mask."""
 
-    def __init__(self, inner: LazyTensorLoader, mask: Mask, base: LazyTensorLoader | None) -> None:
+    def __init__(
+        self, inner: LazyTensorLoader, mask: Mask, names: dict[str, str], base: LazyTensorLoader | None
+    ) -> None:
         super().__init__(inner.index, inner.lazy_unpickle)
-        self.mask, self.base = mask, base
-        absent = [n for n in mask.names if n not in self.index.tensor_paths]
-        if absent:
-            raise BadInput(f"the mask covers {absent[0]}, which {self.index.base_path} does not have")
+        self.mask, self.names, self.base = mask, names, base
 
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
     ) -> torch.Tensor | None:
         tensor = super().get_tensor(key, device, aliases, raise_on_missing)
-        if tensor is None or key not in self.mask:
+        if tensor is None or key not in self.names:
             return tensor
         other = self.base.get_tensor(key, device) if self.base else None
-        return select(torch.from_numpy(self.mask.kept(key)).to(device), tensor, other, key)
+        return select(torch.from_numpy(self.mask.kept(self.names[key])).to(device), tensor, other, key)
 
 
 @dataclass
@@ -188,7 +189,9 @@ class Translation:
                     if file.is_file() and (source == Path(merged.model.path) or not is_weight):
                         (path / file.name).unlink(missing_ok=True)
                         (path / file.name).symlink_to(file.resolve())
-            loader = MaskedLoader(merged.lazy_loader(), self.book.evaluate(use.expression()), self.delta_base(use))
+            mask = self.book.evaluate(use.expression())
+            names = match(mask, Checkpoint.open(merged.model.path), str(reference))
+            loader = MaskedLoader(merged.lazy_loader(), mask, names, self.delta_base(use))
             LoaderCache.loaders[ModelReference.model_validate(str(path))] = loader
             self.views[key] = str(path)
         return self.views[key]

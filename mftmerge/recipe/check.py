@@ -255,8 +255,15 @@ def _check_expression(expression: MaskExpression, where: Location) -> Iterator[t
     if expression.op is not None:
         from mftmerge.combine import OPERATIONS
 
-        if expression.op not in OPERATIONS:
+        operation = OPERATIONS.get(expression.op)
+        if operation is None:
             yield (*where, "op"), f"unknown operation {expression.op!r}{suggestion(expression.op, OPERATIONS)}"
+        else:
+            for option in expression.options():
+                if option not in (*operation.options, "density", "uncovered"):
+                    yield (*where, option), f"{expression.op} has no option {option!r}"
+            if operation.most is not None and len(expression.of or ()) > operation.most:
+                yield (*where, "of"), f"{expression.op} takes at most {operation.most} masks"
     for i, part in enumerate(expression.of or ()):
         yield from _check_expression(part, (*where, "of", i))
     if expression.weights is not None and len(expression.weights) != len(expression.of or ()):

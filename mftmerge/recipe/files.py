@@ -8,14 +8,12 @@ from typing import Any
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask
+from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.locate import WEIGHTS, MaskBook, local, looks_like_hub_id, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class FileChecks:
@@ -25,7 +23,7 @@ class FileChecks:
         self.folder, self.document, self.stages = folder, document, stages
         self.book = MaskBook(folder, document.masks)
         self.warnings: list[tuple[Location, str]] = []
-        self._shapes: dict[str, Shapes | None] = {}
+        self._checkpoints: dict[str, Checkpoint | None] = {}
 
     def problems(self) -> Iterator[tuple[Location, str]]:
         """Everything wrong with the files, with its place; fills `warnings`."""
@@ -44,10 +42,10 @@ class FileChecks:
         items: list[tuple[Location, ModelInput | BaseInput]] = [*self.document.inputs(), *self.document.bases()]
         for where, item in items:
             if item.mask:
-                shapes = None if str(item.model) in absent else self.shapes(item.model)
-                yield from self._mask((*where, "mask"), item.mask, shapes, str(item.model))
+                found = None if str(item.model) in absent else self.checkpoint(item.model)
+                yield from self._mask((*where, "mask"), item.mask, found, str(item.model))
         if self.document.mask:
-            yield from self._mask(("mask",), self.document.mask, self._output_shapes(), "the result")
+            yield from self._mask(("mask",), self.document.mask, self._like_output(), "the result", exact=True)
         for where, inputs, _ in groups(self.document):
             if where[-1] == "models":
                 yield from self._same_shapes(where, inputs)
@@ -65,49 +63,49 @@ class FileChecks:
             if not (adapter / "adapter_config.json").is_file():
                 raise BadInput(f"{reference.lora!r} has no adapter_config.json; it is not a LoRA adapter")
 
-    def shapes(self, reference: Reference) -> Shapes | None:
-        """Shapes by tensor name, from the headers; None where they are not known (a stage, pickled weights)."""
+    def checkpoint(self, reference: Reference) -> Checkpoint | None:
+        """Headers of a model; None where they are not there to be read (a stage, pickled weights, a bad reference)."""
         key = reference.path
-        if key in self.stages:
-            return None
-        if key not in self._shapes:
-            found = local(key, self.folder)
-            if found is None and looks_like_hub_id(key):
+        if key not in self._checkpoints:
+            found = None if key in self.stages else local(key, self.folder)
+            if found is None and key not in self.stages and looks_like_hub_id(key):
                 found = model_directory(key, self.folder, reference.revision)
             has = found is not None and any((found / name).is_file() for name in WEIGHTS[:2])
-            self._shapes[key] = {e.name: e.shape for e in Checkpoint.open(found)} if found and has else None
-        return self._shapes[key]
+            self._checkpoints[key] = Checkpoint.open(found) if found and has else None
+        return self._checkpoints[key]
 
-    def _mask(self, where: Location, use: MaskUse, shapes: Shapes | None, whose: str) -> Iterator[tuple[Location, str]]:
+    def _mask(
+        self, where: Location, use: MaskUse, model: Checkpoint | None, whose: str, exact: bool = False
+    ) -> Iterator[tuple[Location, str]]:
+        label = self.book.label(use)
         try:
             mask = self.book.evaluate(use.expression())
+            if model is not None:
+                if exact and (absent := [n for n in mask.names if n not in model]):
+                    raise BadInput(f"{whose} will have no tensor {absent[0]!r}")
+                names = match(mask, model, whose)
+                base = use.base or (self.document.base_model and self.document.base_model.model)
+                if use.on == "delta" and base and (foundation := self.checkpoint(base)) is not None:
+                    require_base_tensors(names, model, foundation, f"base {base}")
         except BadInput as e:
-            yield where, str(e)
+            yield where, f"mask {label}: {e}"
             return
-        if shapes is not None:
-            yield from ((where, m) for m in mask_mismatches(mask, shapes, self.book.label(use), whose))
-        base = use.base or (self.document.base_model and self.document.base_model.model)
-        if use.on == "delta" and base and (base_shapes := self.shapes(base)) is not None:
-            yield from ((where, m) for m in mask_mismatches(mask, base_shapes, self.book.label(use), f"base {base}"))
         if use.on == "weights" and self.document.merge_method in TASK_VECTOR_METHODS and where != ("mask",):
-            self.warnings.append(
-                (
-                    where,
-                    f"{self.book.label(use)} sets weights of {whose} to 0, so that its task vector is minus the base "
-                    "there; use {file: ..., on: delta} to return them to the base instead",
-                )
-            )
+            message = f"mask {label} sets weights of {whose} to 0, so that its task vector is minus the base there; "
+            self.warnings.append((where, message + "{file: ..., on: delta} returns them to the base instead"))
 
-    def _output_shapes(self) -> Shapes | None:
-        """Shapes of the result where they are those of an input: a merge of whole models, tokenizer unchanged."""
+    def _like_output(self) -> Checkpoint | None:
+        """An input with the result's names and shapes: in a merge of whole models, tokenizer unchanged."""
         if not self.document.models or self.document.tokenizer or self.document.tokenizer_source:
             return None
-        return self.shapes(self.document.models[0].model)
+        return self.checkpoint(self.document.models[0].model)
 
     def _same_shapes(self, where: Location, inputs: tuple[ModelInput, ...]) -> Iterator[tuple[Location, str]]:
-        known = [(i, m, s) for i, m in enumerate(inputs) if (s := self.shapes(m.model)) is not None]
-        if self.document.base_model and (s := self.shapes(self.document.base_model.model)) is not None:
-            known.append((-1, ModelInput(model=self.document.base_model.model), s))
+        items: list[tuple[int, ModelInput | BaseInput]] = list(enumerate(inputs))
+        if self.document.base_model:
+            items.append((-1, self.document.base_model))
+        opened = [(i, m, self.checkpoint(m.model)) for i, m in items]
+        known = [(i, m, {e.name: e.shape for e in c}) for i, m, c in opened if c is not None]
         realigned = bool(self.document.tokenizer or self.document.tokenizer_source)
         for i, item, shapes in known[1:]:
             place = (*where, i) if i >= 0 else ("base_model",)
@@ -125,7 +123,8 @@ class FileChecks:
 
     def _filters(self) -> None:
         """Warn about filters that match no tensor of any model (mergekit passes over them silently)."""
-        names = [n for _, item in self.document.inputs() for n in (self.shapes(item.model) or ())]
+        opened = [self.checkpoint(item.model) for _, item in self.document.inputs()]
+        names = [n for c in opened if c is not None for n in c.names]
         settings: list[tuple[Location, Any]] = [
             (("parameters", k), v) for k, v in (self.document.parameters or {}).items()
         ]
@@ -145,16 +144,3 @@ TASK_VECTOR_METHODS = frozenset(
 
 def _agree(a: tuple[int, ...], b: tuple[int, ...], realigned: bool) -> bool:
     return a == b or (realigned and len(a) == len(b) and a[1:] == b[1:])
-
-
-def mask_mismatches(mask: Mask, shapes: Shapes, label: str, whose: str) -> Iterator[str]:
-    """What keeps a mask from being applied to tensors of these names and shapes."""
-    absent = [n for n in mask.names if n not in shapes]
-    if absent:
-        more = f" and {len(absent) - 1} more tensors" if len(absent) > 1 else ""
-        yield f"mask {label} covers {absent[0]}{more}, which {whose} does not have"
-    wrong = [n for n in mask.names if n in shapes and tuple(mask.shape(n)) != tuple(shapes[n])]
-    if wrong:
-        n = wrong[0]
-        more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
-        yield f"mask {label} has {n} as {mask.shape(n)}, {whose} has {shapes[n]}{more}"

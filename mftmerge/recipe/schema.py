@@ -91,7 +91,9 @@ class MaskExpression(Strict):
         default=None, description="union, intersection, vote, difference, xor, complement, score, ..."
     )
     of: tuple[MaskExpression, ...] | None = Field(default=None, description="The operation's inputs.")
-    threshold: float | None = Field(default=None, description="vote: kept where at least this many inputs keep.")
+    threshold: int | float | str | None = Field(
+        default=None, description='vote: how many inputs must keep, or a share (0.6, "60%").'
+    )
     weights: tuple[float, ...] | None = Field(
         default=None, description="One weight an input, for a weighted vote or score."
     )
@@ -359,9 +361,9 @@ def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tu
     data = copy.deepcopy(data)
     for e in error.errors():
         place: Any = data
-        for part in e["loc"][:-1]:
+        for part in e["loc"][:-1]:  # parts that name a branch of a union are not in the data
             if (isinstance(place, dict) and part in place) or (isinstance(place, list) and isinstance(part, int)):
-                place = place[part]
+                place = place[part]  # type: ignore[index]
         place.pop(e["loc"][-1], None)
     try:
         return [(Document.model_validate(data), lines)]
