@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import weakref
 import zlib
 from pathlib import Path
@@ -63,7 +64,7 @@ class MaskFile:
         self.shapes = {n: e.shape for n, e in self.header.entries.items()}
         self.digest = self.header.digest
         self._directories: dict[str, np.ndarray] = {}
-        self._last: tuple[tuple[str, int], bits.Packed] | None = None
+        self._last = threading.local()  # .block: the block that this thread decompressed last
         self._sidecar = self._open_sidecar()
         self.has_scores = bool(self._places(SCORE_SUFFIX))
         self.has_initial_scores = bool(self._places(INITIAL_SUFFIX))
@@ -116,9 +117,9 @@ class MaskFile:
 
     def _block(self, name: str, index: int) -> bits.Packed:
         """Block `index` of an archived tensor, decompressed. The last one is kept: pieces are smaller than blocks."""
-        last = self._last
+        last = getattr(self._last, "block", None)
         if last is not None and last[0] == (name, index):
-            return last[1]
+            return last[1]  # type: ignore[no-any-return]
         entry = self.header.entries[name]
         ends = self._directory(name, entry)
         begin = int(ends[index - 1]) if index else 0
@@ -132,7 +133,7 @@ class MaskFile:
         if len(content) != wanted or not inflate.eof or inflate.unused_data:
             raise BadInput(f"{self.path}: tensor {name!r} is damaged in block {index}; get the file again")
         block = np.frombuffer(content, np.uint8)
-        self._last = (name, index), block
+        self._last.block = (name, index), block
         return block
 
     def _directory(self, name: str, entry: Entry) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""`mftmerge combine`: masks in, one mask out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def command(
+    masks: list[Path] = typer.Argument(help="Mask files, in the order that --weights and difference refer to."),
+    output: Path = typer.Option(..., "--output", "-o", help="The mask file to write."),
+    op: str = typer.Option(
+        "vote", "--op", help="union, intersection, vote, difference, xor, complement or score (see docs/operations.md)."
+    ),
+    threshold: str | None = typer.Option(
+        None, help="vote: a count such as 2, or a share such as 0.5 (the default: half or more keep)."
+    ),
+    weights: str | None = typer.Option(None, help="vote, score: one number a mask, as in 2,1,1."),
+    density: str | None = typer.Option(
+        None, help="Keep exactly this share of every tensor: by votes, then scores, then position."
+    ),
+    uncovered: str = typer.Option(
+        "abstain", help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it."
+    ),
+    allow_different_init: bool = typer.Option(
+        False, "--allow-different-init", help="score: add masks that started from different scores."
+    ),
+    archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Combine masks into one and say what that did: densities, and how many bits changed.
+
+    \b
+    Masks are sets of kept weights: union prunes little, intersection prunes most.
+    Example:
+      mftmerge combine code.mask math.mask --op vote -o general.mask
+    """
+    from mftmerge.combine import combine_files
+    from mftmerge.errors import BadInput
+
+    options: dict[str, object] = {"threshold": threshold, "allow_different_init": allow_different_init}
+    if weights is not None:
+        try:
+            options["weights"] = tuple(float(w) for w in weights.replace(",", " ").split())
+        except ValueError:
+            raise BadInput(f"--weights {weights!r}: give one number a mask, such as 2,1,1") from None
+    report = combine_files(
+        op,
+        masks,
+        output,
+        archive=archive,
+        overwrite=overwrite,
+        density=density,
+        uncovered=uncovered,  # type: ignore[arg-type]  # checked there
+        **options,
+    )
+    if as_json:
+        import json
+
+        print(json.dumps(report.to_json(), indent=2))
+        return
+    width = max(len(i.name) for i in report.inputs)
+    for i in report.inputs:
+        weight = "" if i.weight is None else f", weight {i.weight:g}"
+        print(f"{i.name:<{width}}  density {i.density:.4f}, {i.tensors} tensors{weight}, {i.changed:,} bits changed")
+    given = "".join(f", {k} {v}" for k, v in report.options.items())
+    print(f"{report.operation}{given}: density {report.density:.4f}, {report.kept:,} of {report.size:,} kept")
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"wrote {report.out} ({output.stat().st_size:,} bytes)")

@@ -1,0 +1,184 @@
+"""One combination, checked before any work: who covers which tensor, and what the result is on any stretch of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mftmerge import bits, operations, projection
+from mftmerge.bits import Words
+from mftmerge.errors import BadInput
+from mftmerge.mask import PIECE, Mask
+from mftmerge.operations import Operation, find
+
+SCORED_PIECE = 1 << 17  # weights handled at a time where scores (4 bytes each, several times) are read too
+
+
+class Combination:
+    """One operation on some masks, checked: knows who covers a tensor and computes any stretch of the result."""
+
+    def __init__(
+        self,
+        op: str,
+        masks: Sequence[Mask],
+        names: Sequence[str],
+        *,
+        density: float | str | None = None,
+        uncovered: Literal["abstain", "keep"] = "abstain",
+        **options: Any,
+    ) -> None:
+        self.op: Operation = find(op)
+        self.masks, self.names = list(masks), list(names)
+        self.density, self.uncovered = density, uncovered
+        self.options = {k: v for k, v in options.items() if v is not None and v is not False}
+        self.notes: list[str] = []
+        self._check_arguments()
+        self.shapes = self._shapes()
+        if self.op.ballots is None:
+            self._check_scores()
+        if self.density is not None:
+            bits.drop_count(0, self.density)
+
+    def _check_arguments(self) -> None:
+        most = self.op.most
+        if not self.masks or (most is not None and len(self.masks) > most):
+            raise BadInput(f"{self.op.name} takes {most or 'at least 1'} mask{'s'[: most != 1]}, got {len(self.masks)}")
+        if len(self.names) != len(self.masks):
+            raise BadInput(f"{len(self.names)} names for {len(self.masks)} masks")
+        unknown = [k for k in self.options if k not in self.op.options]
+        if unknown:
+            raise BadInput(f"{self.op.name} has no option {unknown[0]!r}; it takes {', '.join(self.allowed)}")
+        if self.uncovered not in ("abstain", "keep"):
+            raise BadInput(f"uncovered is 'abstain' or 'keep', not {self.uncovered!r}")
+        weights = self.options.get("weights")
+        if weights is not None and len(weights) != len(self.masks):
+            raise BadInput(f"{len(weights)} weights for {len(self.masks)} masks; give one a mask")
+        if "weights" in self.options and not all(np.isfinite(float(w)) for w in weights or ()):
+            raise BadInput("weights must be finite numbers")
+        if self.op.name == "vote" and weights is not None:
+            operations.whole_weights(weights)
+        kind, value = operations.parse_threshold(self.options.get("threshold"))
+        if kind == "count" and value > len(self.masks):
+            raise BadInput(f"threshold {value} is above the number of masks, {len(self.masks)}; give fewer, or a share")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """Every option that this operation takes."""
+        return (*self.op.options, "density", "uncovered")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        owner: dict[str, str] = {}
+        for label, mask in zip(self.names, self.masks, strict=True):
+            for name in mask.names:
+                shape = shapes.setdefault(name, mask.shape(name))
+                if shape != mask.shape(name):
+                    raise BadInput(
+                        f"{label}: tensor {name!r} has shape {mask.shape(name)}, in {owner[name]} it has {shape}; "
+                        "masks must come from the same architecture"
+                    )
+                owner.setdefault(name, label)
+        if self.op.ordered and self.uncovered == "abstain":
+            shapes = {n: s for n, s in shapes.items() if n in self.masks[0]}
+        return dict(sorted(shapes.items()))
+
+    def _check_scores(self) -> None:
+        """What an operation on scores needs; sets the density that the masks were trained at where none is given."""
+        if self.uncovered == "keep":
+            raise BadInput(f"{self.op.name}: an uncovered tensor has no scores; use --uncovered abstain")
+        for label, mask in zip(self.names, self.masks, strict=True):
+            if not mask.has_scores:
+                raise BadInput(f"{label}: carries no scores (nor a scores file beside it); train with scores saved")
+        if self.density is None:
+            keeps = {m.info.keep for m in self.masks}
+            if len(keeps) != 1 or None in keeps:
+                raise BadInput(f"{self.op.name}: the masks name no common density; give --density")
+            self.density = keeps.pop()
+        rules = {m.info.training.get("selection", "signed") for m in self.masks}
+        if len(rules) != 1 or not rules <= {"signed", "abs"}:
+            raise BadInput(f"{self.op.name}: masks select by different rules ({', '.join(map(str, sorted(rules)))})")
+        digests = {m.info.training.get("init_digest") for m in self.masks}
+        if len(digests) > 1 and not self.options.get("allow_different_init"):
+            raise BadInput(
+                f"{self.op.name}: masks started from different scores, so their evidence does not add up; "
+                "train with one init and seed, or give --allow-different-init"
+            )
+        if len(digests) > 1:
+            self.notes.append("masks started from different scores (allowed)")
+        self._shared_init = len(digests) == 1
+        if not self._initial(range(len(self.masks))):
+            self.notes.append("no mask carries the scores before training: weights are scaled to sum to 1")
+
+    def _initial(self, covering: Iterable[int]) -> list[int]:
+        """Which mask's initial scores stand for each covering mask; empty where they are not all known."""
+        owners = [d if self.masks[d].has_initial_scores else -1 for d in covering]
+        if self._shared_init and any(o >= 0 for o in owners):
+            return [max(owners)] * len(owners)
+        return owners if all(o >= 0 for o in owners) else []
+
+    def covering(self, name: str) -> list[int]:
+        """The masks with a say on a tensor (all of them where an uncovered tensor counts as kept)."""
+        return [d for d, m in enumerate(self.masks) if name in m or self.uncovered == "keep"]
+
+    def _options(self, covering: list[int]) -> dict[str, Any]:
+        weights = self.options.get("weights")
+        return self.options | ({"weights": tuple(weights[d] for d in covering)} if weights is not None else {})
+
+    def read(self, name: str, start: int, stop: int, covering: list[int]) -> list[Words]:
+        """The words of the covering masks for bits [start, stop) of a tensor."""
+        ones = np.full(-(-(stop - start) // 64), ~np.uint64(0))
+        bits.clear_padding(ones.view(np.uint8), stop - start)
+        return [bits.words(self.masks[d].read(name, start, stop)) if name in self.masks[d] else ones for d in covering]
+
+    def stretch(self, name: str, start: int, stop: int) -> tuple[Words, list[Words]]:
+        """The result for bits [start, stop) of a tensor, and the words of the masks that cover it."""
+        covering = self.covering(name)
+        masks = self.read(name, start, stop, covering)
+        result = self.op.function(masks, **self._options(covering))
+        result = result.copy() if any(result is m for m in masks) else result
+        bits.clear_padding(result.view(np.uint8), stop - start)
+        return result, masks
+
+    def ranked(self, name: str, keep: int) -> Iterator[tuple[int, int, Words]]:
+        """The result for one tensor with exactly `keep` ones, in order, as (start, stop, words)."""
+        covering, size = self.covering(name), math.prod(self.shapes[name])
+        options = self._options(covering)
+        if self.op.ballots is None:
+            return projection.project(size, keep, SCORED_PIECE, lambda a, b: (), self._score_keys(name, covering))
+        ballots, weights = self.op.ballots, options.get("weights")
+        whole = operations.whole_weights(weights)[0] if weights is not None else None
+
+        def levels(start: int, stop: int) -> list[Words]:
+            masks = self.read(name, start, stop, covering)
+            votes = bits.add_up(ballots(masks), whole)
+            return [self.op.function(masks, **options), *reversed(votes)]
+
+        keys = self._tie_keys(name, covering)
+        return projection.project(size, keep, SCORED_PIECE if keys else PIECE * 8, levels, keys)
+
+    def _score_keys(self, name: str, covering: list[int]) -> projection.Keys:
+        initial, options = self._initial(covering), self._options(covering)
+        rule = self.masks[covering[0]].info.training.get("selection", "signed")
+
+        def keys(start: int, stop: int) -> Any:
+            after = [self.masks[d].read_scores(name, start, stop) for d in covering]
+            before = {d: self.masks[d].read_initial_scores(name, start, stop) for d in set(initial)}
+            return projection.sortable(self.op.function(after, [before[d] for d in initial], **options), rule)
+
+        return keys
+
+    def _tie_keys(self, name: str, covering: list[int]) -> projection.Keys | None:
+        """Ranks within equal votes: the sum of the strengths of the masks that carry scores; None where none does."""
+        scored = [d for d in covering if name in self.masks[d] and self.masks[d].has_scores]
+
+        def keys(start: int, stop: int) -> Any:
+            total = np.zeros(stop - start, np.float32)
+            for d in scored:
+                strength = self.masks[d].read_scores(name, start, stop)
+                total += np.abs(strength) if self.masks[d].info.training.get("selection") == "abs" else strength
+            return projection.sortable(total, "signed")
+
+        return keys if scored else None

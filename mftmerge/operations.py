@@ -1,0 +1,200 @@
+"""The operations on masks, each one typed function registered once. The command line, recipes and Python read it.
+
+A function gets, for a stretch of one tensor, the packed words of the masks that have an opinion there, and returns the
+words of the result. Its keyword arguments are the operation's options, its docstring is their description.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+
+from mftmerge import bits
+from mftmerge.bits import Words
+from mftmerge.errors import BadInput
+from mftmerge.mask import Scores
+
+Threshold = int | float | str | None
+Weights = Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A registered operation.
+
+    function: see the module. options: names of its keyword arguments. most: how many masks it takes (None = any).
+    ordered: whether the first mask has a part of its own. ballots: the masks whose ones support a kept weight, which
+    rank the weights when the result is projected to a density; None for an operation on scores.
+    effect: "grows" / "shrinks" where the result contains / is contained in every mask that counts.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    options: tuple[str, ...]
+    most: int | None
+    ordered: bool
+    ballots: Callable[[Sequence[Words]], list[Words]] | None
+    effect: Literal["grows", "shrinks"] | None
+
+    @property
+    def summary(self) -> str:
+        """First line of the description."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def _as_they_are(masks: Sequence[Words]) -> list[Words]:
+    return list(masks)
+
+
+def operation(
+    *,
+    most: int | None = None,
+    ordered: bool = False,
+    ballots: Callable[[Sequence[Words]], list[Words]] | None = _as_they_are,
+    effect: Literal["grows", "shrinks"] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a typed function under its own name. The keyword arguments are the fields of `Operation`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(function).parameters.values()
+        options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        name = function.__name__
+        OPERATIONS[name] = Operation(name, function, options, most, ordered, ballots, effect)
+        return function
+
+    return register
+
+
+def find(name: str) -> Operation:
+    """The operation of that name. Raises BadInput with the names that there are."""
+    if name not in OPERATIONS:
+        raise BadInput(f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}")
+    return OPERATIONS[name]
+
+
+@operation(effect="grows")
+def union(masks: Sequence[Words]) -> Words:
+    """Keeps what any mask keeps: prunes only what all prune."""
+    return functools.reduce(np.bitwise_or, masks[1:], masks[0])
+
+
+@operation(effect="shrinks")
+def intersection(masks: Sequence[Words]) -> Words:
+    """Keeps what all masks keep: prunes what any prunes."""
+    return functools.reduce(np.bitwise_and, masks[1:], masks[0])
+
+
+@operation()
+def vote(masks: Sequence[Words], *, threshold: Threshold = None, weights: Weights = None) -> Words:
+    """Keeps what enough of the masks keep: by default half of them or more (a strict majority prunes).
+
+    threshold: a count (an integer from 1) or a share of the votes (a number with a point, above 0 and at most 1.0).
+    Where fewer masks cover a tensor than the count asks for, all of them must keep.
+    weights: one positive number a mask; a count then means that many times the mean weight.
+    """
+    if weights is None:
+        return bits.vote(masks, votes_needed(threshold, len(masks), Fraction(len(masks))))
+    scaled, total = whole_weights(weights)
+    return bits.weighted_vote(masks, scaled, votes_needed(threshold, len(masks), Fraction(total)))
+
+
+def _against_the_rest(masks: Sequence[Words]) -> list[Words]:
+    return [masks[0], *(~m for m in masks[1:])]
+
+
+@operation(ordered=True, ballots=_against_the_rest)
+def difference(masks: Sequence[Words]) -> Words:
+    """Keeps what the first mask keeps and none of the others does."""
+    return functools.reduce(lambda a, b: a & ~b, masks[1:], masks[0])
+
+
+@operation()
+def xor(masks: Sequence[Words]) -> Words:
+    """Keeps what an odd number of the masks keep; of two masks, what exactly one keeps."""
+    return functools.reduce(np.bitwise_xor, masks[1:], masks[0])
+
+
+@operation(most=1, ballots=lambda masks: [~masks[0]])
+def complement(masks: Sequence[Words]) -> Words:
+    """Keeps what the mask prunes."""
+    return ~masks[0]
+
+
+@operation(ballots=None)
+def score(
+    scores: Sequence[Scores], initial: Sequence[Scores], *, weights: Weights = None, allow_different_init: bool = False
+) -> Scores:
+    """Adds the evidence of masks that carry scores and cuts once per tensor at the density: task arithmetic on scores.
+
+    With S0 the scores before training and S_d those of mask d after it: S0 + sum_d w_d (S_d - S0), weights 1 unless
+    given. Where no mask carries S0 the weights are scaled to sum to 1, for then S0 cancels.
+    weights: one number a mask, negative ones subtract its evidence.
+    allow_different_init: also add masks that started from different scores.
+    """
+    given = [1.0] * len(scores) if weights is None else [float(w) for w in weights]
+    total = math.fsum(given)
+    if not initial and abs(total) < 1e-9:
+        raise BadInput("weights sum to 0: without the scores before training (::init) they must not; change one")
+    result = np.zeros(scores[0].shape, np.float64)
+    for d, (weight, after) in enumerate(zip(given, scores, strict=True)):
+        if initial:
+            result += weight * (after.astype(np.float64) - initial[d])
+        else:
+            result += weight / total * after.astype(np.float64)
+    return (result + initial[0] if initial else result).astype(np.float32)
+
+
+def votes_needed(threshold: Threshold, masks: int, total: Fraction) -> int:
+    """The smallest whole number of votes that keeps, where `masks` masks have `total` votes together.
+
+    A count k of m masks asks for k/m of the total, so that weights change who decides and not how much is needed.
+    """
+    kind, value = parse_threshold(threshold)
+    share = min(value / masks, Fraction(1)) if kind == "count" else value
+    needed = share * total
+    return max(1, -(-needed.numerator // needed.denominator))
+
+
+@functools.lru_cache(maxsize=64)
+def parse_threshold(threshold: Threshold) -> tuple[Literal["count", "share"], Fraction]:
+    """What a threshold means: 2 and "2" are a count, 0.5 and "0.5" and 1.0 a share. None is the share 0.5."""
+    if threshold is None:
+        return "share", Fraction(1, 2)
+    text = str(threshold).strip()
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise BadInput(f"threshold {text!r} is not a number; give a count such as 2 or a share such as 0.5") from None
+    if text.lstrip("+-").isdigit():
+        if value < 1:
+            raise BadInput(f"threshold {text} is out of range; a count starts at 1 (a share has a point, such as 0.5)")
+        return "count", value
+    if not 0 < value <= 1:
+        raise BadInput(f"threshold {text} is out of range; a share is above 0 and at most 1.0 (a count has no point)")
+    return "share", value
+
+
+def whole_weights(weights: Sequence[float]) -> tuple[tuple[int, ...], int]:
+    """Positive weights as the smallest integers in the same proportions, and their sum."""
+    return _whole_weights(tuple(weights))
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_weights(weights: tuple[float, ...]) -> tuple[tuple[int, ...], int]:
+    exact = [bits.exact(w) for w in weights]
+    if any(w <= 0 for w in exact):
+        raise BadInput("the weights of a vote must be above 0; leave a mask out instead of giving it 0")
+    scale = math.lcm(*(w.denominator for w in exact))
+    whole = [int(w * scale) for w in exact]
+    divisor = math.gcd(*whole)
+    return tuple(w // divisor for w in whole), sum(whole) // divisor
