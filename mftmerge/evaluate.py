@@ -7,7 +7,7 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,14 +17,19 @@ from mftmerge.data import IGNORE, Tokens, digest
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 from mftmerge.pairing import PairedDifference, Values, bootstrap, mean, paired
+from mftmerge.prefix import logits_at
 from mftmerge.results import Cell, GridResult
+
+if TYPE_CHECKING:
+    from mftmerge.generation import Marks
 
 __all__ = ["GridResult", "PairedDifference", "Scorer", "bootstrap", "grid", "mean", "paired", "row_losses"]
 
-PIECE = 256  # positions whose logits exist at one time: 50 MB of float32 for a vocabulary of 49152
+LOGITS = 1 << 26  # logits that exist at one time (256 MB in float32); a batch has at least one row
+PIECE = 256  # positions whose float32 softmax exists at one time
 
-# A further measurement of the (masked) model on the rows of one domain: shape (rows, 2), higher is better.
-Scorer = Callable[[Any], Values]
+# What else is measured of the (masked) model on the rows of one domain, higher is better; see `generation.marker`.
+Scorer = Callable[[Any], "Marks"]
 
 
 @torch.no_grad()
@@ -37,15 +42,18 @@ def row_losses(model: Any, rows: Sequence[Tokens], *, batch_tokens: int = 4096) 
 
     Logits are computed only where there is a label, and the softmax in float32 whatever the model's dtype.
     """
-    head = _Head(model, rows)
     result = np.zeros((len(rows), 2))
+    lengths, labelled = [len(row["input_ids"]) for row in rows], [_labelled(row) for row in rows]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     with _evaluating(model):
-        for batch in _batches(rows, batch_tokens):
+        for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
             ids, attention, labels = _padded([rows[i] for i in batch], model.device)
             wanted = labels != IGNORE
-            row, _ = wanted.nonzero(as_tuple=True)
-            losses = head.losses(ids, attention, wanted, labels[wanted])
-            place = torch.as_tensor(batch, device=row.device)[row].cpu().numpy()
+            with logits_at(model, wanted):
+                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[0]
+            pieces = zip(logits.split(PIECE), labels[wanted].split(PIECE), strict=True)
+            losses = torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces])
+            place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
             result[:, 0] += np.bincount(place, losses.double().cpu().numpy(), len(rows))
             result[:, 1] += np.bincount(place, minlength=len(rows))
     if not np.isfinite(result).all():
@@ -56,14 +64,28 @@ def row_losses(model: Any, rows: Sequence[Tokens], *, batch_tokens: int = 4096) 
     return result
 
 
-def _batches(rows: Sequence[Tokens], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (at least one row)."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // max(1, len(rows[order[start]]["input_ids"])))
-        yield order[start : start + count]
-        start += count
+def length_batches(
+    lengths: Sequence[int], batch_tokens: int, costs: Sequence[int] | None = None, most: int = 0
+) -> Iterator[list[int]]:
+    """Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens (at least one row).
+
+    costs, most: a second limit, on the sum of the rows' costs.
+    """
+    batch: list[int] = []
+    cost = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        more = costs[i] if costs else 0
+        if batch and ((len(batch) + 1) * lengths[batch[0]] > batch_tokens or cost + more > most):
+            yield batch
+            batch, cost = [], 0
+        batch.append(i)
+        cost += more
+    if batch:
+        yield batch
+
+
+def _labelled(row: Tokens) -> int:
+    return sum(label != IGNORE for label in row["labels"][1:])
 
 
 def _padded(rows: Sequence[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,65 +99,6 @@ def _padded(rows: Sequence[Tokens], device: Any) -> tuple[torch.Tensor, torch.Te
         attention[i, :n] = 1
         labels[i, : n - 1] = torch.tensor(row["labels"][1:], dtype=torch.long)
     return ids.to(device), attention.to(device), labels.to(device)
-
-
-class _Head:
-    """From a batch to the losses at chosen positions.
-
-    Most models are a body, one linear head and perhaps a soft cap. For these the head runs only where it is needed;
-    first it is compared, on a few tokens, with the model's own logits. A model that does something else keeps its own
-    forward.
-    """
-
-    def __init__(self, model: Any, rows: Sequence[Tokens]) -> None:
-        self.model = model
-        self.body = getattr(model, "base_model", None)
-        self.output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        config: Any = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.cap = getattr(text, "final_logit_softcapping", None)
-        self.known = self.body is not None and self.body is not model and self.output is not None
-        if self.known and rows:
-            with _evaluating(model):
-                self.known = self._agrees(rows[0]["input_ids"][:16])
-
-    def _agrees(self, ids: Sequence[int]) -> bool:
-        batch = torch.tensor([ids], device=self.model.device)
-        everywhere = torch.ones_like(batch)
-        expected = self.model(input_ids=batch, attention_mask=everywhere, use_cache=False).logits[0].float()
-        try:
-            found = self._logits(self._hidden(batch, everywhere)[0])
-        except (AttributeError, RuntimeError, TypeError):
-            return False
-        rounding = 8 * torch.finfo(self.model.dtype).eps * expected.abs().max()
-        return found.shape == expected.shape and bool((found - expected).abs().max() <= rounding)
-
-    def _hidden(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        assert self.body is not None
-        return self.body(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self.output is not None
-        logits = self.output(hidden)
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits.float()
-
-    def losses(
-        self, ids: torch.Tensor, attention: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Loss at each wanted position, in row-major order: shape (number wanted,)."""
-        if not self.known:
-            logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[wanted]
-            pieces = [cross_entropy(x.float(), t, reduction="none") for x, t in _pieces(logits, targets)]
-        else:
-            hidden = self._hidden(ids, attention)[wanted]
-            pieces = [cross_entropy(self._logits(x), t, reduction="none") for x, t in _pieces(hidden, targets)]
-        return torch.cat(pieces)
-
-
-def _pieces(values: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return zip(values.split(PIECE), targets.split(PIECE), strict=True)
 
 
 @contextlib.contextmanager
@@ -176,7 +139,7 @@ def grid(
     *,
     reference: str = "base",
     name: str = "base",
-    scorers: Mapping[str, Mapping[str, Scorer]] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
     batch_tokens: int = 4096,
     progress: Callable[[str], None] | None = None,
 ) -> GridResult:
@@ -185,7 +148,7 @@ def grid(
     model: a loaded transformers model; masks are switched in memory and it is left as it was.
     masks: name -> mask, one row of the table each, after the row `name` of the model itself.
     domains: name -> tokenised rows. reference: name of the row that differences are taken against.
-    scorers: domain -> metric -> function of the model, for what is not a loss (see `generation`).
+    scorers: domain -> function of the model that gives `generation.Marks`, for what is not a loss.
     progress: called with "row, domain" before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
@@ -197,7 +160,9 @@ def grid(
     if not domains:
         raise BadInput("nothing to evaluate on: no domain given")
     described = {name: model_facts(model)}
+    facts: dict[str, dict[str, Any]] = {d: {"rows": len(r), "digest": digest(r)} for d, r in domains.items()}
     cells: dict[Cell, Values] = {}
+    answers: dict[str, dict[str, list[str]]] = {}
     for row, mask in [(name, None), *masks.items()]:
         if mask is not None:
             described[row] = described[name] | mask_facts(mask)
@@ -206,10 +171,13 @@ def grid(
                 if progress:
                     progress(f"{row}, {domain}")
                 cells[row, domain, "loss"] = row_losses(model, rows, batch_tokens=batch_tokens)
-                for metric, score in ((scorers or {}).get(domain) or {}).items():
-                    cells[row, domain, metric] = score(model)
-    facts = {d: {"rows": len(rows), "digest": digest(rows)} for d, rows in domains.items()}
-    return GridResult(models=described, domains=facts, cells=cells, reference=reference, versions=versions())
+                if scorers and domain in scorers:
+                    marks = scorers[domain](model)
+                    cells |= {(row, domain, metric): values for metric, values in marks.metrics.items()}
+                    answers.setdefault(row, {})[domain] = marks.answers
+                    facts[domain]["remarks"] = marks.remarks
+    extra = {"answers": answers} if answers else {}
+    return GridResult(described, facts, cells, reference, versions=versions(), extra=extra)
 
 
 def model_facts(model: Any) -> dict[str, Any]:

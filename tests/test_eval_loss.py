@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from mftmerge import evaluate, naming
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.generation import Marks
 from mftmerge.mask import Mask
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
@@ -58,28 +58,32 @@ def test_row_losses_equal_the_models_own_loss(tiny: Callable[..., Path], archite
 
 
 def test_a_soft_cap_and_a_scaled_head_are_respected(tiny: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM, CohereConfig
+
     data = rows()
     capped = load(tiny("gemma3"))
+    before = evaluate.row_losses(capped, data)
     capped.config.final_logit_softcapping = 0.05
-    scaled = load(tiny("llama"))
-    forward = scaled.forward
-
-    def tripled(*args: Any, **options: Any) -> Any:
-        return SimpleNamespace(logits=forward(*args, **options).logits * 3)
-
-    expected = evaluate.row_losses(scaled, data)[:, 0]
-    scaled.forward = tripled
-    found = evaluate.row_losses(scaled, data)[:, 0]  # the head is not all: falls back to the model's logits
-    assert np.abs(found - expected).max() > 1e-3
-    np.testing.assert_allclose(evaluate.row_losses(capped, data)[:, 0], plain(capped, data)[:, 0], rtol=2e-5)
+    assert np.abs(evaluate.row_losses(capped, data) - before).max() > 1e-3
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    scaled = AutoModelForCausalLM.from_config(CohereConfig(vocab_size=300, logit_scale=3.0, **sizes)).eval()
+    for model in (capped, scaled):
+        np.testing.assert_allclose(evaluate.row_losses(model, data)[:, 0], plain(model, data)[:, 0], rtol=2e-5)
 
 
 def test_logits_are_computed_only_where_there_are_labels(tiny: Callable[..., Path]) -> None:
     model, data, seen = load(tiny("llama")), rows(), []
     model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1].numel()))
-    tokens = int(evaluate.row_losses(model, data)[:, 1].sum())
-    probe = 2 * len(data[0]["input_ids"][:16])  # the comparison of the two ways to logits, once a call
-    assert sum(seen) == tokens + probe
+    evaluate.row_losses(model, data)
+    tokens = sum(seen)
+    assert tokens == plain(model, data)[:, 1].sum()
+
+
+def test_batches_keep_within_both_limits() -> None:
+    lengths, labelled = [5, 30, 10, 12, 60], [1, 2, 9, 9, 3]
+    found = list(evaluate.length_batches(lengths, 40, labelled, 12))
+    assert found == [[4], [1], [3], [2, 0]]  # a row longer than the limit is a batch of its own
+    assert list(evaluate.length_batches(lengths, 1000)) == [[4, 1, 3, 2, 0]]
 
 
 def test_bfloat16_model_gets_a_float32_softmax(tiny: Callable[..., Path]) -> None:
@@ -138,10 +142,12 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
     mask = half_mask(model)
     weight = model.model.layers[0].mlp.up_proj.weight
 
-    def zeros(_: Any) -> np.ndarray:
-        return np.array([[float((weight == 0).float().mean()), 1.0]])
+    def zeros(_: Any) -> Marks:
+        return Marks({"zeros": np.array([[float((weight == 0).float().mean()), 1.0]])}, ["said"], ["remark"])
 
-    result = evaluate.grid(model, {"a": mask}, {"d": data}, scorers={"d": {"zeros": zeros}})
+    result = evaluate.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
+    assert result.extra["answers"] == {"base": {"d": ["said"]}, "a": {"d": ["said"]}}
+    assert result.domains["d"]["remarks"] == ["remark"]
     assert result.mean("base", "d", "zeros") == 0
     assert result.mean("a", "d", "zeros") == pytest.approx(
         1 - mask.density("model.layers.0.mlp.up_proj.weight"), abs=1e-6

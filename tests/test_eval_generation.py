@@ -1,0 +1,149 @@
+"""Generated answers: batching changes nothing, marking rules, and questions rendered as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mftmerge import data, generation
+from mftmerge.errors import BadInput
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def greedy(model: Any, tokenizer: Any, prompt: list[int], new: int) -> list[int]:
+    """Greedy decoding written out: the whole text again for every token."""
+    ids = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            best = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_batched_answers_equal_one_at_a_time(tiny: Callable[..., Path], architecture: str) -> None:
+    model, tokenizer = load(tiny(architecture))
+    model.train()
+    model.generation_config.repetition_penalty = 3.0  # a model's own habits are switched off
+    prompts = [list(range(10, 10 + n)) for n in (3, 17, 8, 5, 30)]
+    found = generation.generate(model, tokenizer, prompts, max_new_tokens=12, batch_tokens=100)
+    assert model.training
+    model.eval()
+    assert found == [tokenizer.decode(greedy(model, tokenizer, p, 12), skip_special_tokens=True) for p in prompts]
+
+
+def test_the_end_token_ends_an_answer(tiny: Callable[..., Path]) -> None:
+    model, tokenizer = load(tiny("llama"))
+    prompt = [5, 6, 7, 8]
+    ids = greedy(model, tokenizer, prompt, 8)
+    end = ids[2]
+    model.generation_config.eos_token_id = [end]
+    found = generation.generate(model, tokenizer, [prompt], max_new_tokens=8)
+    assert found == [tokenizer.decode(ids[: ids.index(end) + 1])] != [tokenizer.decode(ids)]
+    with pytest.raises(BadInput, match="1024 positions"):
+        generation.generate(model, tokenizer, [prompt], max_new_tokens=1022)
+
+
+def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[..., Path]) -> None:
+    _, tokenizer = load(tiny("llama"))
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    rows = [
+        {"prompt": "two and two", "completion": "four"},
+        {"messages": [*turns, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]},
+        {"prompt": turns[:1], "completion": turns[1:]},
+    ]
+    asked = generation.questions(rows, tokenizer)
+    for question, tokens in zip(asked, data.tokenize(rows, tokenizer, 500), strict=True):
+        n = len(question.prompt)
+        assert question.prompt == tokens["input_ids"][:n]
+        assert tokens["labels"][n] != -100  # the answer begins where the question ends
+        assert tokens["labels"][n - 1] == -100
+    assert [q.reference for q in asked] == ["four", "e", "c"]
+    tokenizer.chat_template = None
+    assert generation.questions(rows[:1], tokenizer)[0].prompt == tokenizer("two and two")["input_ids"]
+    with pytest.raises(BadInput, match="row 1: a row of plain text"):
+        generation.questions([{"text": "x"}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 2 = 4\n#### 4", "4"),
+        ("#### $1,234.50", "1234.5"),
+        ("#### -3.", "-3"),
+        ("#### 1\n#### 70", "7E+1"),
+        ("#### about 12 apples", "12"),
+        ("the answer is 4", None),
+        ("#### none", None),
+    ],
+)
+def test_numbers_after_hashes(text: str, number: str | None) -> None:
+    assert generation.number(text) == number
+
+
+def test_other_rules() -> None:
+    text = generation.rule("text")
+    assert text("SELECT  a\n FROM b;") == text("select a from b")
+    assert text("select a") != text("select b")
+    last = generation.rule(r"re:answer is (\w+)")
+    assert last("answer is A. No: answer is B.") == "B"
+    assert last("none") is None
+    assert generation.rule(r"re:[A-D]")("A or C") == "C"
+    for wrong in ("numbers", "re:("):
+        with pytest.raises(BadInput, match="exact match"):
+            generation.rule(wrong)
+
+
+def test_code_is_the_first_fenced_block() -> None:
+    assert generation.code("Here:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1"
+    assert generation.code("```py\nx = 1") == "x = 1"
+    assert generation.code("x = 1") == "x = 1"
+
+
+def marked(rows: list[dict[str, Any]], answers: list[str], tokenizer: Any, **options: Any) -> generation.Marks:
+    """Marks of given answers: `generate` is replaced, nothing else."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(generation, "generate", lambda *_, **__: answers)
+    try:
+        return generation.marker(rows, tokenizer, **options)(None)
+    finally:
+        patch.undo()
+
+
+def test_marking_of_exact_answers_and_programs(tiny: Callable[..., Path]) -> None:
+    _, tokenizer = load(tiny("llama"))
+    rows = [
+        {"prompt": "f", "completion": "def f():\n    return 1\n#### 1", "tests": ["assert f() == 1", "assert f() < 2"]},
+        {"prompt": "g", "completion": "#### 2"},
+        {"prompt": "h", "completion": "def h(): return 3\n#### 3", "tests": "assert h() == 4"},
+    ]
+    answers = ["```python\ndef f():\n    return 1\n```\n#### 1", "#### 3", "def h(): return 4\n#### 3.0"]
+    marks = marked(rows, answers, tokenizer, exact="number", run_tests=True)
+    assert np.array_equal(marks.metrics["exact"], [[1, 1], [0, 1], [1, 1]])
+    assert np.array_equal(marks.metrics["pass@1"], [[1, 1], [1, 1]])
+    assert marks.answers == answers
+    assert marks.remarks[0] == "own answers of the rows pass 1 of 2 tests"
+    assert "network" in marks.remarks[1]
+
+
+def test_rows_that_cannot_be_marked_are_named(tiny: Callable[..., Path]) -> None:
+    _, tokenizer = load(tiny("llama"))
+    rows = [{"prompt": "a", "completion": "#### 1"}, {"prompt": "b", "completion": "two"}]
+    with pytest.raises(BadInput, match="row 2: the row's own answer"):
+        generation.marker(rows, tokenizer, exact="number")
+    with pytest.raises(BadInput, match="no row carries"):
+        generation.marker(rows, tokenizer, run_tests=True)
+    with pytest.raises(BadInput, match="row 1: tests must be"):
+        generation.questions([rows[0] | {"tests": [1]}], tokenizer)
