@@ -21,6 +21,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
+from pydantic import PrivateAttr
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
@@ -101,10 +102,17 @@ class OutputMask:
 
 
 class OrderedConfiguration(MergeConfiguration):
-    """mergekit's configuration, naming its models in a fixed order (its own order changes from run to run)."""
+    """mergekit's configuration, naming its models in the recipe's order.
+
+    mergekit takes configuration and tokenizer from the first of them when there is no base, and keeps them in a set,
+    whose order changes from run to run.
+    """
+
+    _order: list[ModelReference] = PrivateAttr(default_factory=list)
 
     def referenced_models(self) -> list[ModelReference]:
-        return sorted(super().referenced_models(), key=str)
+        found = super().referenced_models()
+        return [m for m in dict.fromkeys(self._order) if m in found] + [m for m in found if m not in self._order]
 
 
 class Translation:
@@ -149,7 +157,10 @@ class Translation:
             data["tokenizer_source"] = self.tokenizer_source(d.tokenizer_source)
         if d.tokenizer:
             data["tokenizer"] = self.tokenizer()
-        return OrderedConfiguration.model_validate(data)
+        configuration = OrderedConfiguration.model_validate(data)
+        items: list[ModelInput | BaseInput] = [i for _, i in [*d.inputs(), *d.bases()]]  # type: ignore[misc]
+        configuration._order = [ModelReference.model_validate(self.input(i)) for i in items]
+        return configuration
 
     def model(self, item: ModelInput) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self.input(item)}

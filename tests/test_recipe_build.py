@@ -1,0 +1,190 @@
+"""Builds: equal to the steps done one by one, and without masks to mergekit itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from recipe_kitchen import add_adapter, assert_equal, make_kitchen, tensors
+
+from mftmerge import apply
+from mftmerge.combine import combine
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask
+from mftmerge.recipe.build import build
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
+    add_adapter(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_kitchen(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(kitchen)
+
+
+def stock(config: dict[str, object], out: Path) -> Path:
+    """mergekit's own run, in this process, of a configuration."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    LoaderCache.loaders.clear()
+    options = MergeOptions(quiet=True, lora_merge_cache=str(out) + "-lora", random_seed=5, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(config), str(out), options)
+    LoaderCache.loaders.clear()
+    return out
+
+
+def written(config: dict[str, object] | str, path: Path) -> Path:
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in RECIPES.glob("*.yml")))
+def test_every_recipe_builds(recipe: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    report = build(RECIPES / recipe, tmp_path / "out")
+    assert (tmp_path / "out/mftmerge_recipe.yml").read_text() == (RECIPES / recipe).read_text()
+    assert report.tensors == len(tensors(tmp_path / "out"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_masked_is_apply(tmp_path: Path) -> None:
+    build(RECIPES / "mask_one_expert.yml", tmp_path / "built")
+    apply.apply_mask("masks/math.mask", "models/math", tmp_path / "applied")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+
+
+def test_delta_mask_is_apply_with_base(tmp_path: Path) -> None:
+    build(RECIPES / "delta_mask.yml", tmp_path / "built")
+    apply.apply_mask("masks/math.mask", "models/math", tmp_path / "applied", base="models/base")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
+def test_masked_inputs_are_the_two_steps(method: str, tmp_path: Path) -> None:
+    build(RECIPES / f"masked_{method}.yml", tmp_path / "built")
+    config = yaml.safe_load((RECIPES / f"masked_{method}.yml").read_text().replace("on:", "'on':"))
+    base = None if method == "linear" else "models/base"
+    for i, name in enumerate(("math", "code")):
+        apply.apply_mask(f"masks/{name}.mask", f"models/{name}", tmp_path / name, base=base)
+        config["models"][i]["model"] = str(tmp_path / name)
+        del config["models"][i]["mask"]
+    assert_equal(tensors(tmp_path / "built"), tensors(stock(config, tmp_path / "stock")))
+
+
+def test_vote_on_merge_is_the_two_steps(tmp_path: Path) -> None:
+    build(RECIPES / "vote_mask_on_merge.yml", tmp_path / "built")
+    config = yaml.safe_load((RECIPES / "vote_mask_on_merge.yml").read_text())
+    del config["mask"], config["masks"]
+    vote = combine("vote", [Mask.load(f"masks/{n}.mask") for n in ("math", "code", "instruct")], threshold=2)
+    apply.apply_mask(vote, stock(config, tmp_path / "merged"), tmp_path / "applied")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+    assert [p.name for p in (tmp_path / "built/masks").iterdir()] == ["vote-math-code-instruct.mask"]
+
+
+def test_delta_on_merge_is_the_two_steps(tmp_path: Path) -> None:
+    build(RECIPES / "delta_mask_on_merge.yml", tmp_path / "built")
+    config = yaml.safe_load((RECIPES / "delta_mask_on_merge.yml").read_text().replace("on:", "'on':"))
+    del config["mask"]
+    math, code, instruct = (Mask.load(f"masks/{n}.mask") for n in ("math", "code", "instruct"))
+    mask = combine("union", [math, combine("intersection", [code, instruct])])
+    apply.apply_mask(mask, stock(config, tmp_path / "merged"), tmp_path / "applied", base="models/base")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+
+
+def test_slices_keep_each_input_s_own_names(tmp_path: Path) -> None:
+    build(RECIPES / "slices_with_masks.yml", tmp_path / "built")
+    code, mask, built = tensors(Path("models/code")), Mask.load("masks/code.mask"), tensors(tmp_path / "built")
+    name = "model.layers.{}.mlp.down_proj.weight"
+    expected = np.where(mask.kept(name.format(2)), code[name.format(2)], 0)
+    assert np.array_equal(built[name.format(3)], expected)
+    assert (built[name.format(3)] != code[name.format(2)]).any()
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "slerp": {
+        "merge_method": "slerp",
+        "base_model": "models/base",
+        "models": [{"model": "models/base"}, {"model": "models/math"}],
+        "parameters": {"t": [{"filter": "self_attn", "value": [0, 1]}, {"value": 0.3}]},
+    },
+    "dare_ties": {
+        "merge_method": "dare_ties",
+        "base_model": "models/base",
+        "models": [{"model": f"models/{n}", "parameters": {"weight": 0.5, "density": 0.4}} for n in ("math", "code")],
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    },
+    "lora": {
+        "merge_method": "task_arithmetic",
+        "base_model": "models/base",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("models/base+models/adapter", "models/code")],
+    },
+    "stack": {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": "models/math", "layer_range": r}]} for r in ([0, 3], [1, 4])],
+    },
+    "union": {
+        "merge_method": "linear",
+        "models": [{"model": f"models/{m}", "parameters": {"weight": 1}} for m in ("math", "code")],
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 16},
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_without_masks_as_mergekit(name: str, kitchen: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(yaml.safe_dump(CONFIGS[name]).replace("models/", f"{kitchen}/models/"))
+    build(written(config, tmp_path / "r.yml"), tmp_path / "built", seed=5)
+    stock(config, tmp_path / "stock")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "stock"))
+    names = {p.name for p in (tmp_path / "stock").iterdir()}
+    assert names <= {p.name for p in (tmp_path / "built").iterdir()}
+    for file in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "built" / file).read_text() == (tmp_path / "stock" / file).read_text()
+
+
+def test_one_model_twice_with_two_masks(tmp_path: Path) -> None:
+    """The same checkpoint under two masks is two inputs."""
+    text = """
+        merge_method: linear
+        models:
+          - {model: models/math, mask: masks/math.mask, parameters: {weight: 1}}
+          - {model: models/math, mask: masks/code.mask, parameters: {weight: 1}}
+        parameters: {normalize: false}
+        dtype: float32
+    """
+    build(written(text, tmp_path / "r.yml"), tmp_path / "built")
+    built, model = tensors(tmp_path / "built"), tensors(Path("models/math"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    votes = sum(Mask.load(f"masks/{m}.mask").kept(name).astype(np.float32) for m in ("math", "code"))
+    original = (model[name].astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(built[name].view(np.float32), original * votes)
+
+
+def test_existing_output_is_kept_on_failure(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(RECIPES / "mask_one_expert.yml", out)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    with pytest.raises(BadInput, match="--overwrite"):
+        build(RECIPES / "masked_linear.yml", out)
+    broken = written(
+        "merge_method: karcher\nmodels: [{model: models/math}, {model: models/broken}]\n", tmp_path / "r.yml"
+    )
+    with pytest.raises(BadInput):
+        build(broken, out, overwrite=True)
+    assert before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    build(RECIPES / "masked_linear.yml", out, overwrite=True)
+    assert not list(tmp_path.glob(".*"))
