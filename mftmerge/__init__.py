@@ -12,6 +12,8 @@ _PUBLIC = {
     "Mask": "mask",
     "MaskInfo": "mask",
     "Parent": "mask",
+    "apply_mask": "apply",
+    "attach": "live",
     "MftmergeError": "errors",
     "BadInput": "errors",
 }

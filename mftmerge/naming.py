@@ -8,7 +8,7 @@ A model without conversions, or one that is no transformers model, keeps its nam
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -64,20 +64,40 @@ def to_parameters(
     Raises BadInput for names that the model does not have, other shapes, and two names of one tied parameter that are
     given different tensors.
     """
-    shapes = layout(model)
-    tied = _tied(model)
-    given: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
+    return dict(iter_parameters(model, tensors, tensors.__getitem__, fill=fill))
+
+
+def iter_parameters(
+    model: torch.nn.Module,
+    names: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+    *,
+    fill: float | bool | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`to_parameters` one parameter at a time: `read(name)` is called for a checkpoint tensor when its turn comes."""
+    shapes, tied = layout(model), _tied(model)
+    given: dict[str, str] = {}
+    for name in names:
         known = _known(name, shapes, _prefix(model), _aliases(name, tied))
-        _require_shape(name, tensor, shapes[known])
-        given[known] = tensor
-    result: dict[str, torch.Tensor] = {}
-    for name, tensor in _convert(model, shapes, given, fill).items():
+        if known in given:
+            raise BadInput(f"{given[known]!r} and {name!r} are the same tensor of this model")
+        given[known] = name
+
+    def checked(known: str) -> torch.Tensor:
+        tensor = read(given[known])
+        _require_shape(given[known], tensor, shapes[known])
+        return tensor
+
+    shared: dict[str, torch.Tensor] = {}  # tensors of parameters with several names, until all are seen
+    for name, tensor in _convert(model, shapes, given, checked, fill):
         first = tied.get(name, name)
-        if first in result and not _equal(result[first], tensor):
-            raise BadInput(f"{first!r} and {name!r} are tied in this model, but they are given different tensors")
-        result[first] = tensor
-    return result
+        if first in shared:
+            if not _equal(shared[first], tensor):
+                raise BadInput(f"{first!r} and {name!r} are tied in this model, but they are given different tensors")
+            continue
+        if len(list(_aliases(name, tied))) > 1:
+            shared[first] = tensor
+        yield first, tensor
 
 
 def _placeholders(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -115,41 +135,49 @@ def _conversions(model: torch.nn.Module) -> list[Any]:
 
 
 def _convert(
-    model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], given: Tensors, fill: float | bool | None
-) -> dict[str, torch.Tensor]:
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    given: Container[str],
+    read: Callable[[str], torch.Tensor],
+    fill: float | bool | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The conversion that `from_pretrained` does, for those of the checkpoint's tensors that are given.
 
     All of the checkpoint's names take part in the matching, because a rule may depend on the names before it.
     """
     conversions = _conversions(model)
     if not conversions:
-        return dict(given)
+        yield from ((name, read(name)) for name in shapes if name in given)
+        return
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     meta = _placeholders(model)
-    result: dict[str, torch.Tensor] = {}
     groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, _prefix(model), meta)
         if pattern is not None:
             groups.setdefault(target, (deepcopy(by_pattern[pattern]), []))[1].append((name, pattern))
         elif name in given:
-            result[target] = given[name]
+            yield target, read(name)
     for target, (converter, parts) in groups.items():
         if any(name in given for name, _ in parts):
-            filled = _filled(target, [name for name, _ in parts], shapes, given, fill)
-            for (name, pattern), tensor in zip(parts, filled, strict=True):
+            tensors = _filled(target, [name for name, _ in parts], shapes, given, read, fill)
+            for (name, pattern), tensor in zip(parts, tensors, strict=True):
                 converter.add_tensor(target, name, pattern, tensor)
             for k, t in converter.convert(target, model=model, config=model.config).items():
-                result[k] = t[0] if isinstance(t, list) else t
-    return result
+                yield k, (t[0] if isinstance(t, list) else t)
 
 
 def _filled(
-    target: str, parts: list[str], shapes: Mapping[str, tuple[int, ...]], given: Tensors, fill: float | bool | None
+    target: str,
+    parts: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    given: Container[str],
+    read: Callable[[str], torch.Tensor],
+    fill: float | bool | None,
 ) -> list[torch.Tensor]:
     """The parts of one fused parameter, with `fill` for those that are not given."""
     import torch
@@ -157,9 +185,10 @@ def _filled(
     missing = [name for name in parts if name not in given]
     if missing and fill is None:
         raise BadInput(f"the model fuses {len(parts)} tensors into {target!r}, of which {missing[0]!r} is not given")
-    like = next(given[name] for name in parts if name in given)
+    present = {name: read(name) for name in parts if name in given}
+    like = next(iter(present.values()))
     return [
-        given[name] if name in given else torch.full(shapes[name], fill or 0, dtype=like.dtype, device=like.device)
+        present[name] if name in present else torch.full(shapes[name], fill or 0, dtype=like.dtype, device=like.device)
         for name in parts
     ]
 

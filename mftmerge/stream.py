@@ -62,9 +62,8 @@ class MaskStream:
             base_shard = self.base.shard_of(base_entry)
         base_fd = base_shard.open() if base_shard else -1
         try:
-            for start in range(0, entry.size, step):
+            for start, packed in zip(range(0, entry.size, step), self.mask.pieces(name, step // 8), strict=True):
                 stop = min(start + step, entry.size)
-                packed = self.mask.read(name, start, stop)
                 raw = memoryview(self._weights)[: (stop - start) * width]
                 read_at(source, raw, entry.start + start * width, entry.file)
                 weights = np.frombuffer(raw, entry.integer)
