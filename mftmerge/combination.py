@@ -100,24 +100,41 @@ class Combination:
         rules = {m.info.training.get("selection", "signed") for m in self.masks}
         if len(rules) != 1 or not rules <= {"signed", "abs"}:
             raise BadInput(f"{self.op.name}: masks select by different rules ({', '.join(map(str, sorted(rules)))})")
-        digests = {m.info.training.get("init_digest") for m in self.masks}
-        if len(digests) > 1 and not self.options.get("allow_different_init"):
+        shared = [n for n in self.shapes if len(self.covering(n)) > 1]
+        differing = [n for n in shared if not self._same_start(n, self.covering(n))]
+        if differing and not self.options.get("allow_different_init"):
             raise BadInput(
-                f"{self.op.name}: masks started from different scores, so their evidence does not add up; "
-                "train with one init and seed, or give --allow-different-init"
+                f"{self.op.name}: masks started from different scores on {differing[0]!r}, so their evidence does not "
+                "add up; train with one init and seed, or give --allow-different-init"
             )
-        if len(digests) > 1:
-            self.notes.append("masks started from different scores (allowed)")
-        self._shared_init = len(digests) == 1
-        if not self._initial(range(len(self.masks))):
+        if differing:
+            self.notes.append(f"masks started from different scores on {len(differing)} tensors (allowed)")
+        if any(not self._initial(n, self.covering(n)) for n in shared):
             self.notes.append("no mask carries the scores before training: weights are scaled to sum to 1")
 
-    def _initial(self, covering: Iterable[int]) -> list[int]:
+    def _same_start(self, name: str, covering: Iterable[int]) -> bool:
+        """Whether masks began with the same scores on a tensor, as far as their training says.
+
+        Their digests are equal, or say nothing because they cover other tensors besides, and the scores come from the
+        same seed, or from the same weights.
+        """
+        infos = [self.masks[d].info for d in covering]
+        if len({i.training.get("init_digest") for i in infos}) == 1:
+            return True
+        if len({self.masks[d].names for d in covering}) == 1:
+            return False
+        init = {i.training.get("init") for i in infos}
+        if init == {"normal"}:
+            return len({i.training.get("seed") for i in infos}) == 1
+        prints = {i.fingerprints.get(name) for i in infos}
+        return init == {"magnitude"} and len(prints) == 1 and None not in prints
+
+    def _initial(self, name: str, covering: Sequence[int]) -> list[int]:
         """Which mask's initial scores stand for each covering mask; empty where they are not all known."""
         owners = [d if self.masks[d].has_initial_scores else -1 for d in covering]
-        if self._shared_init and any(o >= 0 for o in owners):
+        if max(owners) >= 0 and self._same_start(name, covering):
             return [max(owners)] * len(owners)
-        return owners if all(o >= 0 for o in owners) else []
+        return owners if min(owners) >= 0 else []
 
     def covering(self, name: str) -> list[int]:
         """The masks with a say on a tensor (all of them where an uncovered tensor counts as kept)."""
@@ -160,7 +177,7 @@ class Combination:
         return projection.project(size, keep, SCORED_PIECE if keys else PIECE * 8, levels, keys)
 
     def _score_keys(self, name: str, covering: list[int]) -> projection.Keys:
-        initial, options = self._initial(covering), self._options(covering)
+        initial, options = self._initial(name, covering), self._options(covering)
         rule = self.masks[covering[0]].info.training.get("selection", "signed")
 
         def keys(start: int, stop: int) -> Any:

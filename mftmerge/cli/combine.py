@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -40,7 +41,7 @@ def command(
     from mftmerge.combine import combine_files
     from mftmerge.errors import BadInput
 
-    options: dict[str, object] = {"threshold": threshold, "allow_different_init": allow_different_init}
+    options: dict[str, Any] = {"threshold": threshold, "allow_different_init": allow_different_init}
     if weights is not None:
         try:
             options["weights"] = tuple(float(w) for w in weights.replace(",", " ").split())

@@ -1,0 +1,174 @@
+"""How much masks overlap in what they prune, against what chance and a common start would give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mftmerge import bits
+from mftmerge.errors import BadInput
+from mftmerge.inspecting import layer_of
+from mftmerge.mask import Mask
+
+
+@dataclass
+class Overlap:
+    """Counts over the weights that two masks both cover, added up over tensors.
+
+    expected: weights pruned by both if the two pruned independently within each tensor. from_start: the same if both
+    left one common untrained mask independently of each other; None where that mask is not known.
+    """
+
+    size: int = 0
+    pruned_a: int = 0
+    pruned_b: int = 0
+    both: int = 0
+    expected: float = 0.0
+    from_start: float | None = None
+
+    def _jaccard(self, both: float) -> float:
+        either = self.pruned_a + self.pruned_b - both
+        return both / either if either else 1.0
+
+    def _agreement(self, both: float) -> float:
+        return 1 - (self.pruned_a + self.pruned_b - 2 * both) / self.size if self.size else 1.0
+
+    @property
+    def jaccard(self) -> float:
+        """Pruned by both over pruned by either (1 where neither prunes anything)."""
+        return self._jaccard(self.both)
+
+    @property
+    def agreement(self) -> float:
+        """Share of weights on which the masks say the same."""
+        return self._agreement(self.both)
+
+    @property
+    def jaccard_independent(self) -> float:
+        return self._jaccard(self.expected)
+
+    @property
+    def agreement_independent(self) -> float:
+        return self._agreement(self.expected)
+
+    @property
+    def jaccard_from_start(self) -> float | None:
+        return None if self.from_start is None else self._jaccard(self.from_start)
+
+    def add(self, other: Overlap) -> None:
+        """Add the counts of another tensor. The baseline of a common start is known only if it is for all of them."""
+        known = self.size == 0 or self.from_start is not None
+        self.from_start = (
+            (self.from_start or 0.0) + other.from_start if known and other.from_start is not None else None
+        )
+        self.size += other.size
+        self.pruned_a, self.pruned_b = self.pruned_a + other.pruned_a, self.pruned_b + other.pruned_b
+        self.both, self.expected = self.both + other.both, self.expected + other.expected
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("jaccard", "agreement", "jaccard_independent", "agreement_independent", "jaccard_from_start")
+        return asdict(self) | {n: getattr(self, n) for n in names}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two masks. start: their untrained masks against each other, None unless both are known."""
+
+    a: str
+    b: str
+    tensors: int
+    total: Overlap
+    by_layer: dict[int | None, Overlap]
+    start: Overlap | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All pairs of some masks. moved: each mask against its own untrained mask, where that is known."""
+
+    names: list[str]
+    pairs: list[Pair]
+    moved: dict[str, Overlap]
+
+    def matrix(self, value: Callable[[Pair], float]) -> list[list[float]]:
+        """A symmetric table of a value of the pairs, 1 on the diagonal."""
+        table = [[1.0] * len(self.names) for _ in self.names]
+        for (i, j), pair in zip(itertools.combinations(range(len(self.names)), 2), self.pairs, strict=True):
+            table[i][j] = table[j][i] = value(pair)
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "masks": self.names,
+            "pairs": [
+                {"a": p.a, "b": p.b, "tensors": p.tensors}
+                | p.total.to_json()
+                | {"start": p.start.to_json() if p.start else None}
+                | {"by_layer": {"other" if k is None else str(k): o.to_json() for k, o in p.by_layer.items()}}
+                for p in self.pairs
+            ],
+            "moved": {name: overlap.to_json() for name, overlap in self.moved.items()},
+        }
+
+
+def compare(masks: Sequence[Mask], names: Sequence[str], *, start: bool = True) -> Comparison:
+    """Compare every pair of masks on the tensors that both cover. Streams; raises BadInput on different shapes.
+
+    start: also the baselines of untrained masks, where they can be had (see `untrained.untrained`).
+    """
+    if len(masks) < 2:
+        raise BadInput("compare needs at least two masks")
+    from mftmerge.untrained import untrained
+
+    starts = [untrained(m) if start else None for m in masks]
+    pairs = []
+    for a, b in itertools.combinations(range(len(masks)), 2):
+        pairs.append(_pair(names[a], names[b], masks[a], masks[b], starts[a], starts[b]))
+    moved = {
+        name: _pair(name, name, mask, begun, None, None).total
+        for name, mask, begun in zip(names, masks, starts, strict=True)
+        if begun is not None
+    }
+    return Comparison(list(names), pairs, moved)
+
+
+def _pair(name_a: str, name_b: str, a: Mask, b: Mask, start_a: Mask | None, start_b: Mask | None) -> Pair:
+    total, layers, starts = Overlap(), dict[int | None, Overlap](), Overlap()
+    common = [n for n in a.names if n in b]
+    for name in common:
+        if a.shape(name) != b.shape(name):
+            raise BadInput(f"{name_b}: tensor {name!r} has shape {b.shape(name)}, in {name_a} it has {a.shape(name)}")
+        here = _overlap(name, a, b)
+        if start_a is not None and start_b is not None:
+            starts.add(_overlap(name, start_a, start_b))
+            here.from_start = _from_common_start(name, a, b, start_a, start_b)
+        total.add(here)
+        layers.setdefault(layer_of(name), Overlap()).add(here)
+    ordered = dict(sorted(layers.items(), key=lambda item: (item[0] is None, item[0] or 0)))
+    return Pair(name_a, name_b, len(common), total, ordered, starts if starts.size else None)
+
+
+def _overlap(name: str, a: Mask, b: Mask) -> Overlap:
+    """Counts for one tensor, in one pass."""
+    size = a.size(name)
+    kept_a = kept_b = kept_both = 0
+    for x, y in zip(a.pieces(name), b.pieces(name), strict=True):
+        kept_a, kept_b, kept_both = kept_a + bits.count(x), kept_b + bits.count(y), kept_both + bits.count(x & y)
+    pruned_a, pruned_b = size - kept_a, size - kept_b
+    both = size - kept_a - kept_b + kept_both
+    return Overlap(size, pruned_a, pruned_b, both, pruned_a * pruned_b / size if size else 0.0)
+
+
+def _from_common_start(name: str, a: Mask, b: Mask, start_a: Mask, start_b: Mask) -> float | None:
+    """Expected number pruned by both if each left the same start independently; None where the starts differ."""
+    start = _overlap(name, start_a, start_b)
+    if not start.both == start.pruned_a == start.pruned_b:
+        return None
+    stayed_a, stayed_b = _overlap(name, a, start_a), _overlap(name, b, start_b)
+    inside, outside = start.both, start.size - start.both
+    expected = stayed_a.both * stayed_b.both / inside if inside else 0.0
+    left = (stayed_a.pruned_a - stayed_a.both) * (stayed_b.pruned_a - stayed_b.both)
+    return expected + (left / outside if outside else 0.0)

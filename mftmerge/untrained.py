@@ -1,0 +1,84 @@
+"""The mask that training started from, where it can be had again: from stored scores, the seed, or the base's weights.
+
+A baseline for overlaps: masks that start from the same scores overlap before they have learnt anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mftmerge import bits, projection
+from mftmerge.mask import Mask, Scores
+
+PIECE = 1 << 17
+
+
+def keep_top(scores: Scores, drop: int, rule: Any) -> npt.NDArray[np.bool_]:
+    """Boolean array, shape (n,): all but the `drop` lowest scores; of equal ones the lowest indices are dropped."""
+    keys = projection.sortable(np.ascontiguousarray(scores).reshape(-1), rule)
+    cut = projection.project(keys.size, keys.size - drop, PIECE, lambda a, b: (), lambda a, b: keys[a:b])
+    return np.concatenate([np.zeros(0, np.bool_), *(bits.unpack(w.view(np.uint8), b - a) for a, b, w in cut)])
+
+
+def untrained(mask: Mask) -> Mask | None:
+    """The mask before training, with the same number of weights dropped in each tensor; None where it is not known.
+
+    Sources, in this order: the file's `::init` scores; init "normal", drawn again from the seed (imports torch) if
+    the result has the recorded digest; init "magnitude", from the base where it is a local checkpoint and the tensors
+    have the recorded fingerprints.
+    """
+    training = mask.info.training
+    rule = training.get("selection", "abs" if training.get("init") == "normal" else "signed")
+    read: Callable[[str], Scores]
+    if mask.has_initial_scores:
+        read = mask.initial_scores
+    elif training.get("init") == "normal" and isinstance(training.get("seed"), int):
+        drawn = _draw(mask, training)
+        if drawn is None:
+            return None
+        read = drawn.__getitem__
+    elif training.get("init") == "magnitude" and mask.info.base and Path(mask.info.base).is_dir():
+        magnitudes = _magnitudes(mask)
+        if magnitudes is None:
+            return None
+        read, rule = magnitudes.__getitem__, "signed"
+    else:
+        return None
+    kept = {n: keep_top(read(n), mask.size(n) - mask.count(n), rule).reshape(mask.shape(n)) for n in mask.names}
+    return Mask.from_bools(kept)
+
+
+def _draw(mask: Mask, training: dict[str, Any]) -> dict[str, Scores] | None:
+    """Normal scores from the seed, None unless they have the digest that was recorded (fused tensors do not)."""
+    from mftmerge.train import scores
+
+    h = hashlib.blake2b(digest_size=16)
+    drawn: dict[str, Scores] = {}
+    for name in mask.names:
+        target: Any = SimpleNamespace(name=name, parameter=SimpleNamespace(shape=mask.shape(name)))
+        drawn[name] = scores._normal(target, training["seed"]).numpy()
+        h.update(f"{name}\0{mask.shape(name)}\0".encode())
+        h.update(drawn[name].tobytes())
+    return drawn if training.get("init_digest") == h.hexdigest() else None
+
+
+def _magnitudes(mask: Mask) -> dict[str, Scores] | None:
+    """|W| of the base's tensors, None where they are not those that the mask was trained on."""
+    from mftmerge.checkpoint import Checkpoint
+
+    base = Checkpoint.open(str(mask.info.base))
+    found: dict[str, Scores] = {}
+    for name in mask.names:
+        if name not in base or mask.info.fingerprints.get(name) != base.fingerprint(name):
+            return None
+        if base.entry(name).shape != mask.shape(name):
+            return None
+        found[name] = np.abs(base.read_float32(name))
+    return found
