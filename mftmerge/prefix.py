@@ -158,21 +158,21 @@ class PrefixCache:
 
     @torch.no_grad()
     def _agrees(self, ids: list[int], states: Tensor) -> bool:
-        """Whether skipping the lower layers gives the model's own logits on one row (checked once)."""
+        """Whether skipping the lower layers gives the model's own last hidden states on one row (checked once)."""
         self._checked = True
-        expected = self._full(ids).logits
-        found = self._full(ids, states[None]).logits
+        expected = self._full(ids)[0]
+        found = self._full(ids, states[None])[0]
         error = (found - expected).abs().max()
         return bool(error <= 64 * torch.finfo(expected.dtype).eps * expected.abs().max())
 
     def _full(self, ids: list[int], states: Tensor | None = None) -> Any:
-        """The model's forward pass of one row, in evaluation mode, with the lower layers or from states."""
+        """The pass of one row through the model's body (its head may be hooked), through all layers or from states."""
         before, was_training = self._states, self.model.training
         self._busy, self._states = True, states
         self.model.eval()
         try:
             batch = torch.tensor([ids], device=self.model.device)
-            return self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
+            return self.model.base_model(input_ids=batch, use_cache=False)
         finally:
             self._busy, self._states = False, before
             self.model.train(was_training)

@@ -1,0 +1,137 @@
+"""What a mask is compared with: the same steps on the weights themselves, and masks that nobody trained.
+
+A mask adds training to a model that was already trained, so a gain may come from the extra steps alone. The matched
+control trains the same matrices for the same steps on the same rows with AdamW, at its own learning rate, and keeps the
+best validated state likewise. The random and the smallest-magnitude mask prune as much without learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mftmerge.data import Tokens
+from mftmerge.train import scores
+from mftmerge.train.optimizer import MaskOptimizer
+from mftmerge.train.settings import TrainSettings
+from mftmerge.train.targets import Target
+
+if TYPE_CHECKING:
+    from mftmerge.train.trainer import Best
+
+CONTROL_LR = 2e-5  # AdamW on weights; larger ones over-fit a few hundred rows
+
+
+class WeightOptimizer(torch.optim.AdamW):
+    """Fused AdamW on the targets' own weights, with what validation asks of a mask optimiser."""
+
+    flipped, current_keep = 0, 1.0
+
+    def __init__(self, targets: Sequence[Target], lr: float = CONTROL_LR, clip: float | None = 1.0) -> None:
+        self.targets, self.clip = list(targets), clip
+        self.originals = {t.name: t.parameter.detach().clone() for t in targets}
+        super().__init__([t.parameter for t in targets], lr=lr, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; all gradients together are clipped to the norm `clip`."""
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_([t.parameter for t in self.targets], self.clip)
+        return super().step(closure)
+
+    def mask(self) -> dict[str, Tensor]:
+        """The weights as they are now, in the place of a mask."""
+        return {t.name: t.parameter.detach().clone() for t in self.targets}
+
+    @contextmanager
+    def masked_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """These weights inside the block, the current ones after it."""
+        now = self.mask()
+        self.put(weights)
+        try:
+            yield
+        finally:
+            self.put(now)
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights into the parameters."""
+        for t in self.targets:
+            t.parameter.copy_(weights[t.name])
+
+    def restore(self) -> None:
+        """The original weights, bit for bit."""
+        self.put(self.originals)
+
+
+def run_controls(
+    model: Any,
+    tokenizer: Any,
+    targets: Sequence[Target],
+    rows: Sequence[Tokens],
+    settings: TrainSettings,
+    losses: Callable[[], Any],
+    directory: Path,
+    *,
+    lr: float = CONTROL_LR,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Validation losses of each row, shape (rows, 2), under `weights`, `random` and `magnitude`.
+
+    model: with its original weights in place, which come back bit for bit. settings: the run's own (steps, batch, data
+    order). losses: gives the validation rows' losses of the model as it is. lr: of the matched control.
+    """
+    out: dict[str, Any] = {}
+    for name, init in (("random", "normal"), ("magnitude", "magnitude")):
+        signed = scores.is_signed(init)
+        start = scores.initial(targets, init, seed=settings.seed)
+        masked = MaskOptimizer(targets, start, keep=str(settings.keep), signed=signed, pattern=settings.n_of_m)
+        out[name] = losses()
+        masked.restore()
+    with trained_weights(
+        model, tokenizer, targets, rows, settings, losses, directory, lr=lr, progress=progress
+    ) as best:
+        out["weights"] = best.rows
+    return out
+
+
+@contextmanager
+def trained_weights(
+    model: Any,
+    tokenizer: Any,
+    targets: Sequence[Target],
+    rows: Sequence[Tokens],
+    settings: TrainSettings,
+    losses: Callable[[], Any],
+    directory: Path,
+    *,
+    lr: float = CONTROL_LR,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Best]:
+    """Train the targets' own weights; inside the block the model has the best validated ones, afterwards its own.
+
+    Arguments as for `run_controls`. Gives the record of validations, `rows` of which are the best one's losses.
+    """
+    from mftmerge.train.trainer import Best, interruptible, make_trainer
+
+    plain = settings.model_copy(update={"lr": lr, "scores": False, "keep_warmup": 0})
+    weights = WeightOptimizer(targets, lr, settings.clip)
+    best = Best(weights, plain, losses, progress)
+    best.consider(0)
+    try:
+        trainer = make_trainer(model, tokenizer, rows, weights, plain, directory, save=False, callbacks=[best])
+        with interruptible(best):
+            trainer.train()
+        if best.interrupted:
+            raise KeyboardInterrupt
+        vars(model).pop("forward", None)  # SFTTrainer adds its own head
+        with weights.masked_by(best.mask or {}):
+            yield best
+    finally:
+        weights.restore()
+        vars(model).pop("forward", None)

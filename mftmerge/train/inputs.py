@@ -1,0 +1,130 @@
+"""What a run starts from: the model, the rows, and the place of the result."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mftmerge import data as rows_of
+from mftmerge.checkpoint import resolve
+from mftmerge.errors import BadInput
+from mftmerge.train import memory
+from mftmerge.train.settings import TrainSettings
+
+
+class Output:
+    """The mask's place, and the directory beside it that holds the run's checkpoints until it is done."""
+
+    def __init__(self, out: str | Path | None, overwrite: bool, resume: bool) -> None:
+        self.path, self.resume = None if out is None else Path(out), resume
+        if self.path is None:
+            if resume:
+                raise BadInput("resume needs the output file of the run that is to be continued")
+            return
+        if self.path.exists() and not overwrite:
+            raise BadInput(f"{self.path}: exists; give --overwrite to replace it, or another name")
+        if not self.path.absolute().parent.is_dir():
+            raise BadInput(f"{self.path}: its directory does not exist; make it first")
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """`<out>.run`, removed when the block ends well; a temporary directory without an output."""
+        if self.path is None:
+            with tempfile.TemporaryDirectory() as d:
+                yield Path(d)
+            return
+        path = Path(f"{self.path}.run")
+        if path.exists() and not self.resume and is_main():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        if is_main():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def last(self, directory: Path, settings: TrainSettings, model: str, say: Callable[[str], None]) -> Path | None:
+        """The checkpoint to continue from. Raises BadInput when the settings are not those of the interrupted run."""
+        from mftmerge.train.trainer import last_checkpoint
+
+        said = directory / "settings.json"
+        now = {"model": model, **settings.model_dump()}
+        found = last_checkpoint(directory) if self.resume else None
+        if found is not None and said.exists():
+            before = json.loads(said.read_text())
+            changed = sorted(k for k in now if before.get(k) != now[k])
+            if changed:
+                raise BadInput(f"{self.path}: --resume needs the same settings; changed: {', '.join(changed)}")
+        if self.resume:
+            say(f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0")
+        if is_main():
+            said.write_text(json.dumps(now))
+        return found
+
+
+def load_model(model: Any, tokenizer: Any, settings: TrainSettings, tokenised: bool) -> tuple[Any, Any, str]:
+    """The loaded model, its tokenizer and its reference."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
+    if isinstance(model, str | Path):
+        path = resolve(model)
+        if settings.check_memory:
+            tokens = settings.batch_size * settings.max_length
+            need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens)
+            memory.require(need, reference, settings.dtype)
+        dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        path, loaded = Path(reference), model
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{reference or 'model'}: no tokenizer found ({str(e).splitlines()[0]}); give one") from None
+    return loaded, tokenizer, reference
+
+
+def is_tokenised(data: Any) -> bool:
+    return isinstance(data, Sequence) and bool(data) and isinstance(data[0], Mapping) and "input_ids" in data[0]
+
+
+def named(data: Any) -> Any:
+    """What the settings file says about the data: names of files, not rows."""
+    if isinstance(data, str | Path):
+        return str(data)
+    return [str(d) for d in data] if all(isinstance(d, str | Path) for d in data) else f"{len(data)} rows"
+
+
+def read_rows(data: Any, eval_data: Any, tokenizer: Any, settings: TrainSettings) -> tuple[list[Any], list[Any]]:
+    """Tokenised rows to train on and to validate on."""
+
+    def tokens(source: Any) -> list[Any]:
+        if is_tokenised(source):
+            return list(source)
+        several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
+        if several and source and all(isinstance(s, str | Path) for s in source):
+            read = rows_of.mix([rows_of.load_rows(s) for s in source], settings.weights, settings.seed)
+        else:
+            read = rows_of.load_rows(source)
+        return rows_of.tokenize(read, tokenizer, settings.max_length)
+
+    rows = tokens(data)
+    if eval_data is not None:
+        return rows, tokens(eval_data)[: settings.eval_rows]
+    held = min(settings.eval_rows, int(len(rows) * settings.eval_share))
+    if not held:
+        return rows, []
+    order = random.Random(settings.seed).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def is_main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

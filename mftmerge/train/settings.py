@@ -1,0 +1,146 @@
+"""All settings of a training run, explained where declared; the same in Python, on the command line and in YAML."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mftmerge.errors import BadInput
+
+# A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
+# rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
+TRAVEL = 0.0125
+
+
+class TrainSettings(BaseModel):
+    """Settings of `train_mask`."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    # What is masked
+    keep: float = Field(0.9, gt=0, le=1, description="share of weights kept in each matrix")
+    layers: str | None = Field(None, description="decoder layers, such as 4-7; the last four by default")
+    modules: str = Field("attn,mlp", description="attn, mlp, names such as q_proj, or a regular expression")
+    scope: Literal["matrix", "global"] = Field("matrix", description="one cut a matrix, or one over all")
+    pattern: str | None = Field(None, description="N:M sparsity such as 2:4, instead of keep")
+    base: str | None = Field(None, description="learn a mask over the difference from this model instead")
+    reference_rounding: bool = Field(False, description="drop int((1 - keep) * n), as the published code does")
+
+    # The scores
+    init: Literal["magnitude", "normal", "taylor"] = Field("magnitude", description="where the scores start")
+    seed: int = Field(42, ge=0, description="of the data order and of normal scores")
+    keep_warmup: int = Field(0, ge=0, description="steps over which the share kept falls from 1 to keep")
+    scores: bool = Field(False, description="store final and initial scores in the mask, for score arithmetic")
+
+    # The steps
+    steps: int = Field(60, ge=0, description="optimiser steps")
+    batch_size: int = Field(8, ge=1, description="rows in a forward pass, on each device")
+    accumulate: int = Field(1, ge=1, description="forward passes in a step")
+    lr: float | None = Field(None, gt=0, description="learning rate of the scores; by default 2 * 0.0125 / steps")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps over which the learning rate rises")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the score gradients")
+
+    # The data
+    max_length: int = Field(1024, ge=2, description="tokens of a row; longer rows are cut on the right")
+    packing: bool = Field(False, description="pack rows into full sequences")
+    weights: list[float] | None = Field(None, description="shares of several data files in the mixture")
+
+    # Validation
+    eval_share: float = Field(0.1, ge=0, lt=1, description="share of rows held out when there is no eval data")
+    eval_rows: int = Field(64, ge=1, description="validation rows at most")
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; a sixth of the steps by default")
+    patience: int | None = Field(None, ge=1, description="validations without gain after which training stops")
+    control: bool = Field(False, description="also run the matched control and the random and magnitude masks")
+
+    # The machine
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; scores are float32")
+    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    compile: bool = Field(False, description="compile the trained layers")
+    prefix: Literal["memory", "disk", "off"] = Field("memory", description="where hidden states below are cached")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; eval_every by default")
+    log_to: str = Field("none", description="none, tensorboard or wandb")
+    check_memory: bool = Field(True, description="refuse a model that will not fit, before loading it")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        match = re.fullmatch(r"(\d+):(\d+)", value or "1:2")
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError("give N:M with 0 < N < M, such as 2:4")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainSettings:
+        if self.keep_warmup and self.keep_warmup > self.steps:
+            raise ValueError(f"keep_warmup {self.keep_warmup} is longer than the run's {self.steps} steps")
+        if self.pattern and (self.keep_warmup or self.scope == "global"):
+            raise ValueError("pattern fixes the share kept: leave keep_warmup and scope out")
+        return self
+
+    @classmethod
+    def make(cls, given: dict[str, Any]) -> TrainSettings:
+        """Settings from plain values; BadInput names the wrong one."""
+        try:
+            return cls(**given)
+        except ValidationError as e:
+            first = e.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "settings"
+            known = f"; there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> dict[str, Any]:
+        """The values in a YAML file of settings. Raises BadInput unless it is a mapping of known names."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise BadInput(f"{path}: cannot read settings ({' '.join(str(e).split())})") from None
+        if not isinstance(values, dict):
+            raise BadInput(f"{path}: settings must be a mapping such as 'keep: 0.9'")
+        try:
+            cls.make({k: v for k, v in values.items() if k not in RUN_KEYS})
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
+        return values
+
+    def to_yaml(self, **run: Any) -> str:
+        """The settings as YAML, with the run's own entries (model, data, ...) first."""
+        import yaml
+
+        return str(yaml.safe_dump({**run, **self.model_dump()}, sort_keys=False))
+
+    # -- what follows from the settings -------------------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        return self.lr if self.lr is not None else 2 * TRAVEL / max(1, self.steps)
+
+    @property
+    def travel(self) -> float:
+        """How far a score can move in the run: lr * steps / 2, in units of the score."""
+        return self.learning_rate * self.steps / 2
+
+    @property
+    def warmup_steps(self) -> int:
+        return math.ceil(self.warmup * self.steps)
+
+    @property
+    def every(self) -> int:
+        """Steps between validations."""
+        return self.eval_every or max(1, math.ceil(self.steps / 6))
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+
+RUN_KEYS = ("model", "data", "eval_data", "out")  # a settings file may also say what to train on
