@@ -10,7 +10,7 @@ import typer
 
 def command(
     masks: list[Path] = typer.Argument(help="Mask files, in the order that --weights and difference refer to."),
-    output: Path = typer.Option(..., "--output", "-o", help="The mask file to write."),
+    out: Path = typer.Option(..., "--out", "-o", help="The mask file to write."),
     op: str = typer.Option(
         "vote", "--op", help="union, intersection, vote, difference, xor, complement or score (see docs/operations.md)."
     ),
@@ -50,7 +50,7 @@ def command(
     report = combine_files(
         op,
         masks,
-        output,
+        out,
         archive=archive,
         overwrite=overwrite,
         density=density,
@@ -70,4 +70,4 @@ def command(
     print(f"{report.operation}{given}: density {report.density:.4f}, {report.kept:,} of {report.size:,} kept")
     for note in report.notes:
         print(f"note: {note}")
-    print(f"wrote {report.out} ({output.stat().st_size:,} bytes)")
+    print(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
