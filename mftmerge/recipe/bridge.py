@@ -29,9 +29,10 @@ from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.arrival import SHARD_BYTES, ArrivalWriter
 from mftmerge.recipe.catalogue import METHODS
-from mftmerge.recipe.locate import MaskBook, absolute
+from mftmerge.recipe.locate import absolute
 from mftmerge.recipe.methods import register
-from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, OutputSlice, Reference
+from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
+from mftmerge.recipe.translate import Translation
 
 Progress = Callable[[int], None]  # bytes written so far
 CODES = {
@@ -115,74 +116,39 @@ class OrderedConfiguration(MergeConfiguration):
         return [m for m in dict.fromkeys(self._order) if m in found] + [m for m in found if m not in self._order]
 
 
-class Translation:
-    """A document as mergekit's configuration: absolute paths, and a view directory for each masked input.
+class MaskingTranslation(Translation):
+    """A document as mergekit's configuration, with a view directory for each masked input.
 
     A view is a directory of links to a model's files under a name of its own, so that one model can be an input several
     times with different masks; its loader, which masks, is put in mergekit's loader cache.
     """
 
     def __init__(self, document: Document, folder: Path, stages: dict[str, Path], work: Path) -> None:
-        self.document, self.folder, self.stages, self.work = document, folder, stages, work
-        self.book = MaskBook(folder, document.masks)
+        super().__init__(document, folder)
+        self.stages, self.work = stages, work
         self.views: dict[tuple[str, str], str] = {}
         self.lora_cache = work / "lora"
 
     def configuration(self) -> OrderedConfiguration:
         """The configuration; loaders of masked inputs are in mergekit's cache afterwards."""
-        d = self.document
-        data: dict[str, Any] = {"merge_method": d.merge_method}
-        plain = d.model_dump(include={"dtype", "out_dtype", "chat_template", "parameters"}, exclude_none=True)
-        data |= plain
-        if d.base_model:
-            data["base_model"] = self.input(d.base_model)
-        if d.models:
-            data["models"] = [self.model(m) for m in d.models]
-        if d.slices:
-            data["slices"] = [self.slice(s) for s in d.slices]
-        if d.modules:
-            data["modules"] = {
-                name: {
-                    k: v
-                    for k, v in {
-                        "models": m.models and [self.model(i) for i in m.models],
-                        "slices": m.slices and [self.slice(s) for s in m.slices],
-                        "parameters": m.parameters,
-                    }.items()
-                    if v
-                }
-                for name, m in d.modules.items()
-            }
-        if d.tokenizer_source:
-            data["tokenizer_source"] = self.tokenizer_source(d.tokenizer_source)
-        if d.tokenizer:
-            data["tokenizer"] = self.tokenizer()
-        configuration = OrderedConfiguration.model_validate(data)
-        items: list[ModelInput | BaseInput] = [i for _, i in [*d.inputs(), *d.bases()]]  # type: ignore[misc]
-        configuration._order = [ModelReference.model_validate(self.input(i)) for i in items]
+        configuration = OrderedConfiguration.model_validate(self.data())
+        configuration._order = [ModelReference.model_validate(self.input(i)) for _, i in self.document.parts()]
         return configuration
 
     def model(self, item: ModelInput) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.input(item)}
-        parameters = dict(item.parameters or {})
+        found = super().model(item)
         if item.mask and METHODS[self.document.merge_method].mask_as_parameter:
             path = self.work / f"parameter-{len(list(self.work.glob('parameter-*')))}.mask"
             self.book.evaluate(item.mask.expression()).save(path)
-            parameters["mask"] = str(path)
-        if parameters:
-            found["parameters"] = parameters
+            found["parameters"] = found.get("parameters", {}) | {"mask": str(path)}
         return found
 
-    def slice(self, out: OutputSlice) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "sources": [self.model(s) | {"layer_range": list(s.layer_range)} for s in out.sources],
-            **({"base_model": self.input(out.base_model)} if out.base_model else {}),
-        }
-        return found | out.model_dump(include={"residual_weight", "parameters"}, exclude_none=True)
+    def absolute(self, reference: Reference) -> Reference:
+        return absolute(reference, self.folder, self.stages)
 
     def input(self, item: ModelInput | BaseInput) -> Any:
         """mergekit's reference to an input: the model itself, or its view."""
-        reference = absolute(item.model, self.folder, self.stages)
+        reference = self.absolute(item.model)
         as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
         return self.view(reference, item.mask) if item.mask and not as_parameter else reference.to_mergekit()
 
@@ -219,34 +185,6 @@ class Translation:
         """The result's mask, when the document has one."""
         use = self.document.mask
         return OutputMask(self.book.evaluate(use.expression()), self.delta_base(use)) if use else None
-
-    def tokenizer_source(self, text: str) -> Any:
-        return text if text in ("union", "base") else self.named(Reference.model_validate(text))
-
-    def named(self, reference: Reference) -> Any:
-        """The reference by which an input goes in this merge, for the tokenizer section."""
-        path = absolute(reference, self.folder, self.stages)
-        items: list[ModelInput | BaseInput] = [i for _, i in [*self.document.inputs(), *self.document.bases()]]  # type: ignore[misc]
-        same = [i for i in items if absolute(i.model, self.folder, self.stages) == path]
-        return self.input(min(same, key=lambda i: i.mask is not None)) if same else path.to_mergekit()
-
-    def tokenizer(self) -> dict[str, Any]:
-        assert self.document.tokenizer is not None
-        section = self.document.tokenizer
-        data = section.model_dump(exclude_none=True, exclude={"source", "tokens"})
-        data["source"] = self.tokenizer_source(section.source)
-        if section.tokens:
-            data["tokens"] = {}
-            for token, setting in section.tokens.items():
-                row: dict[str, Any] = {"force": setting.force}
-                if isinstance(setting.source, Reference):
-                    row["source"] = self.named(setting.source)
-                elif setting.source is not None:
-                    row["source"] = setting.source.model_dump(exclude_none=True, exclude={"model"})
-                    if setting.source.model:
-                        row["source"]["model"] = self.named(setting.source.model)
-                data["tokens"][token] = row
-        return data
 
 
 class TensorByTensor:
@@ -366,7 +304,7 @@ def merge(
     """
     register()
     with _fresh_loaders():
-        translation = Translation(document, folder, stages or {}, work)
+        translation = MaskingTranslation(document, folder, stages or {}, work)
         options = MergeOptions(
             lora_merge_cache=str(translation.lora_cache),
             quiet=True,

@@ -31,18 +31,25 @@ class BuildReport:
     warnings: tuple[str, ...]
 
 
-def needed(documents: tuple[Document, ...]) -> list[Document]:
-    """The documents that the result needs, itself last, in the recipe's order."""
+def needed(
+    documents: tuple[Document, ...],
+    result: Document | None = None,
+    alone: Callable[[Document], bool] = lambda _: False,
+) -> list[Document]:
+    """The documents that the recipe's result (or another, `result`) needs, itself last, each after those it needs.
+
+    alone: tells of documents whose own needs do not matter.
+    """
     by_name = {d.name: d for d in documents if d.name}
     wanted: list[Document] = []
 
     def visit(document: Document) -> None:
-        for _, reference in references(document):
+        for _, reference in references(document) if not alone(document) else ():
             if reference.path in by_name and by_name[reference.path] not in wanted:
                 visit(by_name[reference.path])
         wanted.append(document)
 
-    visit(documents[result_index(documents)])
+    visit(result or documents[result_index(documents)])
     return wanted
 
 
@@ -80,17 +87,21 @@ def build_into(
     folder: Path,
     *,
     name: str,
+    result: Document | None = None,
     executor: Executor = "auto",
     seed: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[dict[str, int], list[str]]:
-    """Build a checked recipe into an existing directory; gives bytes by tensor and who did each step."""
+    """Build a checked recipe's result (or another of its documents) into an existing directory.
+
+    Gives bytes by tensor, and who did each step.
+    """
     work = folder / ".work"
     stages: dict[str, Path] = {}
     executors: list[str] = []
     sizes: dict[str, int] = {}
-    documents = needed(recipe.documents)
+    documents = needed(recipe.documents, result)
     for i, document in enumerate(documents):
         last = i == len(documents) - 1
         target = folder if last else work / "stages" / str(document.name)

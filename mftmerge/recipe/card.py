@@ -73,8 +73,7 @@ def slug(text: str) -> str:
 def masks_used(recipe: Recipe, document: Document) -> list[tuple[str, MaskUse, str]]:
     """Each mask a document applies: whose ("the result" for an output mask), the mask, and its label."""
     book = MaskBook(recipe.folder, document.masks)
-    items: list[tuple[Any, ModelInput | BaseInput]] = [*document.inputs(), *document.bases()]
-    found = [(str(i.model), i.mask, book.label(i.mask)) for _, i in items if i.mask]
+    found = [(str(i.model), i.mask, book.label(i.mask)) for _, i in document.parts() if i.mask]
     return found + ([("the result", document.mask, book.label(document.mask))] if document.mask else [])
 
 

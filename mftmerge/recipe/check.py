@@ -9,7 +9,6 @@ from typing import Any
 from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem
 from mftmerge.recipe.schema import (
-    BaseInput,
     Document,
     MaskExpression,
     MaskUse,
@@ -39,8 +38,7 @@ def result_index(documents: Iterable[Document]) -> int:
 
 def references(document: Document) -> Iterator[tuple[Location, Reference]]:
     """Every model reference of a document, those of delta masks and the tokenizer's included."""
-    items: list[tuple[Location, ModelInput | BaseInput]] = [*document.inputs(), *document.bases()]
-    for where, item in items:
+    for where, item in document.parts():
         yield where, item.model
     for where, use in mask_uses(document):
         if use.base:
@@ -55,8 +53,7 @@ def references(document: Document) -> Iterator[tuple[Location, Reference]]:
 
 def mask_uses(document: Document) -> Iterator[tuple[Location, MaskUse]]:
     """Every mask that the document applies, with its place."""
-    items: list[tuple[Location, ModelInput | BaseInput]] = [*document.inputs(), *document.bases()]
-    for where, item in items:
+    for where, item in document.parts():
         if item.mask:
             yield (*where, "mask"), item.mask
     if document.mask:

@@ -39,8 +39,7 @@ class FileChecks:
                 self.book.evaluate(expression)
             except BadInput as e:
                 yield ("masks", name), str(e)
-        items: list[tuple[Location, ModelInput | BaseInput]] = [*self.document.inputs(), *self.document.bases()]
-        for where, item in items:
+        for where, item in self.document.parts():
             if item.mask:
                 found = None if str(item.model) in absent else self.checkpoint(item.model)
                 yield from self._mask((*where, "mask"), item.mask, found, str(item.model))

@@ -5,7 +5,8 @@ Each is a function of one tensor's inputs; the names and parameters stand in cat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -60,6 +61,20 @@ def consensus_kept(deltas: Tensor, tall_lambda: Tensor, k: int) -> tuple[Tensor,
     return wanted >= k, multi
 
 
+_recorded: dict[str, Any] | None = None
+
+
+@contextmanager
+def recorded_consensus() -> Iterator[dict[str, Any]]:
+    """A dictionary that fills with the boolean consensus mask of each tensor merged inside the `with` block."""
+    global _recorded
+    _recorded = {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
 def _weighted_deltas(group: Any, weight: dict[Any, float]) -> Tensor:
     base = group.base.tensor
     deltas = torch.stack([e.tensor - base for e in group.non_base])
@@ -73,6 +88,8 @@ def consensus(group: Any, *, weight: Any, tall_lambda: Any, k: int, **rest: floa
     deltas = _weighted_deltas(group, weight)
     limits = torch.tensor([tall_lambda[e.id] for e in group.non_base], dtype=deltas.dtype, device=deltas.device)
     kept, multi = consensus_kept(deltas, limits, k)
+    if _recorded is not None and group.metadata.name:
+        _recorded[group.metadata.name] = kept.cpu().numpy()
     if rest["lambda"] != 1:
         multi = multi * rest["lambda"]
     return torch.where(kept, base + multi, base)

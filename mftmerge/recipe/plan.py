@@ -76,7 +76,7 @@ def _step(recipe: Recipe, document: Document, executor: str, reason: str, entrie
     masks = tuple(
         (w, label, u.on, book.evaluate(u.expression()).density()) for w, u, label in masks_used(recipe, document)
     )
-    inputs = dict.fromkeys(str(i.model) for _, i in [*document.inputs(), *document.bases()])  # type: ignore[attr-defined, misc]
+    inputs = dict.fromkeys(str(i.model) for _, i in document.parts())
     sizes = [e.size * width(e, document.out_dtype or document.dtype) for e in entries]
     largest = max((e.size for e in entries), default=0)
     # Each input and the method's own deltas in the dtype of the arithmetic, then the result.

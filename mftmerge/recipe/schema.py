@@ -202,7 +202,9 @@ class BaseInput(Strict):
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        if isinstance(value, str) or (isinstance(value, dict) and "mask" not in value):
+        if isinstance(value, dict) and ("mask" in value or isinstance(value.get("model"), Reference)):
+            return value
+        if isinstance(value, str | dict):
             return {"model": value}
         return value
 
@@ -291,6 +293,10 @@ class Document(Strict):
         for name, module in (self.modules or {}).items():
             visit(module, ("modules", name))
         return found
+
+    def parts(self) -> list[tuple[Location, ModelInput | BaseInput]]:
+        """Every model input and base model with its place in the document, in this order."""
+        return [*self.inputs(), *self.bases()]
 
     def bases(self) -> list[tuple[Location, BaseInput]]:
         """Every base model with its place in the document."""

@@ -49,3 +49,16 @@ def expected(document: Document, folder: Path, stages: Mapping[str, list[TensorE
                 name = LAYER.sub(f".{at + int(match[1]) - start}.", entry.name, count=1)
                 yield TensorEntry(name, entry.dtype, entry.shape, entry.file, entry.start, entry.stop)
         at += stop - start
+
+
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+
+
+def stored(entry: TensorEntry, dtype: str | None) -> TensorEntry:
+    """The entry of a tensor after it was stored in `dtype` (None: as it was); its place in a file means nothing."""
+    return TensorEntry(entry.name, CODES[dtype] if dtype else entry.dtype, entry.shape, entry.file, 0, 0)
+
+
+def entries_of(path: Path) -> list[TensorEntry]:
+    """All tensors of a checkpoint."""
+    return list(Checkpoint.open(path))
