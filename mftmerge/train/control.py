@@ -7,6 +7,7 @@ best validated state likewise. The random and the smallest-magnitude mask prune 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,9 @@ from mftmerge.train.targets import Target
 if TYPE_CHECKING:
     from mftmerge.train.trainer import Best
 
-CONTROL_LR = 2e-5  # AdamW on weights; larger ones over-fit a few hundred rows
+# Learning rates of AdamW on weights: each is tried, and the one with the lower validation loss is the control. On
+# SmolLM2-135M and Python rows, 40 to 50 steps of 8, 1e-5 gained a quarter of what 3e-4 did: a straw man.
+CONTROL_RATES = (1e-4, 3e-4)
 
 
 class WeightOptimizer(torch.optim.AdamW):
@@ -32,7 +35,7 @@ class WeightOptimizer(torch.optim.AdamW):
 
     flipped, current_keep = 0, 1.0
 
-    def __init__(self, targets: Sequence[Target], lr: float = CONTROL_LR, clip: float | None = 1.0) -> None:
+    def __init__(self, targets: Sequence[Target], lr: float = CONTROL_RATES[0], clip: float | None = 1.0) -> None:
         self.targets, self.clip = list(targets), clip
         self.originals = {t.name: t.parameter.detach().clone() for t in targets}
         super().__init__([t.parameter for t in targets], lr=lr, weight_decay=0.0, fused=True)
@@ -78,13 +81,14 @@ def run_controls(
     losses: Callable[[], Any],
     directory: Path,
     *,
-    lr: float = CONTROL_LR,
+    rates: Sequence[float] = CONTROL_RATES,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Validation losses of each row, shape (rows, 2), under `weights`, `random` and `magnitude`.
 
     model: with its original weights in place, which come back bit for bit. settings: the run's own (steps, batch, data
-    order). losses: gives the validation rows' losses of the model as it is. lr: of the matched control.
+    order). losses: gives the validation rows' losses of the model as it is. rates: what the matched control may
+    choose from.
     """
     out: dict[str, Any] = {}
     for name, init in (("random", "normal"), ("magnitude", "magnitude")):
@@ -93,10 +97,13 @@ def run_controls(
         masked = MaskOptimizer(targets, start, keep=str(settings.keep), signed=signed, pattern=settings.n_of_m)
         out[name] = losses()
         masked.restore()
-    with trained_weights(
-        model, tokenizer, targets, rows, settings, losses, directory, lr=lr, progress=progress
-    ) as best:
-        out["weights"] = best.rows
+    lowest = math.inf
+    for rate in rates:
+        with trained_weights(
+            model, tokenizer, targets, rows, settings, losses, directory, lr=rate, progress=progress
+        ) as best:
+            if best.loss < lowest:
+                lowest, out["weights"] = best.loss, best.rows
     return out
 
 
@@ -110,7 +117,7 @@ def trained_weights(
     losses: Callable[[], Any],
     directory: Path,
     *,
-    lr: float = CONTROL_LR,
+    lr: float = CONTROL_RATES[0],
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Iterator[Best]:
     """Train the targets' own weights; inside the block the model has the best validated ones, afterwards its own.
