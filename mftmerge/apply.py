@@ -28,6 +28,7 @@ from mftmerge.writer import OutputDirectory, check_target, hash_file, open_new, 
 
 # Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+WORKERS = min(4, os.cpu_count() or 1)  # for copying, and again for hashing: more gain nothing on one disk
 COMPANION_FOLDERS = ("additional_chat_templates",)
 
 
@@ -99,7 +100,7 @@ def apply_mask(
     if require_base and not plan.mask.info.fingerprints:
         raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
     try:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "mftmerge-hash") as pool:
+        with ThreadPoolExecutor(WORKERS, "mftmerge-hash") as pool:
             difference: Future[BaseDifference | None] | None = None
             if check_base or require_base:
                 difference = pool.submit(matching.base_difference, plan.names, plan.mask, plan.source)
@@ -176,13 +177,14 @@ def _write_shards(
 ) -> tuple[str, ...]:
     """Write each shard that is not there yet; one is synced and hashed while the next is written."""
     shards = plan.source.shards
-    total, done = sum(s.nbytes for s in shards), 0
+    total, done, lock = sum(s.nbytes for s in shards), 0, threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
+        with lock:
+            done += count
+            if progress:
+                progress(done, total)
 
     def complete(name: str) -> None:
         sync_file(directory.path / name)
@@ -194,15 +196,15 @@ def _write_shards(
     to_write = [s for s in shards if s.name not in continued]
     advance(total - sum(s.nbytes for s in to_write))
     _require_space(directory.path, sum(s.nbytes for s in to_write))
-    stream = MaskStream(plan.mask, plan.names, plan.base, advance)
     completing: list[Future[None]] = []
-    for shard in to_write:
-        fd = open_new(directory.path / shard.name, shard.nbytes)
-        try:
-            stream.write(shard, fd)
-        finally:
-            os.close(fd)
-        completing.append(pool.submit(complete, shard.name))
+    with MaskStream(plan.mask, plan.names, plan.base, advance, WORKERS) as stream:
+        for shard in to_write:
+            fd = open_new(directory.path / shard.name, shard.nbytes)
+            try:
+                stream.write(shard, fd)
+            finally:
+                os.close(fd)
+            completing.append(pool.submit(complete, shard.name))
     stopped.set()
     for future in completing:
         future.result()

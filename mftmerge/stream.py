@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,69 +20,106 @@ from mftmerge.mask import Mask
 from mftmerge.shard import Shard, TensorEntry
 from mftmerge.writer import PIECE, copy_range, read_at, write_at
 
+RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
+
 
 class MaskStream:
-    """Writes shards with `mask` applied. Keeps its buffers between calls, so memory does not depend on any size.
+    """Writes shards with `mask` applied, several tensors at a time. Memory depends on the workers only, not on any size.
 
     names: checkpoint tensor -> mask tensor. base: where dropped weights come from; without it they become 0.
-    advance: called with the number of bytes just done.
+    advance: called, from any worker, with the number of bytes just done.
     """
 
     def __init__(
-        self, mask: Mask, names: Mapping[str, str], base: Checkpoint | None, advance: Callable[[int], None]
+        self,
+        mask: Mask,
+        names: Mapping[str, str],
+        base: Checkpoint | None,
+        advance: Callable[[int], None],
+        workers: int,
     ) -> None:
         self.mask, self.names, self.base, self.advance = mask, names, base, advance
-        self._weights, self._base = bytearray(PIECE), bytearray(PIECE)
-        self._bits = bytearray(PIECE)
+        self._pool = ThreadPoolExecutor(workers, "mftmerge-copy")
+        self._buffers = threading.local()
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> MaskStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
 
     def write(self, shard: Shard, target: int) -> None:
-        """Write one shard to the descriptor `target`: header, then tensors and whatever lies between them.
+        """Write one shard to the descriptor `target`: header, tensors, and whatever lies between them.
 
-        Raises MftmergeError when the shard or the base changes meanwhile.
+        Raises MftmergeError when the shard or the base changes meanwhile. A stream that has failed is of no more use.
         """
         source = shard.open()
+        running: list[Future[None]] = []
         try:
             write_at(target, memoryview(shard.header), 0)
             at = len(shard.header)
-            for entry in shard.tensors:
-                if entry.name in self.names:
-                    copy_range(source, target, at, entry.start, shard.path, self.advance)
-                    self._write_masked(entry, source, target)
+            for entry in (*(e for e in shard.tensors if e.name in self.names), None):
+                end = entry.start if entry else shard.nbytes
+                for start in range(at, end, RUN):
+                    stop = min(start + RUN, end)
+                    running.append(self._pool.submit(self._copy, source, target, start, stop, shard.path))
+                if entry:
+                    running.append(self._pool.submit(self._write_masked, entry, source, target))
                     at = entry.stop
-            copy_range(source, target, at, shard.nbytes, shard.path, self.advance)
+            for future in as_completed(running):
+                future.result()
             shard.check_unchanged(source)
         finally:
+            if not all(future.done() for future in running):
+                self._stopped.set()
+                for future in running:
+                    future.cancel()
+                wait(running)
             os.close(source)
+
+    def _copy(self, source: int, target: int, start: int, stop: int, what: Path) -> None:
+        copy_range(source, target, start, stop, what)
+        self.advance(stop - start)
 
     def _write_masked(self, entry: TensorEntry, source: int, target: int) -> None:
         """Read, select and write one tensor, piece by piece."""
+        if self.base is None:
+            self._write_pieces(entry, source, target, None, -1)
+            return
+        base_entry = self.base.entry(entry.name)
+        base_shard = self.base.shard_of(base_entry)
+        base_fd = base_shard.open()
+        try:
+            self._write_pieces(entry, source, target, base_entry, base_fd)
+            base_shard.check_unchanged(base_fd)
+        finally:
+            os.close(base_fd)
+
+    def _write_pieces(
+        self, entry: TensorEntry, source: int, target: int, base_entry: TensorEntry | None, base_fd: int
+    ) -> None:
         width = np.dtype(entry.integer).itemsize
         step = PIECE // width
-        name = self.names[entry.name]
-        base_shard = base_entry = None
-        if self.base is not None:
-            base_entry = self.base.entry(entry.name)
-            base_shard = self.base.shard_of(base_entry)
-        base_fd = base_shard.open() if base_shard else -1
-        try:
-            for start, packed in zip(range(0, entry.size, step), self.mask.pieces(name, step // 8), strict=True):
-                stop = min(start + step, entry.size)
-                raw = memoryview(self._weights)[: (stop - start) * width]
-                read_at(source, raw, entry.start + start * width, entry.file)
-                weights = np.frombuffer(raw, entry.integer)
-                base: Integers | None = None
-                if base_entry is not None:
-                    raw_base = memoryview(self._base)[: (stop - start) * width]
-                    read_at(base_fd, raw_base, base_entry.start + start * width, base_entry.file)
-                    base = np.frombuffer(raw_base, entry.integer)
-                select(weights, packed, base, self._bits)
-                write_at(target, raw, entry.start + start * width)
-                self.advance(len(raw))
-            if base_shard:
-                base_shard.check_unchanged(base_fd)
-        finally:
-            if base_shard:
-                os.close(base_fd)
+        buffers = self._buffers.__dict__
+        if not buffers:
+            buffers.update(weights=bytearray(PIECE), base=bytearray(PIECE), bits=bytearray(PIECE))
+        pieces = self.mask.pieces(self.names[entry.name], step // 8)
+        for start, packed in zip(range(0, entry.size, step), pieces, strict=True):
+            if self._stopped.is_set():
+                return
+            stop = min(start + step, entry.size)
+            raw = memoryview(buffers["weights"])[: (stop - start) * width]
+            read_at(source, raw, entry.start + start * width, entry.file)
+            base: Integers | None = None
+            if base_entry is not None:
+                raw_base = memoryview(buffers["base"])[: (stop - start) * width]
+                read_at(base_fd, raw_base, base_entry.start + start * width, base_entry.file)
+                base = np.frombuffer(raw_base, entry.integer)
+            select(np.frombuffer(raw, entry.integer), packed, base, buffers["bits"])
+            write_at(target, raw, entry.start + start * width)
+            self.advance(len(raw))
 
 
 def select(

@@ -160,9 +160,7 @@ def read_at(fd: int, into: memoryview, offset: int, what: Path) -> None:
         into, offset = into[got:], offset + got
 
 
-def copy_range(
-    source: int, target: int, start: int, stop: int, what: Path, advance: Callable[[int], None] = lambda _: None
-) -> None:
+def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> None:
     """Copy bytes [start, stop) to the same place in another file, inside the kernel where the two files allow it."""
     step = 64 * PIECE
     while start < stop:
@@ -178,7 +176,6 @@ def copy_range(
         if not copied:
             raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
         start += copied
-        advance(copied)
 
 
 def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | None:
