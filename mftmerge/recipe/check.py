@@ -195,7 +195,10 @@ def _check_group(
             (where, m) for m in _count(document.merge_method, "models besides the base", others, *method.non_base)
         )
     chain = [document.parameters, out.parameters if out else None]
-    every = [(where, i) for i in inputs] + ([(("base_model",), base)] if added and not is_slice else [])
+    inner = (*where, "sources") if is_slice else where
+    every = [((*inner, n), i) for n, i in enumerate(inputs)] + (
+        [(("base_model",), base)] if added and not is_slice else []
+    )
     for name, parameter in method.parameters.items():
         if parameter.default != REQUIRED:
             continue
@@ -205,6 +208,8 @@ def _check_group(
                 continue
             own = item.parameters if isinstance(item, ModelInput) else None
             given = [s[name] for s in [*chain, own if parameter.scope != "shared" else None] if s and name in s]
+            if parameter.scope == "shared":
+                place = where
             whose = "" if parameter.scope == "shared" else f" for {item.model if item else ''}"
             if not given:
                 yield place, f"{document.merge_method} needs the parameter {name!r}{whose}"

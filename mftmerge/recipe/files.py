@@ -12,7 +12,7 @@ from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
 from mftmerge.recipe.lines import Location
-from mftmerge.recipe.locate import WEIGHTS, MaskBook, local, looks_like_hub_id, model_directory
+from mftmerge.recipe.locate import WEIGHTS, MaskBook, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
 
 
@@ -27,12 +27,11 @@ class FileChecks:
 
     def problems(self) -> Iterator[tuple[Location, str]]:
         """Everything wrong with the files, with its place; fills `warnings`."""
-        absent: set[str] = set()
         for where, reference in references(self.document):
             try:
                 self._directories(reference)
+                self._open(reference)
             except BadInput as e:
-                absent.add(str(reference))
                 yield where, str(e)
         for name, expression in (self.document.masks or {}).items():
             try:
@@ -41,8 +40,7 @@ class FileChecks:
                 yield ("masks", name), str(e)
         for where, item in self.document.parts():
             if item.mask:
-                found = None if str(item.model) in absent else self.checkpoint(item.model)
-                yield from self._mask((*where, "mask"), item.mask, found, str(item.model))
+                yield from self._mask((*where, "mask"), item.mask, self.checkpoint(item.model), str(item.model))
         if self.document.mask:
             yield from self._mask(("mask",), self.document.mask, self._like_output(), "the result", exact=True)
         for where, inputs, _ in groups(self.document):
@@ -62,16 +60,17 @@ class FileChecks:
             if not (adapter / "adapter_config.json").is_file():
                 raise BadInput(f"{reference.lora!r} has no adapter_config.json; it is not a LoRA adapter")
 
+    def _open(self, reference: Reference) -> None:
+        """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""
+        key = reference.path
+        if key not in self._checkpoints and key not in self.stages:
+            found = model_directory(key, self.folder, reference.revision)
+            has = any((found / name).is_file() for name in WEIGHTS[:2])
+            self._checkpoints[key] = Checkpoint.open(found) if has else None
+
     def checkpoint(self, reference: Reference) -> Checkpoint | None:
         """Headers of a model; None where they are not there to be read (a stage, pickled weights, a bad reference)."""
-        key = reference.path
-        if key not in self._checkpoints:
-            found = None if key in self.stages else local(key, self.folder)
-            if found is None and key not in self.stages and looks_like_hub_id(key):
-                found = model_directory(key, self.folder, reference.revision)
-            has = found is not None and any((found / name).is_file() for name in WEIGHTS[:2])
-            self._checkpoints[key] = Checkpoint.open(found) if found and has else None
-        return self._checkpoints[key]
+        return self._checkpoints.get(reference.path)
 
     def _mask(
         self, where: Location, use: MaskUse, model: Checkpoint | None, whose: str, exact: bool = False

@@ -32,7 +32,10 @@ def model_directory(path: str, folder: Path, revision: str | None = None) -> Pat
     if found is None and looks_like_hub_id(path):
         from mftmerge.checkpoint import resolve
 
-        return resolve(f"{path}@{revision}" if revision else path).resolve()
+        try:
+            return resolve(f"{path}@{revision}" if revision else path).resolve()
+        except BadInput as e:
+            raise BadInput(f"no model {path!r} beside the recipe or in the current directory; {e}") from None
     if found is None:
         raise BadInput(f"no model at {path!r} (looked beside the recipe, in {folder}, and in the current directory)")
     if not found.is_dir():

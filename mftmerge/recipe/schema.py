@@ -341,18 +341,19 @@ def load_recipe(path: str | Path, *, files: bool = True) -> Recipe:
         raise BadInput(f"{path}: cannot be read as a recipe ({getattr(e, 'strerror', None) or e})") from None
     parsed, problems = load_documents(path, text)
     documents: list[tuple[Document, Lines]] = []
+    salvaged: list[tuple[Document, Lines]] = []  # documents whose only fault of form is an unknown key
     for data, lines in parsed:
         try:
             documents.append((Document.model_validate(data), lines))
         except ValidationError as e:
-            problems += [_problem(error, lines) for error in e.errors()]
-            problems += check_documents(_without_unknown(data, lines, e))
+            problems += [problem_of(error, lines) for error in e.errors()]
+            salvaged += _without_unknown(data, lines, e)
     if not parsed:
         problems.append(Problem(0, "the recipe is empty"))
-    problems += check_documents(documents)
+    problems += check_documents(documents + salvaged)
     warnings: list[str] = []
     if files:
-        missing, warnings = check_files(path.parent, documents)
+        missing, warnings = check_files(path.parent, documents + salvaged)
         problems += missing
     if problems:
         raise report(path, problems)
@@ -377,7 +378,7 @@ def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tu
         return []
 
 
-def _problem(error: Any, lines: Lines) -> Problem:
+def problem_of(error: Any, lines: Lines) -> Problem:
     """One pydantic error as a line of ours."""
     location: Location = error["loc"]
     where = ".".join(str(p) for p in location if not str(p).startswith("function-"))

@@ -1,0 +1,40 @@
+"""`mftmerge import-recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="A mergekit YAML.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Recipe to write; default: print it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Read any mergekit YAML as a recipe.
+
+    Keys and parameters that mergekit silently ignores are removed and listed, since a recipe refuses them.
+
+    \b
+    Example:
+      mftmerge import-recipe mergekit_config.yml -o recipe.yml
+    """
+    import sys
+
+    from mftmerge.errors import BadInput
+    from mftmerge.recipe.importing import import_recipe
+
+    if out is not None and out.exists() and not overwrite:
+        raise BadInput(f"{out}: already exists; give --overwrite to replace it")
+    report = import_recipe(config, folder=out.parent if out else None)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if out is None:
+        print(report.text, end="")
+        return
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(report.text, encoding="utf-8")
+    temporary.replace(out)
+    print(out)

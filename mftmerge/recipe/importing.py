@@ -1,0 +1,122 @@
+"""Read any mergekit YAML as a recipe."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mftmerge.errors import BadInput
+from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.check import check_documents, references
+from mftmerge.recipe.lines import Lines, load_documents, report
+from mftmerge.recipe.locate import local
+from mftmerge.recipe.schema import Document, problem_of
+
+HEADER = "# Imported from {name} by mftmerge. Add masks: to a model or to the result with mask:.\n"
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported: the recipe's text, and what was left out or changed because mergekit ignores it anyway."""
+
+    text: str
+    notes: tuple[str, ...]
+
+
+def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportReport:
+    """The recipe that means what mergekit makes of `config`, comments kept where nothing had to change.
+
+    mergekit ignores unknown keys and parameters; a recipe refuses them, so they are removed and noted. folder: where
+    the recipe will be; relative paths of local models are rewritten when it is another directory than `config`'s.
+    Raises BadInput for what mergekit itself would refuse.
+    """
+    config = Path(config)
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{config}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    parsed, problems = load_documents(config, text)
+    notes: list[str] = [f"line {p.line}: {p.message}" for p in problems]
+    documents, checked = [], []
+    for data, lines in parsed:
+        cleaned, document, removed = _clean(data, lines, config)
+        notes += removed
+        documents.append(cleaned)
+        checked.append((document, lines))
+    if remaining := check_documents(checked):
+        raise report(config, remaining)
+    moved = _rebase(documents, [d for d, _ in checked], config.parent.resolve(), (folder or config.parent).resolve())
+    notes += moved
+    if not notes:
+        return ImportReport(HEADER.format(name=config.name) + text, ())
+    body = yaml.safe_dump_all(documents, sort_keys=False, default_flow_style=None)
+    return ImportReport(HEADER.format(name=config.name) + body, tuple(notes))
+
+
+def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[str]]:
+    """The document less the keys and parameters that mergekit passes over, checked; and a note of each."""
+    data, notes = copy.deepcopy(data), []
+    for _ in range(100):  # each round removes keys at one depth
+        try:
+            document = Document.model_validate(data)
+            break
+        except ValidationError as e:
+            unknown = [error for error in e.errors() if error["type"] == "extra_forbidden"]
+            if not unknown:
+                raise report(config, [problem_of(error, lines) for error in e.errors()]) from None
+            for error in unknown:
+                notes.append(f"{problem_of(error, lines).message}: removed, mergekit ignores it")
+                _remove(data, error["loc"])
+    for settings in _parameter_tables(data):
+        for name in [n for n in settings if n not in known_parameters(document)]:
+            del settings[name]
+            notes.append(f"parameter {name!r}: removed, {document.merge_method} has none of that name")
+    return data, Document.model_validate(data), notes
+
+
+def known_parameters(document: Document) -> set[str]:
+    """Names of the parameters of the document's method (all that exist when the method is not known)."""
+    method = METHODS.get(document.merge_method)
+    return set(method.parameters) if method else {n for m in METHODS.values() for n in m.parameters}
+
+
+def _remove(data: Any, location: tuple[Any, ...]) -> None:
+    for part in location[:-1]:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]
+    data.pop(location[-1], None)
+
+
+def _parameter_tables(data: Any) -> list[dict[str, Any]]:
+    if isinstance(data, list):
+        return [t for v in data for t in _parameter_tables(v)]
+    if not isinstance(data, dict):
+        return []
+    own = [data["parameters"]] if isinstance(data.get("parameters"), dict) else []
+    return own + [t for k, v in data.items() if k != "parameters" for t in _parameter_tables(v)]
+
+
+def _rebase(documents: list[Any], checked: list[Document], here: Path, there: Path) -> list[str]:
+    """Make local models' relative paths absolute when the recipe goes to another directory; notes what changed."""
+    if here == there:
+        return []
+    names = {d.name for d in checked}
+    paths = {r.path for d in checked for _, r in references(d)} - names
+    moved = {p: str(found) for p in paths if not Path(p).is_absolute() and (found := local(p, here))}
+    for document in documents:
+        _replace(document, moved)
+    return [f"{old}: now {new}" for old, new in sorted(moved.items())]
+
+
+def _replace(data: Any, moved: dict[str, str]) -> None:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in list(items):
+        if isinstance(value, str) and (base := value.split("+")[0].split("@")[0]) in moved:
+            data[key] = moved[base] + value[len(base) :]
+        else:
+            _replace(value, moved)
