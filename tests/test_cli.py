@@ -47,8 +47,8 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     ("arguments", "word"),
     [
         (["trian"], "trian"),
-        (["combine"], "MASKS"),
-        (["combine", "--op", "vote"], "MASKS"),
+        (["combine"], "masks"),
+        (["combine", "--op", "vote"], "masks"),
         (["inspect", "absent.mask"], "absent.mask"),
         (["eval", "--no-such-option"], "--no-such-option"),
     ],

@@ -8,6 +8,13 @@ from typing import Any
 
 DOMAINS = ("python", "arithmetic")
 KEEP = 0.9
+# Name of the combination -> (operation, options).
+COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "union": ("union", {}),
+    "intersection": ("intersection", {}),
+    "vote": ("vote", {"density": KEEP}),
+    "score": ("score", {"density": KEEP}),
+}
 
 
 @dataclass(frozen=True)

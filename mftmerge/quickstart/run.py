@@ -19,16 +19,9 @@ from rich.console import Console
 from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.quickstart.domains import write_domains
-from mftmerge.quickstart.plan import DOMAINS, KEEP, Layout, Plan
+from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
 from mftmerge.results import GridResult
 
-# Name of the combination -> (operation, options, what the table calls it).
-COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "union": ("union", {}),
-    "intersection": ("intersection", {}),
-    "vote": ("vote", {"density": KEEP}),
-    "score": ("score", {"density": KEEP}),
-}
 RECIPE = """\
 # The average of the two masked models: weights that only one mask drops are halved, those that both drop are 0.
 # Built with `mftmerge build recipe.yml -o built`; `mftmerge export recipe.yml -o stock` makes it run in mergekit.
@@ -325,8 +318,8 @@ class _Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         found.extra |= {"plan": self.plan.facts(), "seconds": self.seconds, "peak_memory_bytes": peak}
         found.to_json(self.at.results.with_suffix(".json"), overwrite=True)
-        found.to_markdown(self.at.results.with_suffix(".md"), overwrite=True)
-        masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, *COMBINATIONS, "random", "magnitude")}
+        _write(self.at.results.with_suffix(".md"), page(found, self.plan))
+        masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
         plots.save(plots.density_by_layer(inspect(self.at.mask("intersection"))), self.at.root / "density.png")
         plots.save(plots.overlap(compare(list(masks.values()), list(masks))), self.at.root / "overlap.png")
         return found
@@ -386,6 +379,27 @@ def quieten() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def page(found: GridResult, plan: Plan) -> str:
+    """The results as a Markdown page: what was done, the table, a generated answer, how long it took."""
+    sample, seconds = found.extra["sample"], found.extra["seconds"]
+    quote = "\n".join(f"> {line}" for line in f"{sample['prompt']}\n\n{sample['answer']}".splitlines())
+    return (
+        f"# Quickstart results: {plan.model}\n\n"
+        f"One mask a domain over the last four layers, {plan.sizes['train']} training rows, {plan.steps} steps of "
+        f"{plan.batch_size} rows; the best of the validated masks (step 0 included) is kept. Measured on "
+        f"{' and '.join(str(facts['rows']) for facts in found.domains.values())} test rows that nothing was chosen "
+        "on.\n\n"
+        "Rows: the base model; each mask; combinations of the two (vote and score are cut to the density of one mask); "
+        "a random and a smallest-magnitude mask of the same density; the model built by `recipe.yml`; and, for "
+        "comparison, as many steps of ordinary weight training on the same layers.\n\n"
+        f"{found.to_markdown()}\n"
+        f"An answer of the built model:\n\n{quote}\n\n"
+        "![density of the intersection by layer](density.png)\n\n![overlap of what the masks prune](overlap.png)\n\n"
+        f"Seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}; "
+        f"peak memory {found.extra['peak_memory_bytes'] / 1e9:.1f} GB.\n"
+    )
 
 
 def _advance(advance: Callable[[int], None], entry: dict[str, Any]) -> None:

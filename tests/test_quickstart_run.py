@@ -1,0 +1,107 @@
+"""The whole path, end to end: on the tiny model as users run it, and with few rows on the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask
+from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan, full_plan, tiny_plan
+from mftmerge.quickstart.run import quickstart
+from mftmerge.results import GridResult
+
+ROWS = {
+    "base",
+    "python mask",
+    "arithmetic mask",
+    *COMBINATIONS,
+    "random mask",
+    "magnitude mask",
+    "recipe (average)",
+    "weights trained on python",
+    "weights trained on arithmetic",
+}
+
+
+def check(directory: Path) -> GridResult:
+    """What every quickstart leaves: masks, checkpoints that generate, a recipe, a table, two pictures."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in (*DOMAINS, *COMBINATIONS, "random", "magnitude"):
+        assert Mask.load(directory / "masks" / f"{name}.mask").names
+    found = GridResult.from_json(directory / "results.json")
+    assert set(found.models) == ROWS
+    assert set(found.domains) == set(DOMAINS)
+    for domain in DOMAINS:
+        assert found.difference("base", domain).mean == 0
+        assert 0 < found.difference("random mask", domain).standard_error < 1
+    for name in ("density.png", "overlap.png"):
+        assert (directory / name).read_bytes()[:4] == b"\x89PNG"
+    assert "| base |" in (directory / "results.md").read_text()
+    for checkpoint in ("built", "applied"):
+        model = AutoModelForCausalLM.from_pretrained(directory / checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(directory / checkpoint)
+        chat = [{"role": "user", "content": "What is 2 + 3?"}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+    return found
+
+
+@pytest.mark.slow
+def test_tiny_quickstart_as_users_run_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from mftmerge.cli import main; main()", "quickstart", "try", "--tiny"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stderr
+    assert "weights trained on" in first.stdout
+    found = check(tmp_path / "try")
+    assert found.verdict("python mask", "python") == "gain"
+    assert found.verdict("arithmetic mask", "arithmetic") == "gain"
+    assert found.verdict("random mask", "arithmetic") == "worse"
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "try").rglob("*.mask")}
+    again = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "try").rglob("*.mask")}, "a second run reuses"
+    assert json.loads(again.stdout)["cells"] == json.loads((tmp_path / "try" / "results.json").read_text())["cells"]
+    other = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert other.returncode == 2
+    assert "another seed" in other.stderr
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(BadInput, match="not empty"):
+        quickstart(tmp_path, tiny_plan())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_broken_record_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.json").write_text("{}")
+    with pytest.raises(BadInput, match="not a quickstart's record"):
+        quickstart(tmp_path, tiny_plan())
+
+
+def test_an_absent_model_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no-such"):
+        quickstart(tmp_path / "q", full_plan(str(tmp_path / "no-such-model")))
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_real_model_with_few_rows(tmp_path: Path, smollm2: Path) -> None:
+    small = Plan(str(smollm2), {"train": 32, "validation": 8, "test": 12}, steps=6, longest=200, weight_rates=(3e-4,))
+    quickstart(tmp_path / "q", small)
+    found = check(tmp_path / "q")
+    assert found.mean("base", "arithmetic") < 2.0, "the converted model knows language"
+    assert found.difference("arithmetic mask", "arithmetic").mean < 0
+
+
+def test_the_full_plan_is_what_the_documentation_says() -> None:
+    plan = dataclasses.asdict(full_plan())
+    assert plan["model"] == "smollm2"
+    assert plan["sizes"]["test"] >= 64
