@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mftmerge.errors import BadInput
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
+from mftmerge.recipe.eligible import why_not
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
 from mftmerge.recipe.sizes import expected, width
 from mftmerge.writer import OutputDirectory
@@ -65,9 +67,11 @@ def build(
 ) -> BuildReport:
     """Merge what the recipe says into the directory `out`, which appears whole or not at all.
 
-    executor: "stream" (ours, for linear, task_arithmetic and ties over like checkpoints), "mergekit", or "auto":
-    stream where its result is the same, else mergekit. seed: for methods that draw random numbers. device: where
-    mergekit does arithmetic. progress: called with bytes done and bytes in all.
+    executor: "auto": ours where its result is mergekit's bit for bit (linear, task_arithmetic, ties over checkpoints
+    with the same tensors), else mergekit; "mergekit"; or "stream": ours or nothing, and TIES keeps, of equal magnitudes
+    at its cut, those of lowest index, where mergekit's choice is that of an unstable sort, and slower.
+    seed: for methods that draw random numbers. device: where mergekit does arithmetic. progress: called with bytes
+    done and bytes in all.
     Raises BadInput for everything wrong with the recipe, before a tensor is read.
     """
     recipe = load_recipe(recipe_path)
@@ -117,9 +121,18 @@ def build_into(
     return sizes, executors
 
 
-def choose(document: Document, folder: Path, stages: Collection[str], executor: Executor) -> tuple[str, str]:
+def choose(
+    document: Document, folder: Path, stages: Mapping[str, Path | None], executor: Executor, device: str = "cpu"
+) -> tuple[str, str]:
     """Who merges a document, "stream" or "mergekit", and why. Raises BadInput if "stream" was asked for and cannot."""
-    return "mergekit", "asked for"
+    if executor == "mergekit":
+        return "mergekit", "asked for"
+    reason = why_not(document, folder, stages) if device == "cpu" else f"arithmetic on {device}"
+    if reason is None:
+        return "stream", "like checkpoints and a method that works piece by piece: mergekit's result without its graph"
+    if executor == "stream":
+        raise BadInput(f"cannot be streamed: {reason}; use --executor auto")
+    return "mergekit", reason
 
 
 def _step(
@@ -133,8 +146,7 @@ def _step(
     device: str,
     progress: Progress | None,
 ) -> tuple[dict[str, int], str]:
-    from mftmerge.recipe import bridge
-
+    chosen = choose(document, recipe.folder, stages, executor, device)[0]
     watched = None
     if progress:
         report = progress
@@ -144,7 +156,14 @@ def _step(
         def watched(done: int) -> None:
             report(done, max(done, total))
 
+    if chosen == "stream":
+        from mftmerge.recipe import stream
+
+        sort = executor != "stream"
+        return stream.merge(document, recipe.folder, target, stages=stages, sort=sort, progress=watched), chosen
+    from mftmerge.recipe import bridge
+
     sizes = bridge.merge(
         document, recipe.folder, target, scratch, stages=stages, seed=seed, device=device, progress=watched
     )
-    return sizes, "mergekit"
+    return sizes, chosen

@@ -66,7 +66,7 @@ def plan(recipe_path: str | Path, *, executor: Executor = "auto") -> Plan:
         entries = list(expected(document, recipe.folder, stages))
         if document.name:
             stages[document.name] = entries
-        chosen, reason = choose(document, recipe.folder, set(stages), executor)
+        chosen, reason = choose(document, recipe.folder, dict.fromkeys(stages), executor)
         steps.append(_step(recipe, document, chosen, reason, entries))
     return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
 
