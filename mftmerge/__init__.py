@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
+    from mftmerge.apply import apply_mask as apply_mask
+    from mftmerge.combine import combine as combine_masks  # noqa: F401
+    from mftmerge.combine import combine_files as combine_files
+    from mftmerge.errors import BadInput as BadInput
+    from mftmerge.errors import MftmergeError as MftmergeError
+    from mftmerge.evaluate import grid as evaluate_grid  # noqa: F401
+    from mftmerge.live import attach as attach
+    from mftmerge.mask import Mask as Mask
+    from mftmerge.mask import MaskInfo as MaskInfo
+    from mftmerge.mask import Parent as Parent
+    from mftmerge.recipe.build import build as build_recipe  # noqa: F401
+    from mftmerge.recipe.export import export as export_recipe  # noqa: F401
+    from mftmerge.results import GridResult as GridResult
+    from mftmerge.train.optimizer import MaskOptimizer as MaskOptimizer
+    from mftmerge.train.run import train_mask as train_mask
+    from mftmerge.train.settings import TrainSettings as TrainSettings
 
 __version__ = "0.1.0"
 
