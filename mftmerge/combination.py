@@ -61,6 +61,8 @@ class Combination:
         if self.op.name == "vote" and weights is not None:
             operations.whole_weights(weights)
         kind, value = operations.parse_threshold(self.options.get("threshold"))
+        if "threshold" in self.options:
+            self.options["threshold"] = int(value) if kind == "count" else float(value)
         if kind == "count" and value > len(self.masks):
             raise BadInput(f"threshold {value} is above the number of masks, {len(self.masks)}; give fewer, or a share")
 
@@ -163,6 +165,9 @@ class Combination:
         """The result for one tensor with exactly `keep` ones, in order, as (start, stop, words)."""
         covering, size = self.covering(name), math.prod(self.shapes[name])
         options = self._options(covering)
+        for d in covering:
+            if name in self.masks[d] and self.masks[d].has_scores:
+                self.masks[d].verify_scores(name)
         if self.op.ballots is None:
             return projection.project(size, keep, SCORED_PIECE, lambda a, b: (), self._score_keys(name, covering))
         ballots, weights = self.op.ballots, options.get("weights")

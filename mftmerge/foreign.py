@@ -103,9 +103,7 @@ def _pickle(source: Path) -> Iterator[Foreign]:
         reason = str(e).strip().split("\n")[0][:160] or type(e).__name__
         raise BadInput(f"{source}: not a pickle that torch loads without running code ({reason})") from None
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise BadInput(
-            f"{source}: should be a dict of names to 0/1 tensors, is {type(content).__name__} of other things"
-        )
+        raise BadInput(f"{source}: holds a {type(content).__name__}, which is not a dict of names to 0/1 tensors")
     for name, tensor in content.items():
         if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
             raise BadInput(f"{source}: {name!r} is not a plain tensor of real numbers")

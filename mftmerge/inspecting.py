@@ -104,6 +104,7 @@ def inspect(path: str | Path) -> Inspection:
         kept = sum(map(bits.count, mask.pieces(name)))
         if kept != mask.count(name):
             raise BadInput(f"{path}: tensor {name!r} keeps {kept} weights, its header says {mask.count(name)}")
+        mask.verify_scores(name)
         tensors[name] = Share(mask.size(name), kept)
     total = Share(sum(s.size for s in tensors.values()), sum(s.kept for s in tensors.values()))
     stored = sum(e.stop - e.start for e in file.header.entries.values())

@@ -64,6 +64,7 @@ class Store(Protocol):
     def has_initial_scores(self) -> bool: ...
     def count(self, name: str) -> int: ...
     def verify(self, name: str, check: int) -> None: ...
+    def verify_scores(self, name: str) -> None: ...
     def read(self, name: str, start: int, stop: int) -> bits.Packed: ...
     def read_scores(self, name: str, start: int, stop: int) -> Scores: ...
     def read_initial(self, name: str, start: int, stop: int) -> Scores: ...
@@ -104,6 +105,9 @@ class _Arrays:
 
     def verify(self, name: str, check: int) -> None:
         """Bits in memory have nothing to be compared with."""
+
+    def verify_scores(self, name: str) -> None:
+        """Nor have scores."""
 
     def read(self, name: str, start: int, stop: int) -> bits.Packed:
         return self.packed[name][start // 8 : bits.nbytes(stop)]
@@ -239,6 +243,10 @@ class Mask:
         """Scores before training [start, stop) of a tensor in C order, shape (stop - start,)."""
         return self._store.read_initial(name, start, stop)
 
+    def verify_scores(self, name: str) -> None:
+        """Read a tensor's scores through and compare their check sums; BadInput where the file is damaged."""
+        self._store.verify_scores(name)
+
     @property
     def digest(self) -> str:
         """blake2b (16 bytes, hex) of the covered names, shapes and bits: equal masks have equal digests.
@@ -273,7 +281,7 @@ class Mask:
 
         archive: compress the bits. scores: in the same file, in `<name>.scores.safetensors` beside it, or not at all.
         """
-        from mftmerge.maskfile import save
+        from mftmerge.maskwriter import save
 
         save(self, path, archive=archive, scores=scores, overwrite=overwrite)
 

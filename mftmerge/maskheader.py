@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import string
-from dataclasses import dataclass, fields
+import zlib
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from mftmerge.errors import BadInput
 from mftmerge.mask import MaskInfo, Parent
 
 FORMAT = 1
-KEY = "mftmerge"
+KEY, CRC_KEY = "mftmerge", "mftmerge_crc32"
 SCORE_SUFFIX, INITIAL_SUFFIX = "::score", "::init"
+CHECK_FIELDS = {SCORE_SUFFIX: "score_check", INITIAL_SUFFIX: "init_check"}
 BLOCK = 1 << 20  # bytes of packed bits that `--archive` compresses on their own
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors limit
 LARGEST_TENSOR = 1 << 48  # weights
@@ -26,13 +28,17 @@ BEST_DEFLATE = 1032  # deflate never expands more than this: a limit on what a s
 
 @dataclass
 class Entry:
-    """One covered tensor: its shape, the ones in it, `bits.check` of its bits, and where its bytes are in the file."""
+    """One covered tensor: its shape, the ones in it, `bits.check` of its bits, and where its bytes are in the file.
+
+    score_checks: the check sums of its scores, by suffix.
+    """
 
     shape: tuple[int, ...]
     kept: int
     check: int
     start: int
     stop: int
+    score_checks: dict[str, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -50,6 +56,11 @@ class Header:
     scores: dict[str, tuple[int, int]]
     initial: dict[str, tuple[int, int]]
     sidecar: str | None
+
+
+def crc(text: str) -> str:
+    """CRC-32 of a string in UTF-8, as 8 hexadecimal digits."""
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,6 +144,8 @@ def parse(text: bytes, data: int) -> Header:
     metadata, found = parse_container(text, data)
     if not isinstance(metadata.get(KEY), str):
         raise BadInput(f"a safetensors file without mask metadata ({KEY!r}); `mftmerge import` reads other masks")
+    if metadata.get(CRC_KEY) != crc(metadata[KEY]):
+        raise BadInput("the header is damaged (its CRC-32 differs); get the file again")
     header = parse_json(metadata[KEY])
     if header.get("format") != FORMAT:
         raise BadInput(f"format version {str(header.get('format'))[:20]}, this program reads {FORMAT}; update mftmerge")
@@ -170,7 +183,8 @@ def _entry(name: str, value: dict[str, Any], found: dict[str, tuple[str, int, in
             raise BadInput(f"{what}: {stop - start} bytes cannot hold {size} bits")
     elif stop - start != bits.nbytes(size):
         raise BadInput(f"{what}: shape {shape} needs {bits.nbytes(size)} bytes of bits, the file has {stop - start}")
-    return Entry(shape, kept, check, start, stop)
+    checks = {k: int(_hex(value[f], 16, f"{what}: {f}"), 16) for k, f in CHECK_FIELDS.items() if f in value}
+    return Entry(shape, kept, check, start, stop, checks)
 
 
 def _scores(
@@ -252,6 +266,7 @@ def render(header: Header) -> bytes:
     for name, entry in header.entries.items():
         density = round(entry.kept / entry.size, 6) if entry.size else 1.0
         tensors[name] = {"shape": entry.shape, "kept": entry.kept, "density": density, "check": f"{entry.check:016x}"}
+        tensors[name] |= {CHECK_FIELDS[suffix]: f"{check:016x}" for suffix, check in entry.score_checks.items()}
         place = [entry.start, entry.stop]
         container[name] = {"dtype": "U8", "shape": [entry.stop - entry.start], "data_offsets": place}
     for suffix, places in ((SCORE_SUFFIX, header.scores), (INITIAL_SUFFIX, header.initial)):
@@ -263,5 +278,6 @@ def render(header: Header) -> bytes:
     metadata |= {"digest": header.digest} if header.digest else {}
     metadata |= {"scores_file": header.sidecar} if header.sidecar else {}
     metadata |= {"info": info_json(header.info), "tensors": tensors}
-    container = {"__metadata__": {KEY: json.dumps(metadata, separators=(",", ":"))}} | container
+    text = json.dumps(metadata, separators=(",", ":"))
+    container = {"__metadata__": {KEY: text, CRC_KEY: crc(text)}} | container
     return json.dumps(container, separators=(",", ":")).encode()

@@ -25,7 +25,7 @@ def command(
       mftmerge import masks.pt --model ./fft-model -o code.mask
     """
     from mftmerge.foreign import import_mask
-    from mftmerge.maskfile import refuse_existing
+    from mftmerge.maskwriter import refuse_existing
 
     refuse_existing(out, overwrite)
     mask, notes = import_mask(source, model)
