@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from mftmerge.data import IGNORE, Tokens, digest
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.live import attach
 from mftmerge.mask import Mask
 from mftmerge.pairing import PairedDifference, Values, bootstrap, mean, paired
-from mftmerge.prefix import logits_at
-from mftmerge.results import Cell, GridResult
+from mftmerge.prefix import PrefixCache, logits_at
+from mftmerge.results import LOSS, GridResult
+from mftmerge.train.targets import decoder_layers
 
 if TYPE_CHECKING:
     from mftmerge.generation import Marks
@@ -112,72 +116,93 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-@contextlib.contextmanager
-def _masked(model: Any, mask: Mask) -> Iterator[None]:
-    """The model under a mask; the weights come back bit for bit from a copy."""
-    from mftmerge import naming
-
-    parameters = dict(model.named_parameters())
-    kept = naming.to_parameters(model, {n: torch.from_numpy(mask.kept(n).copy()) for n in mask.names}, fill=True)
-    originals: dict[str, torch.Tensor] = {}
-    try:
-        with torch.no_grad():
-            for name, bits in kept.items():
-                weight = parameters[name].data
-                originals[name] = weight.clone()
-                weight.masked_fill_(~bits.to(weight.device), 0)
-        yield
-    finally:
-        for name, original in originals.items():
-            parameters[name].data.copy_(original)
-
-
 def grid(
     model: Any,
     masks: Mapping[str, Mask],
     domains: Mapping[str, Sequence[Tokens]],
     *,
-    reference: str = "base",
+    reference: str | None = None,
     name: str = "base",
     scorers: Mapping[str, Scorer] | None = None,
+    others: Mapping[str, Callable[[Any], Any]] | None = None,
     batch_tokens: int = 4096,
+    prefix: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
 
     model: a loaded transformers model; masks are switched in memory and it is left as it was.
     masks: name -> mask, one row of the table each, after the row `name` of the model itself.
-    domains: name -> tokenised rows. reference: name of the row that differences are taken against.
+    domains: name -> tokenised rows. reference: the row that differences are taken against, the model itself by default.
     scorers: domain -> function of the model that gives `generation.Marks`, for what is not a loss.
+    others: name -> function of the model; what it gives for each row is kept in the result's `extra[name][row]`.
+    prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`).
     progress: called with "row, domain" before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
     """
     if name in masks:
         raise BadInput(f"two rows are called {name!r}; name the mask otherwise (NAME=FILE)")
-    if reference != name and reference not in masks:
+    if reference not in (None, name, *masks):
         raise BadInput(f"reference {reference!r} is not one of the rows {[name, *masks]}")
     if not domains:
         raise BadInput("nothing to evaluate on: no domain given")
-    described = {name: model_facts(model)}
-    facts: dict[str, dict[str, Any]] = {d: {"rows": len(r), "digest": digest(r)} for d, r in domains.items()}
-    cells: dict[Cell, Values] = {}
-    answers: dict[str, dict[str, list[str]]] = {}
-    for row, mask in [(name, None), *masks.items()]:
-        if mask is not None:
-            described[row] = described[name] | mask_facts(mask)
-        with _masked(model, mask) if mask is not None else contextlib.nullcontext():
-            for domain, rows in domains.items():
-                if progress:
-                    progress(f"{row}, {domain}")
-                cells[row, domain, "loss"] = row_losses(model, rows, batch_tokens=batch_tokens)
-                if scorers and domain in scorers:
-                    marks = scorers[domain](model)
-                    cells |= {(row, domain, metric): values for metric, values in marks.metrics.items()}
-                    answers.setdefault(row, {})[domain] = marks.answers
-                    facts[domain]["remarks"] = marks.remarks
-    extra = {"answers": answers} if answers else {}
-    return GridResult(described, facts, cells, reference, versions=versions(), extra=extra)
+    base = model_facts(model)
+    result = GridResult(
+        models={name: base} | {row: base | mask_facts(mask) for row, mask in masks.items()},
+        domains={d: {"rows": len(rows), "digest": digest(rows)} for d, rows in domains.items()},
+        cells={},
+        reference=reference or name,
+        versions=versions(),
+    )
+    shared = _shared_layers(model, masks, domains) if prefix and masks else contextlib.nullcontext()
+    with _switches(model, masks) as use, shared:
+        for row in result.models:
+            with use(row):
+                for domain, rows in domains.items():
+                    if progress:
+                        progress(f"{row}, {domain}")
+                    result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens)
+                    if scorers and domain in scorers:
+                        _keep_marks(result, row, domain, scorers[domain](model))
+                for what, measure in (others or {}).items():
+                    result.extra.setdefault(what, {})[row] = measure(model)
+    return result
+
+
+def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None:
+    result.cells |= {(row, domain, metric): values for metric, values in marks.metrics.items()}
+    result.extra.setdefault("answers", {}).setdefault(row, {})[domain] = marks.answers
+    result.domains[domain]["remarks"] = marks.remarks
+
+
+@contextlib.contextmanager
+def _switches(model: Any, masks: Mapping[str, Mask]) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
+    """Gives a function: row of the table -> context in which the model has that row's mask, or none."""
+    if not masks:
+        yield lambda row: contextlib.nullcontext()
+        return
+    switcher = attach(model, masks)
+    try:
+        yield lambda row: switcher.use(row if row in masks else None)
+    finally:
+        switcher.detach()
+
+
+def _shared_layers(
+    model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]
+) -> AbstractContextManager[Any]:
+    cache = PrefixCache(model, first_masked_layer(model, masks))
+    for rows in domains.values():
+        cache.add(rows)
+    return cache.use()
+
+
+def first_masked_layer(model: Any, masks: Mapping[str, Mask]) -> int:
+    """The lowest decoder layer that a mask covers; 0 as soon as one covers anything outside of the layers."""
+    stack = decoder_layers(model)[0].rpartition(".")[2]
+    found = [re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)\.", n) for mask in masks.values() for n in mask.names]
+    return min((int(match[1]) if match else 0 for match in found), default=0)
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mftmerge.pairing import PairedDifference, Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
     from rich.table import Table
 
 FORMAT = 1
@@ -162,9 +163,11 @@ class GridResult:
     def to_markdown(self, path: str | Path | None = None, *, overwrite: bool = False) -> str:
         """A Markdown table, what did not help in words, and the data and versions; written to `path` too if given."""
         headings, rows = self._lines()
-        lines = [_markdown_row(headings), _markdown_row(["---"] * len(headings)), *map(_markdown_row, rows), ""]
-        lines += [f"Reference: {self.reference}. {LEGEND}", ""]
-        lines += [f"- {sentence}" for sentence in self.words()] + ([""] if self.words() else [])
+        lines = [*_markdown_table(headings, rows), "", f"Reference: {self.reference}. {LEGEND}", ""]
+        if self.harness:
+            lines += [*_markdown_table(*self._harness_lines()), ""]
+        said = [*self.words(), *self.remarks()]
+        lines += [f"- {sentence}" for sentence in said] + ([""] if said else [])
         data = [f"{name}: {facts['rows']} rows, {facts['digest']}" for name, facts in self.domains.items()]
         lines.append("Data: " + "; ".join(data) + ".")
         lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
@@ -172,15 +175,32 @@ class GridResult:
 
     def table(self) -> Table:
         """A rich table for the terminal."""
-        from rich.table import Table
+        return _rich_table(*self._lines(), caption=LEGEND)
 
-        headings, rows = self._lines()
-        table = Table(caption=LEGEND, caption_justify="left")
-        for i, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*(_styled(text) for text in row))
-        return table
+    def show(self, console: Console) -> None:
+        """Print the table, what did not help in words, and remarks on data and masks."""
+        console.print(self.table())
+        if self.harness:
+            console.print(_rich_table(*self._harness_lines()))
+        for sentence in [*self.words(), *self.remarks()]:
+            console.print(sentence, markup=False, highlight=False)
+
+    def remarks(self) -> list[str]:
+        """What to know about the masks and the marking."""
+        said = [f"{row}: {facts['base']}." for row, facts in self.models.items() if facts.get("base")]
+        return said + [f"{name}: {text}." for name, d in self.domains.items() for text in d.get("remarks", [])]
+
+    @property
+    def harness(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Results of lm-evaluation-harness: row -> task -> metric -> number."""
+        found: dict[str, dict[str, dict[str, float]]] = self.extra.get("lm_eval", {})
+        return found
+
+    def _harness_lines(self) -> tuple[list[str], list[list[str]]]:
+        columns = list(dict.fromkeys((t, m) for row in self.harness.values() for t, ms in row.items() for m in ms))
+        columns = [(task, metric) for task, metric in columns if "_stderr" not in metric]
+        rows = [[row, *(_harness_text(tasks, *column) for column in columns)] for row, tasks in self.harness.items()]
+        return ["lm-evaluation-harness", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)], rows
 
     def plot(self, path: str | Path | None = None, *, overwrite: bool = False) -> Figure:
         """Heat map of the differences from the reference row (blue is better); `path`: a .png or .svg to write."""
@@ -225,6 +245,30 @@ def _number(value: float, metric: str, sign: str = "") -> str:
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _harness_text(tasks: Mapping[str, Mapping[str, float]], task: str, metric: str) -> str:
+    metrics = tasks.get(task, {})
+    if metric not in metrics:
+        return "-"
+    name, comma, kind = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{kind}")
+    return f"{metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _rich_table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table(caption=caption, caption_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(_styled(text) for text in row))
+    return table
+
+
+def _markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [_markdown_row(headings), _markdown_row(["---"] * len(headings)), *map(_markdown_row, rows)]
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -1,0 +1,112 @@
+"""`mftmerge eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mftmerge.errors import BadInput
+
+
+def command(
+    models: list[str] = typer.Option(
+        ..., "--model", "-m", metavar="[NAME=]MODEL", help="Checkpoint directory or hub id; may be repeated."
+    ),
+    masks: list[str] = typer.Option([], "--mask", metavar="[NAME=]FILE", help="A .mask file; may be repeated."),
+    data: list[str] = typer.Option(
+        ..., "--data", "-d", metavar="[NAME=]FILE", help="Rows of one domain: JSONL, JSON, Parquet or a hub id."
+    ),
+    more: list[str] = typer.Argument(None, metavar="[NAME=FILE]...", help="Further domains after --data."),
+    reference: str = typer.Option(
+        None, "--reference", help="Row that differences are taken against; the first model by default."
+    ),
+    limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
+    max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
+    exact: list[str] = typer.Option(
+        [], "--exact", metavar="DOMAIN=RULE", help="Let the model answer; RULE is number (#### N), text or re:PATTERN."
+    ),
+    run_tests: bool = typer.Option(
+        False, "--run-tests", help='pass@1 on rows with "tests": runs Python that the model wrote, in a sandbox.'
+    ),
+    max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
+    bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
+    lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
+    lm_eval_limit: int = typer.Option(None, "--lm-eval-limit", min=1, help="Documents a harness task at most."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
+    device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
+    batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
+    json: Path = typer.Option(None, "--json", help="Write everything, each row's measurement included."),
+    markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
+    plot: Path = typer.Option(None, "--plot", help="Write a heat map of the differences (.png, .svg, .pdf)."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace existing output files."),
+) -> None:
+    """Compare models and masks on held-out rows of several domains.
+
+    Loss per assistant token on every row of every domain, with the paired difference from a reference row and its
+    standard error, and in words where a mask did not help. Each model is loaded once; masks are switched in memory.
+
+    \b
+    mftmerge eval --model fft --mask math.mask --mask code.mask --data math=math.jsonl --data code=code.jsonl
+    """
+    domains = _named([*data, *(more or [])], "--data")
+    for path in (json, markdown, plot):
+        if path is not None and path.exists() and not overwrite:
+            raise BadInput(f"{path}: exists already; give another path or --overwrite")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise BadInput(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
+    rules = {}
+    for text in exact:
+        domain, sign, rule = text.partition("=")
+        if not sign:
+            raise BadInput(f"--exact {text}: give DOMAIN=RULE, such as math=number")
+        rules[domain] = rule
+
+    from rich.console import Console
+
+    from mftmerge.evalfiles import Measures, evaluate_files
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        result = evaluate_files(
+            _named(models, "--model"),
+            _named(masks, "--mask"),
+            domains,
+            reference=reference,
+            measures=Measures(
+                exact=rules,
+                run_tests=run_tests,
+                max_new_tokens=max_new_tokens,
+                batch_tokens=batch_tokens,
+                resamples=bootstrap,
+                lm_eval=tuple(t.strip() for t in lm_eval.split(",") if t.strip()) if lm_eval else (),
+                lm_eval_limit=lm_eval_limit,
+            ),
+            max_length=max_length,
+            limit=limit,
+            dtype=dtype,
+            device=device,
+            progress=lambda what: status.update(what),
+        )
+    if json:
+        result.to_json(json, overwrite=overwrite)
+    if markdown:
+        result.to_markdown(markdown, overwrite=overwrite)
+    if plot:
+        result.plot(plot, overwrite=overwrite)
+    result.show(Console())
+
+
+def _named(texts: list[str], option: str) -> dict[str, str]:
+    """Name -> path: the name is given before "=", or is the file's or directory's own."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if not sign or "/" in name:
+            name, path = Path(text).stem if Path(text).suffix in (".mask", ".jsonl", ".json") else Path(text).name, text
+        if not name or not path:
+            raise BadInput(f"{option} {text}: give NAME=PATH or a path")
+        if name in found:
+            raise BadInput(f"{option}: two are called {name!r}; name them apart with NAME=PATH")
+        found[name] = path
+    return found

@@ -1,0 +1,177 @@
+"""Evaluate checkpoints and mask files on data files: what `mftmerge eval` does. Each model is loaded once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mftmerge import data as rows_of
+from mftmerge import evaluate, generation, harness, matching
+from mftmerge.checkpoint import Checkpoint, resolve
+from mftmerge.errors import BadInput
+from mftmerge.mask import Mask
+from mftmerge.results import GridResult
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured beside the loss, and how.
+
+    exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
+    that carry tests; runs code that the model wrote. lm_eval: task names for lm-evaluation-harness, lm_eval_limit:
+    documents a task at most. resamples: of the paired bootstrap, 0 for none.
+    """
+
+    exact: Mapping[str, str] = field(default_factory=dict)
+    run_tests: bool = False
+    max_new_tokens: int = 256
+    batch_tokens: int = 4096
+    resamples: int = 0
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int | None = None
+
+
+def evaluate_files(
+    models: Mapping[str, str | Path],
+    masks: Mapping[str, str | Path],
+    data: Mapping[str, Any],
+    *,
+    reference: str | None = None,
+    measures: Measures | None = None,
+    max_length: int = 1024,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> GridResult:
+    """Measure every model, without a mask and under each mask, on every domain.
+
+    models, masks: name -> checkpoint (directory or hub id) or .mask file. With one model the rows of the table are its
+    name and the masks' names; with several, `model` and `model+mask`. data: domain -> what `data.load_rows` reads.
+    reference: name of the row that differences are taken against, the first model without mask by default.
+    limit: first rows of each domain. dtype: "auto" (as stored), "float32" or "bfloat16".
+
+    Raises BadInput before anything is loaded for unreadable masks, rows or rules.
+    """
+    measures = measures or Measures()
+    _check(models, data, measures)
+    names = _row_names(models, masks)
+    reference = reference or next(iter(models))
+    if reference not in (every := [n for rows in names.values() for n in rows]):
+        raise BadInput(f"reference {reference!r} is not one of the rows {every}")
+    opened = {name: Mask.load(path) for name, path in masks.items()}
+    domains = {name: rows_of.load_rows(source)[:limit] for name, source in data.items()}
+    results = []
+    for name, path in models.items():
+        own = dict(zip(names[name][1:], opened.values(), strict=True))
+        results.append(_one_model(name, path, own, domains, measures, max_length, dtype, device, progress))
+    whole = results[0]
+    for more in results[1:]:
+        whole = whole.merged(more)
+    for name, source in data.items():
+        whole.domains[name]["source"] = str(source) if isinstance(source, str | Path) else None
+    whole.reference, whole.resamples = reference, measures.resamples
+    return whole
+
+
+def _check(models: Mapping[str, Any], data: Mapping[str, Any], measures: Measures) -> None:
+    if not models or not data:
+        raise BadInput("nothing to evaluate: give at least one model and one domain of data")
+    for domain, name in measures.exact.items():
+        if domain not in data:
+            raise BadInput(f"exact match for {domain!r}: there is no such domain; there are {', '.join(data)}")
+        generation.rule(name)
+    if measures.lm_eval:
+        harness.require()
+
+
+def _row_names(models: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Model -> names of its rows: itself, then one a mask."""
+    if len(models) > 1:
+        return {m: [m, *(f"{m}+{k}" for k in masks)] for m in models}
+    only = next(iter(models))
+    if only in masks:
+        raise BadInput(f"two rows are called {only!r}; give the model or the mask another name (NAME=PATH)")
+    return {only: [only, *masks]}
+
+
+def _one_model(
+    name: str,
+    path: str | Path,
+    masks: Mapping[str, Mask],
+    domains: Mapping[str, list[rows_of.Row]],
+    measures: Measures,
+    max_length: int,
+    dtype: str,
+    device: str | None,
+    progress: Callable[[str], None] | None,
+) -> GridResult:
+    if progress:
+        progress(f"loading {name}")
+    directory = resolve(path)
+    remarks = {row: _base_remark(mask, directory) for row, mask in masks.items()}
+    model, tokenizer = load_model(directory, dtype=dtype, device=device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    tokens = {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
+    scorers = {d: _scorer(d, rows, tokenizer, measures) for d, rows in domains.items()}
+    others: dict[str, Callable[[Any], Any]] = {}
+    if measures.lm_eval:
+        others[harness.EXTRA] = lambda m: harness.run(m, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)
+    result = evaluate.grid(
+        model,
+        masks,
+        tokens,
+        reference=name,
+        name=name,
+        scorers={d: s for d, s in scorers.items() if s},
+        others=others,
+        batch_tokens=measures.batch_tokens,
+        progress=progress,
+    )
+    for row, remark in remarks.items():
+        result.models[row]["base"] = remark
+    del model
+    gc.collect()
+    return result
+
+
+def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise BadInput(f"{path}: cannot be loaded as a causal language model with its tokenizer ({reason})") from None
+    return model.eval(), tokenizer
+
+
+def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> evaluate.Scorer | None:
+    exact = measures.exact.get(domain)
+    run_tests = measures.run_tests and any(row.get("tests") for row in rows)
+    if not exact and not run_tests:
+        return None
+    try:
+        return generation.marker(
+            rows, tokenizer, exact=exact, run_tests=run_tests, max_new_tokens=measures.max_new_tokens
+        )
+    except BadInput as e:
+        raise BadInput(f"domain {domain!r}: {e}") from None
+
+
+def _base_remark(mask: Mask, directory: Path) -> str | None:
+    """Whether the model is the mask's own base, in words; None where the mask does not say what it was made for."""
+    with contextlib.suppress(BadInput):  # what does not match here is reported when the mask meets the live model
+        checkpoint = Checkpoint.open(directory)
+        names = matching.match(mask, checkpoint, str(directory))
+        difference = matching.base_difference(names, mask, checkpoint)
+        return str(difference) if difference else None
+    return None
