@@ -24,7 +24,7 @@ from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
 from mftmerge.shard import safe_file
 from mftmerge.stream import MaskStream
-from mftmerge.writer import OutputDirectory, check_target, hash_file, open_new, sync_file
+from mftmerge.writer import OutputDirectory, check_target, checksum, open_new, sync_file
 
 # Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
@@ -84,7 +84,8 @@ def apply_mask(
     to its values; without it they become 0. overwrite: replace an existing checkpoint directory.
     require_base: refuse, before anything is written, a model whose covered tensors are not those the mask was made for.
     check_base=False skips that comparison, which hashes the covered tensors beside the copying.
-    resume: continue what a killed run left, shard by shard, each checked by its hash; keep finished shards on failure.
+    resume: continue what a killed run left, shard by shard, each checked against its checksum, and keep finished shards
+    should this run fail too.
     include: patterns of further files of `model` to copy (`*.py` for code, which a plain run leaves out).
     progress: called with (bytes done, bytes in all).
 
@@ -175,7 +176,7 @@ def _write_shards(
     stopped: threading.Event,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[str, ...]:
-    """Write each shard that is not there yet; one is synced and hashed while the next is written."""
+    """Write each shard that is not there yet; one is synced and checked while the next is written."""
     shards = plan.source.shards
     total, done, lock = sum(s.nbytes for s in shards), 0, threading.Lock()
 
@@ -188,11 +189,11 @@ def _write_shards(
 
     def complete(name: str) -> None:
         sync_file(directory.path / name)
-        # The last shard's hash would serve nobody: the directory gets its name next.
-        if name != shards[-1].name and (digest := hash_file(directory.path / name, stopped.is_set)):
-            directory.record(name, digest)
+        # The last shard's checksum would serve nobody: the directory gets its name next.
+        if name != shards[-1].name and (found := checksum(directory.path / name, stopped.is_set)):
+            directory.record(name, found)
 
-    continued = [s.name for s in shards if directory.is_finished(s.name, s.nbytes)]
+    continued = [s.name for s in shards if directory.is_finished(s.name)]
     to_write = [s for s in shards if s.name not in continued]
     advance(total - sum(s.nbytes for s in to_write))
     _require_space(directory.path, sum(s.nbytes for s in to_write))

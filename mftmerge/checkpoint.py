@@ -121,15 +121,15 @@ def resolve(reference: str | Path) -> Path:
 
     A hub id is downloaded when it is not cached, without pickles and code. Raises BadInput when there is neither.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
     text = str(reference)
-    if path.exists():
+    path = Path(reference).expanduser()
+    if text and path.is_dir():
+        return path
+    if text and path.exists():
         raise BadInput(f"{text}: a file; give the checkpoint's directory")
     repository, _, revision = text.partition("@")
     if text.startswith(("/", ".", "~")) or repository.count("/") > 1 or not repository:
-        raise BadInput(f"{text}: no such directory")
+        raise BadInput(f"{text or repr(text)}: no such directory")
     from huggingface_hub import snapshot_download
 
     try:

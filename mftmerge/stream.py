@@ -24,7 +24,7 @@ RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
 
 
 class MaskStream:
-    """Writes shards with `mask` applied, several tensors at a time. Memory depends on the workers only, not on any size.
+    """Writes shards with `mask` applied, several tensors at a time. Memory depends on the number of workers only.
 
     names: checkpoint tensor -> mask tensor. base: where dropped weights come from; without it they become 0.
     advance: called, from any worker, with the number of bytes just done.

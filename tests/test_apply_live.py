@@ -53,9 +53,17 @@ def test_a_switched_model_equals_the_applied_checkpoint(
         switcher.switch(name)
         assert switcher.active == name
         assert same(state(model), applied[name] if name else original)
-    with pytest.raises(ZeroDivisionError), switcher.use("code" if switcher.active == "math" else "math"):
-        assert same(state(model), applied[str(switcher.active)])
-        raise ZeroDivisionError
+    before = switcher.active
+    other = "code" if before == "math" else "math"
+
+    def failing() -> None:
+        with switcher.use(other):
+            assert same(state(model), applied[other])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert switcher.active == before
     switcher.detach()
     assert same(state(model), original)
     with pytest.raises(MftmergeError, match="detached"):
