@@ -2,8 +2,9 @@
 
 Every step but TIES' trimming works element by element, so that pieces give what whole tensors give, provided that the
 same operations run in the same dtypes in the same order. (From four models on, torch adds a float32 tensor's last
-elements in another order than the rest; pieces begin at multiples of its vector width, so that the same ones are last.) The trimming needs one number for a whole tensor, the k-th
-largest magnitude: magnitudes of floats order like their bits, so histograms of the bits find it without sorting.
+elements in another order than the rest; pieces begin at multiples of its vector width, so that the same ones are last.)
+The trimming needs one number for a whole tensor, the k-th largest magnitude: magnitudes of floats order like their
+bits, so histograms of the bits find it without sorting.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Cut:
 def magnitude_bits(delta: Tensor) -> npt.NDArray[np.unsignedinteger]:
     """The bits of |delta| as integers, which order like the magnitudes."""
     wide = delta.dtype == torch.float32
-    bits: npt.NDArray[Any] = delta.view(torch.int32 if wide else torch.int16).numpy()
+    bits: Any = delta.view(torch.int32 if wide else torch.int16).numpy()
     return bits.view(np.uint32) & np.uint32(0x7FFFFFFF) if wide else bits.view(np.uint16) & np.uint16(0x7FFF)
 
 
@@ -102,7 +103,7 @@ def find_cut(deltas: Deltas, pieces: Sequence[Piece], wide: bool, count: int, ru
     """
 
     def histogram(piece: Piece, upper: int | None = None) -> npt.NDArray[np.uint32]:
-        bits = magnitude_bits(deltas(*piece))
+        bits: npt.NDArray[Any] = magnitude_bits(deltas(*piece))
         if wide and upper is None:
             bits = bits >> 16
         elif upper is not None:
