@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from torch.optim.adam import adam
 from mftmerge import bits
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.train import selection
+from mftmerge.train.parallel import each
 from mftmerge.train.sharding import Shard
 from mftmerge.train.targets import Target
+
+Result = TypeVar("Result")
 
 
 class MaskOptimizer(torch.optim.Optimizer):
@@ -98,14 +101,22 @@ class MaskOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = [t for t in self.targets if t.parameter.grad is not None]
-        gradients = [self._to_score_gradient(t, self._gradient(t)) for t in active]
-        divisor = self._clip_divisor(active, gradients)
+        squares = each(self._prepare, active, self._device)
+        divisor = self._clip_divisor(active, squares)
         group = self.param_groups[0]
-        for t, gradient in zip(active, gradients, strict=True):
-            _adam(self.state[t.parameter], gradient, divisor, group)
+        each(lambda t: _adam(self.state[t.parameter], self._gradient(t), divisor, group), active, self._device)
         self.steps += 1
         self.refresh()
         return loss
+
+    def _prepare(self, target: Target) -> Tensor:
+        """Turn a weight's gradient into the score's, in place, and give its sum of squares."""
+        gradient = self._to_score_gradient(target, self._gradient(target))
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.targets[0].parameter.device
 
     def score_gradients(self) -> dict[str, Tensor]:
         """dL/dS of every target that has a gradient, in the gradient's dtype, without a step (copies)."""
@@ -127,8 +138,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             gradient.mul_(state["score"].sign())
         return gradient
 
-    def _clip_divisor(self, active: list[Target], gradients: list[Tensor]) -> Tensor | None:
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]
+    def _clip_divisor(self, active: list[Target], squares: list[Tensor]) -> Tensor | None:
         total = self._sum_over_ranks(active, squares).sqrt() if squares else torch.zeros(())
         if not torch.isfinite(total):
             raise MftmergeError(
@@ -161,23 +171,26 @@ class MaskOptimizer(torch.optim.Optimizer):
         score: Tensor = self.state[target.parameter]["score"]
         return score if self.signed else score.abs()
 
-    @torch.no_grad()
-    def _kept(self, keep: Fraction) -> Iterator[tuple[Target, Tensor]]:
-        """Each target with the booleans of its local rows, one at a time (memory: one matrix)."""
-        if self.pattern:
-            for t in self.targets:
-                yield t, selection.keep_pattern(self._values(t), *self.pattern, dim=t.input_dim)
-        elif self.scope == "global":
+    def _for_each_kept(self, keep: Fraction, use: Callable[[Target, Tensor], Result]) -> list[Result]:
+        """`use(target, booleans of its local rows)` for each target; no more of them exist than there are threads."""
+        if self.pattern is None and self.scope == "global":
             cut, ties = self._global_cut(keep)
-            for t, excess in zip(self.targets, ties, strict=True):
-                values = self._values(t)
+            excess = dict(zip((t.name for t in self.targets), ties, strict=True))
+
+        def one(t: Target) -> Result:
+            values = self._values(t)
+            if self.pattern is not None:
+                return use(t, selection.keep_pattern(values, *self.pattern, dim=t.input_dim))
+            if self.scope == "global":
                 kept = values >= cut
-                selection.drop_ties(values, kept, cut, excess)
-                yield t, kept
-        else:
-            for t in self.targets:
-                shard, shape = Shard.of(t.parameter), t.parameter.shape
-                yield t, shard.keep_top(self._values(t), shape, t.blocks, lambda n: self.drop_count(n, keep))
+                selection.drop_ties(values, kept, cut, excess[t.name])
+                return use(t, kept)
+            shard, shape = Shard.of(t.parameter), t.parameter.shape
+            return use(t, shard.keep_top(values, shape, t.blocks, lambda n: self.drop_count(n, keep)))
+
+        if Shard.of(self.targets[0].parameter).group is not None:
+            return [one(t) for t in self.targets]  # collective operations must come in the same order on every rank
+        return each(one, self.targets, self._device)
 
     def _global_cut(self, keep: Fraction) -> tuple[float, list[int]]:
         """One cut over all targets, and for each target how many ties at the cut this rank drops."""
@@ -195,13 +208,15 @@ class MaskOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def refresh(self) -> None:
         """Write `W * M` of the current scores into the parameters, exactly."""
-        flipped = 0
-        for t, kept in self._kept(self.current_keep):
-            local = Shard.of(t.parameter).local(t.parameter.data)
+
+        def write(t: Target, kept: Tensor) -> int:
+            local = Shard.local(t.parameter.data)
             new = self._select(t, kept)
-            flipped += int((new != local).sum())
+            changed = torch.count_nonzero(new != local)
             local.copy_(new)
-        self.flipped = flipped
+            return int(changed)
+
+        self.flipped = sum(self._for_each_kept(self.current_keep, write))
 
     def _select(self, target: Target, kept: Tensor) -> Tensor:
         """The original weights where kept, the dropped values (0 or the base's) elsewhere. Local rows."""
@@ -215,7 +230,11 @@ class MaskOptimizer(torch.optim.Optimizer):
         With sharded parameters every rank must call it, and every rank gets whole tensors.
         """
         keep = self.keep if final else self.current_keep
-        return {t.name: Shard.of(t.parameter).whole(kept, t.parameter).cpu() for t, kept in self._kept(keep)}
+
+        def whole(t: Target, kept: Tensor) -> Tensor:
+            return Shard.of(t.parameter).whole(kept, t.parameter).cpu()
+
+        return dict(zip((t.name for t in self.targets), self._for_each_kept(keep, whole), strict=True))
 
     def scores(self) -> dict[str, Tensor]:
         """float32 scores on the CPU by parameter name (copies; whole tensors on every rank)."""
