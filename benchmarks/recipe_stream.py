@@ -178,7 +178,10 @@ def main() -> None:
             found[case] = run_case(case, work, models, 1 if arguments.quick else arguments.repeats)
             shutil.rmtree(work)
             print(case, json.dumps(found[case]), flush=True)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     about = {
         "checkpoint bytes": nbytes,
         "cpu": cpu,

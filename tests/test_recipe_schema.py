@@ -12,7 +12,7 @@ from recipe_kitchen import make_kitchen
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
-from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.catalogue import METHODS, table
 from mftmerge.recipe.importing import import_recipe
 from mftmerge.recipe.plan import plan
 from mftmerge.recipe.schema import Reference, json_schema, load_recipe
@@ -183,7 +183,11 @@ def test_json_schema_names_every_key() -> None:
     for name, part in schema["$defs"].items():
         body = next((b for b in part.get("anyOf", []) if "properties" in b), part)
         assert body.get("additionalProperties") is False or name == "Reference", name
-    json.dumps(schema)
+    assert json.loads((RECIPES / "recipe.schema.json").read_text()) == schema
+
+
+def test_documented_methods_are_those_there_are() -> None:
+    assert table() in (RECIPES.parent / "docs/recipes.md").read_text()
 
 
 def test_import_removes_what_mergekit_ignores(kitchen: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,10 @@ class OutputMask:
 
     mask: Mask
     base: LazyTensorLoader | None
-    seen: set[str] = field(default_factory=set)
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self.mask:
             return tensor
-        self.seen.add(name)
         other = self.base.get_tensor(name) if self.base else None
         # The result may be narrower than the base: dropped weights take the base's value in the result's dtype.
         return select(
@@ -205,6 +203,9 @@ class TensorByTensor:
         saves = [t for t in self.targets if isinstance(t, SaveTensor)]
         if self.random:  # the same draws for the same tensors as mergekit, whose graph decides their order
             saves = _mergekit_order(self.targets, saves)
+        planned = {t.tensor_name for t in saves}
+        if self.mask and (unused := sorted(set(self.mask.mask.names) - planned)):
+            raise BadInput(f"the output mask covers {unused[0]}, which the result will not have")
         others = [t for t in self.targets if not isinstance(t, SaveTensor | FinalizeModel)]
         shared: dict[Any, Any] = {}
         for task in others:  # the tokenizer
@@ -218,8 +219,6 @@ class TensorByTensor:
             writer.finish()
         finally:
             writer.abandon()
-        if self.mask and (unused := sorted(set(self.mask.mask.names) - self.mask.seen)):
-            raise BadInput(f"the output mask covers {unused[0]}, which the result does not have")
         yield from ((task, shared[task]) for task in others)
 
     def value(self, task: Any, shared: dict[Any, Any]) -> Any:

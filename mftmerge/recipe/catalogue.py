@@ -143,3 +143,24 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def table() -> str:
+    """The methods as a table in Markdown, as it stands in docs/recipes.md (a test compares them)."""
+    rows = ["| method | base model | models | parameters |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        besides = method.base != "ignored" and method.non_base != (None, None)
+        low, high = method.non_base if besides else method.inputs
+        count = str(low) if low == high else f"{low} or more"
+        counted = " besides the base" if besides else ", the base included" if method.base == "required" else ""
+        base = "one more input" if method.base == "ignored" else method.base
+        parameters = [_described(key, p) for key, p in method.parameters.items()]
+        label = f"`{name}`" + (" (ours)" if method.ours else "")
+        rows.append(f"| {label} | {base} | {count}{counted} | {'; '.join(parameters) or 'none'} |")
+    return "\n".join(rows)
+
+
+def _described(key: str, parameter: Parameter) -> str:
+    default = "" if parameter.default == REQUIRED else f" = {str(parameter.default).lower()}"
+    required = ", required" if parameter.default == REQUIRED else ""
+    return f"`{key}` {parameter.kind}{'' if parameter.scope == 'shared' else ' for each model'}{default}{required}"
