@@ -114,7 +114,7 @@ class _Run:
         return result
 
     def say(self, text: str) -> None:
-        self.console.print(f"    {text}", highlight=False)
+        self.console.print(f"    {text}", highlight=False, soft_wrap=True)
 
     def reuse(self, path: Path) -> bool:
         """Whether a stage's file is there already; says so."""
