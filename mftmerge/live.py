@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,10 @@ from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
+from mftmerge.stream import select
 
+UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
+CACHED = 1 << 17  # weights that fit the processor's cache
 PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
 GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
 _DTYPES = {
@@ -59,18 +63,19 @@ class _Part:
         step = PIECE if self.parameter.device.type == "cpu" else GPU_PIECE
         return ((start, min(start + step, size)) for start in range(0, size, step))
 
-    def drops(self, mask: str | None, start: int, stop: int) -> torch.Tensor:
-        """Booleans, True where `mask` drops one of the weights [start, stop)."""
-        if mask is None or mask not in self.kept:
-            return torch.zeros(stop - start, dtype=torch.bool, device=self.parameter.device)
-        return ~_unpack(self.kept[mask][start // 8 : (stop + 7) // 8], stop - start)
+    def bits(self, mask: str | None, start: int, stop: int) -> torch.Tensor | None:
+        """Packed bits of the weights [start, stop), or None where the mask keeps them all."""
+        return self.kept[mask][start // 8 : (stop + 7) // 8] if mask is not None and mask in self.kept else None
 
     def dropped_by_any(self, start: int, stop: int) -> torch.Tensor:
         """Positions in [start, stop), relative to start, that at least one mask drops: those with a stored original."""
         first, *others = (packed[start // 8 : (stop + 7) // 8] for packed in self.kept.values())
         for packed in others:
             first = first & packed
-        return (~_unpack(first, stop - start)).nonzero().view(-1)
+        dropped = _unpack(~first, stop - start)
+        if dropped.device.type == "cpu":  # six times faster than torch's
+            return torch.from_numpy(np.flatnonzero(dropped.numpy()))
+        return dropped.nonzero().view(-1)
 
 
 class Switcher:
@@ -169,8 +174,12 @@ class Switcher:
                     f"parameter {part.name!r} was changed or moved since the masks were attached; "
                     "detach before training, loading or moving a model, and attach again afterwards"
                 )
-        certain, self._certain = self._certain, False
-        written = sum(_write(part, self._active, name, everything=not certain) for part in self._parts)
+        before, self._certain = (self._active if self._certain else UNKNOWN), False
+        parts = [p for p in self._parts if before is UNKNOWN or before in p.kept or name in p.kept]
+        on_cpu = [p for p in parts if p.parameter.device.type == "cpu"]
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            written = sum(pool.map(lambda part: _write(part, before, name), on_cpu))
+        written += sum(_write(p, before, name) for p in parts if p.parameter.device.type != "cpu")
         self._active, self._certain = name, True
         return written
 
@@ -251,31 +260,59 @@ def _values_of(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
 
 
 @torch.no_grad()
-def _write(part: _Part, before: str | None, after: str | None, *, everything: bool) -> int:
-    """Change one parameter from mask `before` to mask `after`; returns the number of weights written.
+def _write(part: _Part, before: str | None, after: str | None) -> int:
+    """Change one parameter from mask `before` to mask `after`; returns the number of weights that differ between them.
 
-    everything: write all weights that have a stored original, whatever they hold now.
+    First the stored originals go back, unless the parameter has them already, then the dropped values are written.
     """
-    if not everything and before not in part.kept and after not in part.kept:
-        return 0
-    flat, taken, written = part.flat(), 0, 0
+    flat, taken, changed = part.flat(), 0, 0
     try:
         for start, stop in part.pieces():
-            known = part.dropped_by_any(start, stop)
-            slot = slice(taken, taken + len(known))
-            taken += len(known)
-            changed, values = known, part.originals[slot]
-            to_drop = part.drops(after, start, stop)[known]
-            new = part.dropped[slot] if part.dropped is not None else torch.zeros_like(values)
-            values = torch.where(to_drop, new, values)
-            if not everything:
-                differs = to_drop != part.drops(before, start, stop)[known]
-                changed, values = known[differs], values[differs]
-            flat[start:stop].index_copy_(0, changed, values)
-            written += len(changed)
+            old, new = part.bits(before, start, stop), part.bits(after, start, stop)
+            piece = flat[start:stop]
+            if before is UNKNOWN or old is not None or (new is not None and part.dropped is not None):
+                known = part.dropped_by_any(start, stop)
+                slot = slice(taken, taken + len(known))
+                taken += len(known)
+                values = part.originals[slot]
+                if new is not None and part.dropped is not None:
+                    values = torch.where(_unpack(new, stop - start)[known], values, part.dropped[slot])
+                piece.scatter_(0, known, values)
+            if new is not None and part.dropped is None:
+                _zero(piece, new)
+            changed += _count_differing(old, new, stop - start)
     finally:
+        flat[:0].zero_()  # some writes go past torch: this counts as one, so that autograd notices them
         part.stamp = _stamp(part.parameter)
-    return written
+    return changed
+
+
+def _zero(piece: torch.Tensor, kept: torch.Tensor) -> None:
+    """Set to 0, in place, what `kept` (packed) drops."""
+    if piece.device.type != "cpu":
+        piece.masked_fill_(~_unpack(kept, len(piece)), 0)
+        return
+    unsigned = piece.numpy().view(f"u{piece.element_size()}")
+    for start in range(0, len(unsigned), CACHED):
+        part = unsigned[start : start + CACHED]
+        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy())
+
+
+def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
+    """Number of bits in which two packed masks differ; None keeps everything. Padding bits are 0 in both."""
+    if old is None and new is None:
+        return 0
+    if old is None or new is None:
+        given = new if old is None else old
+        assert given is not None
+        return size - _ones(given)
+    return _ones(old ^ new)
+
+
+def _ones(packed: torch.Tensor) -> int:
+    if packed.device.type == "cpu":
+        return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
+    return int(_unpack(packed, 8 * len(packed)).sum())
 
 
 def _gather(part: _Part, source: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""Claim: switching masks on a live model beats reloading a checkpoint, in a fraction of k checkpoints' memory.
+
+A randomly initialised Llama of SmolLM2-135M's shape in bf16, k masks of density 0.9 over all linear layers, or over
+four layers. Reloading is `from_pretrained` plus nothing else, files in the page cache. Every switch is checked to leave
+exactly the weights of the masked checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from apply_speed import cpu_model
+
+from mftmerge import Mask, attach
+from mftmerge.checkpoint import Checkpoint
+
+
+def make_model(path: Path, layers: int) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+
+
+def random_masks(path: Path, k: int, last: int | None) -> dict[str, Mask]:
+    checkpoint = Checkpoint.open(path)
+    names = [n for n in checkpoint.names if n.endswith("proj.weight") and (last is None or int(n.split(".")[2]) < last)]
+    rng = np.random.default_rng(0)
+    return {str(i): Mask.from_bools({n: rng.random(checkpoint.entry(n).shape) < 0.9 for n in names}) for i in range(k)}
+
+
+def seconds_of(call: object) -> float:
+    started = time.perf_counter()
+    call()  # type: ignore[operator]
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a shallow model, few rounds")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    layers, rounds, k = (6, 4, 3) if options.quick else (30, 10, 4)
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        make_model(path, layers)
+        size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+        load = lambda: transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")  # noqa: E731
+        for title, last in (("all layers", None), ("four layers", 4)):
+            model = load()
+            original = {n: p.detach().clone() for n, p in model.named_parameters()}
+            masks = random_masks(path, k, last)
+            switcher = attach(model, masks)
+            switches, reloads = [], []
+            for i in range(rounds):
+                name = str(i % k)
+                switches.append(seconds_of(functools.partial(switcher.switch, name)))
+                reloads.append(seconds_of(load))
+                for n in masks[name].names:
+                    expected = original[n] * torch.from_numpy(masks[name].kept(n))
+                    assert torch.equal(model.get_parameter(n), expected), n
+            kept_beside = switcher.nbytes
+            switcher.detach()
+            assert all(torch.equal(p, original[n]) for n, p in model.named_parameters())
+            ratio = statistics.median(reloads) / statistics.median(switches[1:])
+            memory = (size + kept_beside) / (k * size)
+            print(
+                f"{title}: a switch is {ratio:.1f}x faster than a reload; {k} masks take {memory:.2f}x {k} checkpoints"
+            )
+            results[title] = {
+                "reload / switch": round(ratio, 2),
+                "median seconds of a switch": statistics.median(switches[1:]),
+                "median seconds of a reload": statistics.median(reloads),
+                "memory with all masks / k checkpoints": round(memory, 3),
+                "k": k,
+            }
+    results |= {"checkpoint MB": round(size / 1e6, 1), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    results |= {"transformers": transformers.__version__, "cpu": cpu_model(), "cores": os.cpu_count()}
+    results["python"] = platform.python_version()
+    if not options.quick:
+        out = Path(__file__).parent / "results" / "live_switch.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
