@@ -112,7 +112,7 @@ class GridResult:
         cells = [self._json_cell(row, domain, metric) for row, domain, metric in self.cells]
         whole = {"format": FORMAT, "reference": self.reference, "models": self.models, "domains": self.domains}
         whole |= {"versions": self.versions, "resamples": self.resamples, "extra": self.extra, "cells": cells}
-        return _written(json.dumps(whole, indent=1, allow_nan=False) + "\n", path, overwrite)
+        return write_whole(json.dumps(whole, indent=1, allow_nan=False) + "\n", path, overwrite)
 
     def _json_cell(self, row: str, domain: str, metric: str) -> dict[str, Any]:
         values, difference = self.values(row, domain, metric), self.difference(row, domain, metric)
@@ -163,25 +163,25 @@ class GridResult:
     def to_markdown(self, path: str | Path | None = None, *, overwrite: bool = False) -> str:
         """A Markdown table, what did not help in words, and the data and versions; written to `path` too if given."""
         headings, rows = self._lines()
-        lines = [*_markdown_table(headings, rows), "", f"Reference: {self.reference}. {LEGEND}", ""]
+        lines = [*markdown_table(headings, rows), "", f"Reference: {self.reference}. {LEGEND}", ""]
         if self.harness:
-            lines += [*_markdown_table(*self._harness_lines()), ""]
+            lines += [*markdown_table(*self._harness_lines()), ""]
         said = [*self.words(), *self.remarks()]
         lines += [f"- {sentence}" for sentence in said] + ([""] if said else [])
         data = [f"{name}: {facts['rows']} rows, {facts['digest']}" for name, facts in self.domains.items()]
         lines.append("Data: " + "; ".join(data) + ".")
         lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
-        return _written("\n".join(lines) + "\n", path, overwrite)
+        return write_whole("\n".join(lines) + "\n", path, overwrite)
 
     def table(self) -> Table:
         """A rich table for the terminal."""
-        return _rich_table(*self._lines(), caption=LEGEND)
+        return rich_table(*self._lines(), caption=LEGEND)
 
     def show(self, console: Console) -> None:
         """Print the table, what did not help in words, and remarks on data and masks."""
         console.print(self.table())
         if self.harness:
-            console.print(_rich_table(*self._harness_lines()))
+            console.print(rich_table(*self._harness_lines()))
         for sentence in [*self.words(), *self.remarks()]:
             console.print(sentence, markup=False, highlight=False)
 
@@ -217,7 +217,8 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise BadInput(f"{path}: exists already; give another path or --overwrite")
 
 
-def _written(text: str, path: str | Path | None, overwrite: bool) -> str:
+def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:
+    """Write `text` to `path`, whole or not at all, and return it."""
     if path is not None:
         refuse_existing(path, overwrite)
         temporary = Path(f"{path}.tmp{os.getpid()}")
@@ -256,7 +257,8 @@ def _harness_text(tasks: Mapping[str, Mapping[str, float]], task: str, metric: s
     return f"{metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _rich_table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+def rich_table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+    """A table for the terminal, the first column to the left."""
     from rich.table import Table
 
     table = Table(caption=caption, caption_justify="left")
@@ -267,7 +269,8 @@ def _rich_table(headings: list[str], rows: list[list[str]], caption: str | None 
     return table
 
 
-def _markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [_markdown_row(headings), _markdown_row(["---"] * len(headings)), *map(_markdown_row, rows)]
 
 

@@ -1,0 +1,55 @@
+"""`mftmerge sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mftmerge.errors import BadInput
+
+
+def command(
+    plan: Path = typer.Argument(..., metavar="SWEEP.YML", help="The sweep file, as below."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory for results.jsonl and masks/; continued if there."),
+    markdown: Path = typer.Option(None, "--markdown", help="Write both tables as Markdown."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing Markdown file."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="List the runs and stop."),
+) -> None:
+    """Train a mask for every combination of settings and every seed; choose on validation rows, report on test rows.
+
+    The three sets of rows must share no row, and only the chosen settings meet the test rows. A sweep that was stopped
+    continues with the same command.
+
+    \b
+    model: fft
+    train: math.jsonl[0:512]
+    validation: math.jsonl[512:640]
+    test: {math: "math.jsonl[-256:]"}
+    settings: {steps: 60}
+    grid: {lr: [0.0002, 0.001], keep: [0.9, 0.95]}
+    seeds: [0, 1, 2]
+
+    \b
+    mftmerge sweep sweep.yml --out sweep
+    """
+    if not plan.is_file():
+        raise BadInput(f"{plan}: no such sweep file")
+    if markdown is not None and markdown.exists() and not overwrite:
+        raise BadInput(f"{markdown}: exists already; give another path or --overwrite")
+
+    from rich.console import Console
+
+    from mftmerge import sweep, sweep_plan, sweep_report
+
+    wanted = sweep_plan.load_plan(plan)
+    if dry_run:
+        for run in sweep_plan.plan_runs(wanted):
+            print(f"{sweep_plan.describe(run.combination)}, seed {run.settings.seed}")
+        return
+    with Console(stderr=True).status("starting") as status:
+        result = sweep.run_sweep(wanted, out, progress=status.update)
+    if markdown is not None:
+        sweep_report.write_markdown(result, markdown, overwrite=overwrite)
+    sweep_report.show(result, Console())
+    print(f"{out / sweep.RESULTS}: {len(result.runs)} runs")

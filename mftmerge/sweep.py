@@ -1,0 +1,218 @@
+"""Settings x seeds: train a mask for each, choose settings on validation rows, report the choice on test rows.
+
+Training, validation and test rows must be disjoint, and only the chosen settings ever meet the test rows. Everything
+goes to one file, `results.jsonl`, a line as soon as it is known; a sweep that was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mftmerge import data as rows_of
+from mftmerge import evaluate, pairing
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.evalfiles import load_model
+from mftmerge.mask import Mask
+from mftmerge.prefix import PrefixCache
+from mftmerge.results import LOSS, GridResult
+from mftmerge.sweep_plan import Run, SweepPlan, describe, plan_runs, read_slice, require_disjoint
+from mftmerge.train import targets
+from mftmerge.train.run import train_mask
+from mftmerge.train.settings import TrainSettings
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found.
+
+    runs: the lines of the training runs. chosen: the combination with the lowest validation loss, mean over seeds.
+    test: rows "base", one a seed of the choice, and "mean" (the mean loss over seeds, row by row) on the test domains.
+    """
+
+    runs: list[dict[str, Any]]
+    chosen: dict[str, Any]
+    test: GridResult
+
+
+class Results:
+    """The lines of `results.jsonl`; a line that a crash cut off is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, list[dict[str, Any]]()
+        if not path.exists():
+            return
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        try:
+            self.lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as e:
+            raise BadInput(f"{path}: not the results of a sweep ({e}); give another output directory") from None
+        if len(whole) < len(raw):
+            os.truncate(path, len(whole))
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        self.lines.append(line)
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        return {line["id"]: line for line in self.lines if line["kind"] == "run"}
+
+
+def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], None] | None = None) -> SweepResult:
+    """Train what is not in `out` yet, choose, and report.
+
+    out: directory for `results.jsonl` and `masks/`; an existing one is continued when model and data are the same.
+    Raises BadInput for shared rows or another sweep's directory, MftmergeError when no settings finished all seeds.
+    """
+    say = progress or (lambda text: None)
+    raw = {"train": read_slice(plan.train), "validation": read_slice(plan.validation)}
+    raw |= {f"test {name}": read_slice(source) for name, source in plan.test.items()}
+    require_disjoint(raw)
+    out = Path(out)
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    results = Results(out / RESULTS)
+    shared = TrainSettings.make(plan.settings)
+    say("loading the model")
+    model, tokenizer = load_model(plan.model, dtype=shared.dtype)
+    tokens = {name: rows_of.tokenize(rows, tokenizer, shared.max_length) for name, rows in raw.items()}
+    identity = _continue(results, model, tokens, plan)
+    runs = plan_runs(plan, identity, len(tokens["validation"]))
+    _train_missing(runs, results, model, tokenizer, tokens, out, say)
+    done = results.runs()
+    lines = [done[run.id] for run in runs]
+    chosen = choose(lines)
+    say(f"testing {describe(chosen)}")
+    test = _test(chosen, lines, model, tokens, plan, out)
+    results.add({"kind": "choice", "combination": chosen, "validation": validation_mean(lines, chosen)})
+    for name, _ in test.metrics:
+        for row in test.models:
+            results.add({"kind": "test", "combination": chosen, "row": row, **_cell(test, row, name)})
+    return SweepResult(lines, chosen, test)
+
+
+def _continue(results: Results, model: Any, tokens: Mapping[str, Any], plan: SweepPlan) -> str:
+    """The sweep's identity; the first line of the file says it, and must say the same when a sweep is continued."""
+    facts = evaluate.model_facts(model)
+    head = {"kind": "sweep", "model": plan.model, "weights": facts["weights"], "dtype": facts["dtype"]}
+    head |= {"data": {name: {"rows": len(t), "digest": rows_of.digest(t)} for name, t in tokens.items()}}
+    identity = hashlib.blake2b(json.dumps([head["weights"], head["data"]]).encode(), digest_size=16).hexdigest()
+    if not results.lines:
+        results.add({**head, "identity": identity, "versions": evaluate.versions()})
+    elif results.lines[0].get("identity") != identity:
+        raise BadInput(f"{results.path}: holds a sweep of another model or other rows; give another output directory")
+    return identity
+
+
+def _train_missing(
+    runs: Sequence[Run],
+    results: Results,
+    model: Any,
+    tokenizer: Any,
+    tokens: Mapping[str, Any],
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    caches: dict[int, PrefixCache] = {}
+    for number, run in enumerate(runs, 1):
+        path = out / "masks" / f"{run.id}.mask"
+        if run.id in results.runs() and (path.exists() or "failed" in results.runs()[run.id]):
+            continue
+        say(f"run {number} of {len(runs)}: {describe(run.combination)}, seed {run.settings.seed}")
+        try:
+            found = train_mask(
+                model,
+                tokens["train"],
+                path,
+                settings=run.settings,
+                eval_data=tokens["validation"],
+                tokenizer=tokenizer,
+                prefix=_cache(model, run.settings, caches),
+                resume=Path(f"{path}.run").exists(),
+                overwrite=True,
+                note=lambda text: None,
+            )
+        except BadInput:
+            raise
+        except MftmergeError as e:
+            results.add({"kind": "run", "id": run.id, "combination": run.combination, "failed": str(e)})
+            continue
+        results.add(_run_line(run, found, path.relative_to(out)))
+
+
+def _cache(model: Any, settings: TrainSettings, caches: dict[int, PrefixCache]) -> PrefixCache | None:
+    """One cache of hidden states for all runs over the same layers; only the last one is kept."""
+    first = min(target.layer for target in targets.find(model, settings.layers, settings.modules))
+    if settings.prefix != "memory" or not first:
+        return None
+    if first not in caches:
+        caches.clear()
+        caches[first] = PrefixCache(model, first)
+    return caches[first]
+
+
+def _run_line(run: Run, found: Any, mask: Path) -> dict[str, Any]:
+    line: dict[str, Any] = {"kind": "run", "id": run.id, "combination": run.combination, "seed": run.settings.seed}
+    line |= {"settings": run.settings.model_dump(), "best_step": found.best_step, "gained": bool(found.gained)}
+    line["validation"] = {name: pairing.mean(np.asarray(rows)) for name, rows in found.losses.items()}
+    difference = pairing.paired(found.losses["mask"], found.losses["base"])
+    line["difference"] = {"mean": difference.mean, "standard_error": difference.standard_error, "n": difference.n}
+    return line | {"seconds": round(found.seconds, 3), "mask": str(mask), "digest": found.mask.digest}
+
+
+def choose(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The combination with the lowest validation loss, mean over seeds; one with a failed seed is out.
+
+    Raises MftmergeError when every combination has a failed seed.
+    """
+    failed = [line["combination"] for line in lines if "failed" in line]
+    tried: list[dict[str, Any]] = [line["combination"] for line in lines if line["combination"] not in failed]
+    if not tried:
+        raise MftmergeError(f"every combination failed; the first: {next(x['failed'] for x in lines if 'failed' in x)}")
+    best = min(tried, key=lambda combination: validation_mean(lines, combination)["mask"])
+    return best
+
+
+def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str, Any]) -> dict[str, float]:
+    """Mean over seeds of the base's and the mask's validation loss, and the standard deviation over seeds."""
+    own = [line["validation"] for line in lines if line["combination"] == combination and "failed" not in line]
+    masks = [v["mask"] for v in own]
+    spread = float(np.std(masks, ddof=1)) if len(masks) > 1 else 0.0
+    return {"base": float(np.mean([v["base"] for v in own])), "mask": float(np.mean(masks)), "seed_deviation": spread}
+
+
+def _test(
+    chosen: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    model: Any,
+    tokens: Mapping[str, Any],
+    plan: SweepPlan,
+    out: Path,
+) -> GridResult:
+    own = [line for line in lines if line["combination"] == chosen]
+    masks = {f"seed {line['seed']}": Mask.load(out / line["mask"]) for line in own}
+    result = evaluate.grid(model, masks, {name: tokens[f"test {name}"] for name in plan.test})
+    if len(masks) > 1:
+        result.models["mean"] = {"mask": None, "of": list(masks)}
+        for name in plan.test:
+            cells = [result.values(row, name) for row in masks]
+            result.cells["mean", name, LOSS] = np.mean(cells, axis=0)
+    return result
+
+
+def _cell(test: GridResult, row: str, domain: str) -> dict[str, Any]:
+    difference = test.difference(row, domain)
+    cell = {"domain": domain, "loss": test.mean(row, domain), "difference": difference.mean}
+    return cell | {"standard_error": difference.standard_error, "n": difference.n, "verdict": test.verdict(row, domain)}

@@ -1,0 +1,173 @@
+"""`mftmerge sweep`: what is refused, what is chosen, that it continues, and that test rows decide nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mftmerge import sweep, sweep_plan
+from mftmerge.cli import main
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def kitchen(tiny: Callable[..., Path], tmp_path: Path) -> SimpleNamespace:
+    """A tiny model, 20 rows in one file, and a sweep over two learning rates and two seeds."""
+    rows = [{"prompt": f"say {i}", "completion": f"{i} and {i + 1} and {i + 2}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plan = {
+        "model": str(tiny("llama", layers=2)),
+        "train": "rows.jsonl[0:8]",
+        "validation": "rows.jsonl[8:12]",
+        "test": {"near": "rows.jsonl[12:16]", "far": "rows.jsonl[-4:]"},
+        "settings": {"steps": 2, "batch_size": 2, "layers": "1", "init": "normal", "max_length": 64},
+        "grid": {"lr": [0.001, 0.1]},
+        "seeds": [0, 1],
+    }
+    made = SimpleNamespace(plan=plan, path=tmp_path / "sweep.yml", out=tmp_path / "out", rows=rows)
+    made.path.write_text(json.dumps(plan))
+    made.results = made.out / "results.jsonl"
+    return made
+
+
+def lines(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == kind]
+
+
+def test_a_sweep_from_file_to_report(kitchen: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    markdown = kitchen.out.parent / "report.md"
+    assert run("sweep", kitchen.path, "--out", kitchen.out, "--markdown", markdown) == 0
+    runs = lines(kitchen.results, "run")
+    assert [(r["combination"]["lr"], r["seed"]) for r in runs] == [(0.001, 0), (0.001, 1), (0.1, 0), (0.1, 1)]
+    for r in runs:
+        mask = Mask.load(kitchen.out / r["mask"])
+        assert mask.digest == r["digest"]
+        assert r["difference"]["mean"] == pytest.approx(r["validation"]["mask"] - r["validation"]["base"])
+        assert r["difference"]["n"] == 4
+    mean = {lr: np.mean([r["validation"]["mask"] for r in runs if r["combination"]["lr"] == lr]) for lr in (0.001, 0.1)}
+    choice = lines(kitchen.results, "choice")[0]
+    assert choice["combination"] == {"lr": min(mean, key=lambda lr: mean[lr])}
+    assert choice["validation"]["mask"] == pytest.approx(min(mean.values()))
+    tests = lines(kitchen.results, "test")
+    assert {(t["domain"], t["row"]) for t in tests} == {
+        (domain, row) for domain in ("near", "far") for row in ("base", "seed 0", "seed 1", "mean")
+    }
+    losses = {(t["domain"], t["row"]): t["loss"] for t in tests}
+    assert losses["near", "mean"] == pytest.approx((losses["near", "seed 0"] + losses["near", "seed 1"]) / 2)
+    assert "chosen" in markdown.read_text()
+    assert "4 runs" in capsys.readouterr().out
+
+
+def test_a_stopped_sweep_continues_and_more_seeds_are_added(
+    kitchen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = sweep.train_mask, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(options["settings"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(sweep, "train_mask", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+    first = kitchen.results.read_bytes()
+    kitchen.results.write_bytes(first + b'{"kind": "run", "id": "cut o')  # a crash in the middle of a line
+    calls.clear()
+    result = sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+    assert len(calls) == 1
+    assert kitchen.results.read_bytes().startswith(first)
+    assert len(result.runs) == 4
+
+    calls.clear()
+    kitchen.path.write_text(json.dumps(kitchen.plan | {"seeds": [0, 1, 2], "grid": {"lr": [0.001]}}))
+    assert len(sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out).runs) == 3
+    assert [s.seed for s in calls] == [2]
+
+    kitchen.path.write_text(json.dumps(kitchen.plan | {"test": {"near": "rows.jsonl[13:16]"}}))
+    with pytest.raises(BadInput, match="another model or other rows"):
+        sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_rows_used_for_two_purposes_are_refused(kitchen: SimpleNamespace, part: str) -> None:
+    turns = [{"role": "user", "content": "say  13"}, {"role": "assistant", "content": "13 and 14\nand 15"}]
+    hidden = kitchen.path.parent / "hidden.jsonl"  # test row 13 in another shape and spacing
+    hidden.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n" + json.dumps({"messages": turns}))
+    plan = sweep_plan.load_plan(kitchen.path).model_copy(update={part: str(hidden)})
+    with pytest.raises(BadInput, match=f"{part} and test near share rows .* row 2 of test near"):
+        sweep.run_sweep(plan, kitchen.out)
+    assert not kitchen.out.exists()
+
+
+def test_the_choice_is_by_validation_and_failed_settings_are_out() -> None:
+    def line(lr: float, seed: int, **values: Any) -> dict[str, Any]:
+        return {"combination": {"lr": lr}, "seed": seed, **values}
+
+    good = [line(1, s, validation={"base": 1.0, "mask": m}) for s, m in enumerate((0.5, 0.9))]
+    better = [line(2, s, validation={"base": 1.0, "mask": m}) for s, m in enumerate((0.65, 0.7))]
+    failing = [line(3, 0, validation={"base": 1.0, "mask": 0.1}), line(3, 1, failed="not finite")]
+    assert sweep.choose([*good, *better, *failing]) == {"lr": 2}
+    with pytest.raises(MftmergeError, match="not finite"):
+        sweep.choose(failing)
+
+
+def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(
+    kitchen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep.train_mask
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if options["settings"].lr == 0.001:
+            raise MftmergeError("step 1: gradient is not finite")
+        return real(*args, **options)
+
+    monkeypatch.setattr(sweep, "train_mask", failing)
+    result = sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+    assert result.chosen == {"lr": 0.1}
+    assert [line["failed"] for line in result.runs[:2]] == ["step 1: gradient is not finite"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": {"lrr": [1]}}, "lrr"),
+        ({"grid": {"seed": [1]}}, "seed must be the same"),
+        ({"grid": {"max_length": [8, 9]}}, "max_length must be the same"),
+        ({"settings": {"eval_rows": 3}}, "eval_rows follows from"),
+        ({"grid": {"keep": [2.0]}}, "keep"),
+        ({"typo": 1}, "typo"),
+        ({"test": {}}, "test"),
+        ({"validation": "none.jsonl"}, "no such file"),
+        ({"validation": "rows.jsonl[30:40]"}, "no rows in this range"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_bad_sweeps_are_one_line(
+    kitchen: SimpleNamespace, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kitchen.path.write_text(json.dumps(kitchen.plan | change))
+    assert run("sweep", kitchen.path, "--out", kitchen.out) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_dry_run_lists_and_touches_nothing(kitchen: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", kitchen.path, "--out", kitchen.out, "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[1] == "lr 0.001, seed 1"
+    assert not kitchen.out.exists()
