@@ -19,6 +19,7 @@ from rich.console import Console
 from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.quickstart.domains import write_domains
+from mftmerge.quickstart.page import page
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
 from mftmerge.results import GridResult
 
@@ -371,6 +372,14 @@ class _Run:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
+
+
+def quieten() -> None:
+    """No progress bars and advice from transformers between our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def quieten() -> None:
