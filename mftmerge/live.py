@@ -60,7 +60,7 @@ class _Part:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         size = self.parameter.numel()
-        step = PIECE if self.parameter.device.type == "cpu" else GPU_PIECE
+        step = PIECE if _on_cpu(self.parameter) else GPU_PIECE
         return ((start, min(start + step, size)) for start in range(0, size, step))
 
     def bits(self, mask: str | None, start: int, stop: int) -> torch.Tensor | None:
@@ -73,7 +73,7 @@ class _Part:
         for packed in others:
             first = first & packed
         dropped = _unpack(~first, stop - start)
-        if dropped.device.type == "cpu":  # six times faster than torch's
+        if _on_cpu(dropped):  # numpy's is six times faster than torch's there
             return torch.from_numpy(np.flatnonzero(dropped.numpy()))
         return dropped.nonzero().view(-1)
 
@@ -176,10 +176,10 @@ class Switcher:
                 )
         before, self._certain = (self._active if self._certain else UNKNOWN), False
         parts = [p for p in self._parts if before is UNKNOWN or before in p.kept or name in p.kept]
-        on_cpu = [p for p in parts if p.parameter.device.type == "cpu"]
+        on_cpu = [p for p in parts if _on_cpu(p.parameter)]
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             written = sum(pool.map(lambda part: _write(part, before, name), on_cpu))
-        written += sum(_write(p, before, name) for p in parts if p.parameter.device.type != "cpu")
+        written += sum(_write(p, before, name) for p in parts if not _on_cpu(p.parameter))
         self._active, self._certain = name, True
         return written
 
@@ -289,7 +289,7 @@ def _write(part: _Part, before: str | None, after: str | None) -> int:
 
 def _zero(piece: torch.Tensor, kept: torch.Tensor) -> None:
     """Set to 0, in place, what `kept` (packed) drops."""
-    if piece.device.type != "cpu":
+    if not _on_cpu(piece):
         piece.masked_fill_(~_unpack(kept, len(piece)), 0)
         return
     unsigned = piece.numpy().view(f"u{piece.element_size()}")
@@ -310,7 +310,7 @@ def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: i
 
 
 def _ones(packed: torch.Tensor) -> int:
-    if packed.device.type == "cpu":
+    if _on_cpu(packed):
         return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
     return int(_unpack(packed, 8 * len(packed)).sum())
 
@@ -324,9 +324,14 @@ def _integers(values: torch.Tensor) -> torch.Tensor:
     return values.detach().view(_INTEGER[values.element_size()]).view(-1)
 
 
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether numpy sees the tensor's memory, and is faster than torch on it."""
+    return tensor.device.type == "cpu"
+
+
 def _unpack(packed: torch.Tensor, size: int) -> torch.Tensor:
     """The first `size` bits as booleans, on the device of the bytes."""
-    if packed.device.type == "cpu":
+    if _on_cpu(packed):
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=size, bitorder="little")).view(torch.bool)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(1) >> shifts & 1).view(-1)[:size].bool()

@@ -70,6 +70,27 @@ def test_a_switched_model_equals_the_applied_checkpoint(
         switcher.switch("code")
 
 
+def test_the_accelerators_path_does_the_same(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch-only code that runs on a GPU, run here on the CPU: same weights, same counts."""
+    from mftmerge import live
+
+    path = tiny("llama", dtype="bfloat16")
+    masks = {"a": random_mask(path, 1), "b": random_mask(path, 2)}
+    results = []
+    for numpy_sees_it in (True, False):
+        monkeypatch.setattr(live, "_on_cpu", lambda _, answer=numpy_sees_it: answer)
+        for base in (None, tiny("llama", dtype="bfloat16", seed=7)):
+            model = load(path)
+            switcher = attach(model, masks, base=base)
+            written = [switcher.switch(name) for name in ("a", "b")]
+            results.append((state(model), written, switcher.nbytes))
+            switcher.switch(None)
+            assert same(state(model), state(load(path)))
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert same(one[0], other[0])
+        assert one[1:] == other[1:]
+
+
 def test_masks_over_different_tensors_and_single_experts(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny("mixtral")
     masks = {"a": random_mask(path, 1, where="experts.1.w3"), "b": random_mask(path, 2, where="q_proj")}
