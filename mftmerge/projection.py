@@ -24,13 +24,15 @@ PLANES_AT_ONCE = 4  # 16 classes counted in a pass
 
 def sortable(scores: Scores, rule: Literal["signed", "abs"]) -> npt.NDArray[np.uint32]:
     """Integers in the order of the scores (or of their magnitudes). Raises BadInput on NaN, which has no order."""
-    pattern = (scores + np.float32(0)).view(np.uint32)  # adding 0 makes -0.0 equal 0.0
-    magnitude = pattern & np.uint32(0x7FFFFFFF)
-    if magnitude.size and magnitude.max() > 0x7F800000:
+    if scores.size and np.isnan(np.max(scores)):  # the maximum of anything with a NaN is NaN
         raise BadInput("scores contain NaN; train again or take this mask out")
+    keys = np.ascontiguousarray(scores + np.float32(0), np.float32).view(np.uint32)  # adding 0 makes -0.0 equal 0.0
     if rule == "abs":
-        return magnitude
-    return np.where(pattern >> 31, ~pattern, pattern | np.uint32(0x80000000))
+        return np.bitwise_and(keys, np.uint32(0x7FFFFFFF), out=keys)
+    # Negative numbers order backwards: flip all their bits, and only the sign bit of the others.
+    flips = np.right_shift(keys.view(np.int32), 31).view(np.uint32)
+    np.bitwise_or(flips, np.uint32(0x80000000), out=flips)
+    return np.bitwise_xor(keys, flips, out=keys)
 
 
 def _valid(start: int, stop: int) -> Words:
