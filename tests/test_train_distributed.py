@@ -1,0 +1,141 @@
+"""Two processes give the mask that one gives: DDP through the whole command, FSDP2 through the optimiser."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mftmerge.mask import Mask
+from mftmerge.train import scores, targets
+from mftmerge.train.optimizer import MaskOptimizer
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+ROWS = [{"prompt": f"count from {i}", "completion": " ".join(str(j) for j in range(i, i + 6))} for i in range(40)]
+STEPS = 3
+CASES: dict[str, dict[str, Any]] = {
+    "magnitude": {"init": "magnitude"},
+    "normal": {"init": "normal", "signed": False},
+    "global": {"init": "magnitude", "scope": "global", "keep": 0.8},
+    "ties": {"init": "ties", "keep": 0.7},
+}
+
+
+def launch(port: int, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [*LAUNCH, str(port), *arguments], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def batches(step: int) -> list[torch.Tensor]:
+    """Two batches, one a rank."""
+    g = torch.Generator().manual_seed(step)
+    return [torch.randint(3, 250, (2, 12), generator=g) for _ in range(2)]
+
+
+def train(path: Path, case: dict[str, Any], rank: int | None) -> dict[str, torch.Tensor]:
+    """Masks and scores after some steps: by one process (rank None) or by one of two ranks of FSDP2."""
+    options = dict(case)
+    init = options.pop("init")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").train()
+    found = targets.find(model, "2-3")
+    targets.freeze_others(model, found)
+    start = scores.initial(found, "magnitude" if init == "ties" else init)
+    if init == "ties":  # a few values only: the cut lies inside a large class of equal scores
+        start = {n: (s * 400).round() / 400 for n, s in start.items()}
+    if rank is not None:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        found = targets.find(model, "2-3")
+    optimizer = MaskOptimizer(found, start, lr=0.0 if init == "ties" else 5e-3, **options)
+    for step in range(STEPS):
+        if rank is None:
+            halves = []
+            for ids in batches(step):
+                model(input_ids=ids, labels=ids).loss.backward()
+                halves.append({t.name: t.parameter.grad for t in found})
+                for t in found:
+                    t.parameter.grad = None
+            for t in found:
+                t.parameter.grad = (halves[0][t.name] + halves[1][t.name]) / 2
+        else:
+            ids = batches(step)[rank]
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = {f"{n}::mask": m for n, m in optimizer.mask().items()}
+    return kept | {f"{n}::score": s for n, s in optimizer.scores().items()}
+
+
+def worker(path: str, out: str, backend: str) -> None:
+    """One rank of the FSDP2 test."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(backend)
+    rank = torch.distributed.get_rank()
+    result = {name: train(Path(path), case, rank) for name, case in CASES.items()}
+    torch.save(result, f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama")
+    (tmp_path / "worker.py").write_text(
+        f"import test_train_distributed as t\nt.worker({str(path)!r}, {str(tmp_path)!r}, 'gloo')\n".replace(
+            "\\\n", "\n"
+        )
+    )
+    launch(29611, str(tmp_path / "worker.py"))
+    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    for name, case in CASES.items():
+        expected = train(path, case, None)
+        for key, value in expected.items():
+            assert torch.equal(ranks[0][name][key], ranks[1][name][key])
+            if key.endswith("::mask"):
+                assert torch.equal(ranks[0][name][key], value), (name, key)
+            else:
+                torch.testing.assert_close(ranks[0][name][key], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_ddp_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny("llama")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    run = "from mftmerge.cli.main import main; main()"
+    (tmp_path / "run.py").write_text(run)
+    common = ["train", "-m", str(path), "-d", str(rows), "--layers", "2-3", "--steps", "4", "--eval-share", "0"]
+    launch(29612, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "two.mask"), "--batch-size", "4")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "one.mask"), "--batch-size", "8"]
+    subprocess.run(one, check=True, env=environment, capture_output=True)
+    a, b = Mask.load(tmp_path / "one.mask"), Mask.load(tmp_path / "two.mask")
+    assert a.names == b.names
+    bits = sum(int((a.kept(n) != b.kept(n)).sum()) for n in a.names)
+    assert bits <= 4  # of 86,016: the ranks' gradients are added in another order
+    assert not Path(tmp_path / "two.mask.run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fsdp2_on_two_gpus_gives_equal_masks_on_both(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import os, torch\ntorch.cuda.set_device(int(os.environ['LOCAL_RANK']))\n"
+        f"import test_train_distributed as t\nt.worker({str(tiny('llama'))!r}, {str(tmp_path)!r}, 'nccl')\n"
+    )
+    launch(29613, str(tmp_path / "worker.py"))
+    a, b = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    assert all(torch.equal(a[c][k], b[c][k]) for c in a for k in a[c])

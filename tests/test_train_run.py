@@ -1,0 +1,278 @@
+"""Whole runs on a tiny model: what comes out, what is refused, and what survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask
+from mftmerge.train.run import train_mask
+
+ROWS = [{"prompt": f"count from {i}", "completion": " ".join(str(j) for j in range(i, i + 6))} for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama")
+
+
+def loaded(path: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+def test_a_run_lowers_the_validation_loss_and_writes_what_it_did(base: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    out = tmp_path / "count.mask"
+    result = train_mask(base, ROWS, out, layers="2-3", steps=12, scores=True, control=True, note=notes.append)
+    assert result.gained
+    assert result.losses["mask"].sum(0)[0] < result.losses["base"].sum(0)[0]
+    assert {"base", "initial", "mask", "weights", "random", "magnitude"} == set(result.comparison)
+    np.testing.assert_array_equal(result.losses["magnitude"], result.losses["initial"])
+
+    mask, checkpoint = Mask.load(out), Checkpoint.open(base)
+    assert mask.digest == result.mask.digest
+    assert len(mask.names) == 14
+    for name in mask.names:
+        assert mask.size(name) - mask.count(name) == mask.size(name) // 10
+        assert mask.info.fingerprints[name] == checkpoint.fingerprint(name)
+        start = mask.initial_scores(name)
+        weights = np.abs(checkpoint.read_float32(name))
+        assert np.corrcoef(start.ravel(), weights.ravel())[0, 1] > 0.999999
+        assert not np.array_equal(mask.scores(name), start)
+        assert mask.scores(name)[mask.kept(name)].min() >= mask.scores(name)[~mask.kept(name)].max()
+    assert mask.info.training["selection"] == "signed"
+    assert mask.info.training["best_step"] == result.best_step > 0
+    assert mask.info.comparison["weights"]["rows"] == 6
+    assert "can travel 0.0125" in " ".join(notes)
+    assert f"best mask: step {result.best_step}" in notes[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["count.mask", "count.mask.yaml"]
+    written = yaml.safe_load((tmp_path / "count.mask.yaml").read_text())
+    assert written["steps"] == 12
+    assert written["model"] == str(base)
+
+
+def test_a_loaded_model_comes_back_bit_for_bit(base: Path) -> None:
+    model, tokenizer = loaded(base)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    forward, training = model.forward.__func__, model.training
+    train_mask(model, ROWS, tokenizer=tokenizer, layers="3", steps=3, control=True)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.requires_grad
+        assert p.grad is None
+    assert model.training == training
+    assert model.forward.__func__ is forward
+    assert "forward" not in vars(model)
+
+
+def test_the_prefix_cache_does_not_change_the_mask(base: Path) -> None:
+    model, tokenizer = loaded(base)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "layers": "2-3", "steps": 6, "eval_share": 0}
+    whole = train_mask(model, ROWS, **common)
+    without = train_mask(model, ROWS, settings={"prefix": "off"}, **common)
+    on_disk = train_mask(model, ROWS, settings={"prefix": "disk"}, **common)
+    assert whole.mask.digest == on_disk.mask.digest
+    bits = sum(int((whole.mask.kept(n) != without.mask.kept(n)).sum()) for n in whole.mask.names)
+    assert bits <= 4  # of 86,016: only float32 rounding differs
+
+
+def test_step_0_is_kept_and_said_when_nothing_is_gained(base: Path) -> None:
+    notes: list[str] = []
+    model, tokenizer = loaded(base)
+    result = train_mask(
+        model, ROWS, tokenizer=tokenizer, layers="3", steps=6, lr=1e-12, patience=2, eval_every=1, note=notes.append
+    )
+    assert result.best_step == 0
+    assert not result.gained
+    assert not result.mask.info.training["gained"]
+    assert "nothing was gained" in notes[-1]
+    assert result.stopped_early
+    assert len(result.history) < 6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init": "normal", "seed": 3},
+        {"init": "taylor"},
+        {"scope": "global", "keep": 0.8},
+        {"pattern": "2:4"},
+        {"keep_warmup": 2},
+        {"reference_rounding": True},
+        {"packing": True, "max_length": 128},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "accumulate": 2},
+        {"modules": "mlp", "clip": 0.1},
+    ],
+    ids=lambda s: next(iter(s)),
+)
+def test_settings_reach_the_run(base: Path, settings: dict[str, Any]) -> None:
+    result = train_mask(base, ROWS[:40], layers="2-3", steps=3, batch_size=4, settings=settings)
+    assert len(result.history) == 4
+    assert all(np.isfinite(h["loss"]) for h in result.history[1:])
+    expected = {"pattern": 0.5, "scope": 0.8}.get(next(iter(settings)), 0.9)
+    assert result.mask.density() == pytest.approx(expected, abs=1e-3)
+    if "modules" in settings:
+        assert all("mlp" in n for n in result.mask.names)
+    if "keep_warmup" in settings:
+        assert [h["density"] for h in result.history[1:]] == [0.95, 0.9, 0.9]
+
+
+def test_fused_experts_are_named_as_in_the_checkpoint(tiny: Callable[..., Path]) -> None:
+    path = tiny("mixtral")
+    mask = train_mask(path, ROWS[:20], layers="3", modules="mlp", steps=2, batch_size=4).mask
+    names = set(Checkpoint.open(path).names)
+    assert set(mask.names) <= names
+    assert len(mask.names) == 12
+    assert all(mask.size(n) - mask.count(n) == mask.size(n) // 10 for n in mask.names)
+
+
+def test_delta_target_scores_the_difference(base: Path, tiny: Callable[..., Path]) -> None:
+    other = tiny("llama", seed=1)
+    mask = train_mask(base, ROWS[:20], layers="3", modules="q_proj", steps=0, base=str(other)).mask
+    (name,) = mask.names
+    a, b = Checkpoint.open(base).read_float32(name), Checkpoint.open(other).read_float32(name)
+    assert np.abs(a - b)[mask.kept(name)].min() >= np.abs(a - b)[~mask.kept(name)].max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 1.5}, "keep: .*less than or equal to 1"),
+        ({"layres": "1"}, "layres: .*there are keep, layers"),
+        ({"layers": "12"}, "layers 0 to 3"),
+        ({"modules": "nothing"}, "matches nothing in layers .*there are mlp"),
+        ({"pattern": "4:2"}, "N:M"),
+        ({"keep_warmup": 9}, "longer than the run"),
+        ({"max_length": 4}, "max length 4"),
+    ],
+)
+def test_wrong_settings_are_named(base: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        train_mask(base, ROWS, **{"steps": 3, **change})
+
+
+def test_wrong_places_are_named(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.mask").touch()
+    with pytest.raises(BadInput, match=r"a\.mask: exists; give --overwrite"):
+        train_mask(base, ROWS, tmp_path / "a.mask")
+    with pytest.raises(BadInput, match="directory does not exist"):
+        train_mask(base, ROWS, tmp_path / "no" / "a.mask")
+    with pytest.raises(BadInput, match="no such directory"):
+        train_mask(tmp_path / "nothing", ROWS)
+    with pytest.raises(BadInput, match=r"none\.jsonl: no such file"):
+        train_mask(base, tmp_path / "none.jsonl")
+
+
+def test_a_model_too_large_is_refused_before_loading(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mftmerge.train import memory
+
+    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match=r"needs about \d+ MiB .* and 1 MiB is free"):
+        train_mask(base, ROWS)
+    need = memory.estimate(base, "2-3", "attn,mlp", "float32", 100)
+    covered = 86_016
+    assert need.training == covered * (4 + 4 + 12)
+    assert need.weights == sum(Checkpoint.open(base).entry(n).size for n in Checkpoint.open(base).names) * 4
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = loaded(base)
+    calls = 0
+
+    def poison(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor | None:
+        nonlocal calls
+        calls += 1
+        return output * float("nan") if calls > 3 else None
+
+    model.lm_head.register_forward_hook(poison)
+    with pytest.raises(MftmergeError, match=r"step 4: the gradient is not finite.*--resume"):
+        train_mask(model, ROWS, tmp_path / "a.mask", tokenizer=tokenizer, layers="3", steps=6, eval_share=0)
+    assert (tmp_path / "a.mask.run" / "checkpoint-3" / "complete").exists()
+    assert not (tmp_path / "a.mask").exists()
+
+
+# -- interruptions --
+
+SETTINGS: dict[str, Any] = {"layers": "2-3", "steps": 10, "save_every": 2, "eval_every": 4, "scores": True}
+SLOW = """
+import sys, time
+from mftmerge.cli.main import main
+from mftmerge.train import optimizer
+
+step = optimizer.MaskOptimizer.step
+optimizer.MaskOptimizer.step = lambda *a, **k: (time.sleep(0.4), step(*a, **k))[1]
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["sigint", "kill"])
+def test_an_interrupted_run_continues_to_the_same_bits(base: Path, tmp_path: Path, how: signal.Signals) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "broken.mask"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    options = [w for k, v in SETTINGS.items() for w in (f"--{k.replace('_', '-')}", str(v)) if w != "True"]
+    arguments = ["train", "-m", str(base), "-d", str(rows), "-o", str(out), *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(Path(f"{out}.run").glob("checkpoint-*/complete")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(how)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    assert (how == signal.SIGKILL) or b"continue with --resume" in stdout
+    assert not out.exists()
+
+    with pytest.raises(BadInput, match="needs the same settings; changed: keep"):
+        train_mask(str(base), rows, out, settings=SETTINGS, keep=0.8, resume=True)
+    notes: list[str] = []
+    resumed = train_mask(str(base), rows, out, settings=SETTINGS, resume=True, note=notes.append)
+    assert "resuming at step" in notes[0]
+    straight = train_mask(str(base), rows, settings=SETTINGS)
+    a, b = straight.mask, Mask.load(out)
+    assert a.digest == b.digest
+    assert all(np.array_equal(a.scores(n), b.scores(n)) for n in a.names)
+    assert a.info.training == b.info.training
+    assert resumed.history == straight.history
+    assert not Path(f"{out}.run").exists()
+
+
+def test_the_command_prints_one_line_of_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mftmerge.cli.main import main
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    out = tmp_path / "a.mask"
+    with pytest.raises(SystemExit) as done:
+        main(["train", "-m", str(base), "-d", str(rows), "-o", str(out), "--steps", "2", "--layers", "3", "--json"])
+    assert done.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["digest"] == Mask.load(out).digest
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--config", f"{out}.yaml", "-o", str(tmp_path / "b.mask"), "--json"])
+    assert done.value.code == 0
+    assert json.loads(capsys.readouterr().out)["digest"] == said["digest"]
+    with pytest.raises(SystemExit) as done:
+        main(["train", "-m", str(base), "-o", str(out)])
+    assert done.value.code == 2
+    assert "--data is missing" in capsys.readouterr().err
