@@ -188,3 +188,24 @@ def test_existing_output_is_kept_on_failure(tmp_path: Path) -> None:
     assert before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     build(RECIPES / "masked_linear.yml", out, overwrite=True)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_input_is_never_overwritten(kitchen: Path) -> None:
+    with pytest.raises(BadInput, match="itself an input"):
+        build(RECIPES / "mask_one_expert.yml", kitchen / "models/math", overwrite=True)
+
+
+def test_tensors_that_mergekit_drops_are_named(kitchen: Path, tmp_path: Path) -> None:
+    """A tensor outside mergekit's definition of an architecture: it leaves it out silently, we say so."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(kitchen / "models/math", tmp_path / "odd")
+    data = {**load_file(tmp_path / "odd/model.safetensors"), "model.layers.0.extra": torch.ones(4)}
+    save_file(data, tmp_path / "odd/model.safetensors", metadata={"format": "pt"})
+    path = written("merge_method: passthrough\nmodels: [{model: odd}]\n", tmp_path / "r.yml")
+    report = build(path, tmp_path / "out")
+    assert report.executors == ("mergekit",)
+    assert any("model.layers.0.extra" in w for w in report.warnings)

@@ -26,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mergekit")
     given = os.environ.get("MFTMERGE_MERGEKIT_SDIST")
     if given is None:
-        command = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", f"mergekit=={VERSION}"]
+        command = ["download", "--no-deps", "--no-binary", "mergekit", f"mergekit=={VERSION}"]
         done = subprocess.run(
             [sys.executable, "-m", "pip", *command, "-q", "-d", str(folder)],
             capture_output=True,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not
+from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
 from mftmerge.recipe.sizes import expected, width
 from mftmerge.writer import OutputDirectory
@@ -31,6 +33,25 @@ class BuildReport:
     seconds: float
     executors: tuple[str, ...]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build; see `build`."""
+
+    executor: Executor = "auto"
+    seed: int | None = None
+    device: str = "cpu"
+    progress: Progress | None = None
+
+
+@dataclass
+class Built:
+    """What steps have built so far: bytes by tensor of the last one, who did each, what the user should know."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    executors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def needed(
@@ -76,49 +97,46 @@ def build(
     """
     recipe = load_recipe(recipe_path)
     out = Path(out).absolute()
+    for document in recipe.documents:
+        for _, reference in references(document):
+            if (used := local(reference.path, recipe.folder)) and out.exists() and used.samefile(out):
+                raise BadInput(f"{out}: is itself an input of the recipe; choose another output directory")
     started = time.monotonic()
     with OutputDirectory(out, lambda: "build", overwrite=overwrite) as output:
-        sizes, executors = build_into(
-            recipe, output.path, executor=executor, seed=seed, device=device, progress=progress, name=out.name
-        )
+        built = build_into(recipe, output.path, name=out.name, options=Options(executor, seed, device, progress))
         output.commit()
     seconds = time.monotonic() - started
-    return BuildReport(out, len(sizes), sum(sizes.values()), seconds, tuple(executors), recipe.warnings)
+    warnings = (*recipe.warnings, *built.warnings)
+    return BuildReport(out, len(built.sizes), sum(built.sizes.values()), seconds, tuple(built.executors), warnings)
 
 
 def build_into(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    name: str,
-    result: Document | None = None,
-    executor: Executor = "auto",
-    seed: int | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> tuple[dict[str, int], list[str]]:
-    """Build a checked recipe's result (or another of its documents) into an existing directory.
-
-    Gives bytes by tensor, and who did each step.
-    """
+    recipe: Recipe, folder: Path, *, name: str, result: Document | None = None, options: Options = Options()
+) -> Built:
+    """Build a checked recipe's result (or another of its documents) into an existing directory."""
     work = folder / ".work"
     stages: dict[str, Path] = {}
-    executors: list[str] = []
-    sizes: dict[str, int] = {}
+    built = Built()
     documents = needed(recipe.documents, result)
     for i, document in enumerate(documents):
         last = i == len(documents) - 1
         target = folder if last else work / "stages" / str(document.name)
         scratch = work / f"step-{i}"
         scratch.mkdir(parents=True)
-        step_progress = progress if last else None
-        sizes, used = _step(document, recipe, target, scratch, stages, executor, seed, device, step_progress)
-        executors.append(used)
+        _step(
+            document,
+            recipe.folder,
+            target,
+            scratch,
+            stages,
+            options if last else replace(options, progress=None),
+            built,
+        )
         if document.name:
             stages[document.name] = target
     shutil.rmtree(work)
     write_companions(recipe, folder, name)
-    return sizes, executors
+    return built
 
 
 def choose(
@@ -137,33 +155,47 @@ def choose(
 
 def _step(
     document: Document,
-    recipe: Recipe,
+    folder: Path,
     target: Path,
     scratch: Path,
     stages: dict[str, Path],
-    executor: Executor,
-    seed: int | None,
-    device: str,
-    progress: Progress | None,
-) -> tuple[dict[str, int], str]:
-    chosen = choose(document, recipe.folder, stages, executor, device)[0]
-    watched = None
-    if progress:
-        report = progress
-        entries = expected(document, recipe.folder, {})
-        total = sum(e.size * width(e, document.out_dtype or document.dtype) for e in entries)
+    options: Options,
+    built: Built,
+) -> None:
+    """Merge one document into `target`."""
+    chosen = choose(document, folder, stages, options.executor, options.device)[0]
+    entries = list(expected(document, folder, {n: list(Checkpoint.open(p)) for n, p in stages.items()}))
+    total = sum(e.size * width(e, document.out_dtype or document.dtype) for e in entries)
+    report, progress = options.progress, None
+    if report is not None:
+        watcher = report
 
-        def watched(done: int) -> None:
-            report(done, max(done, total))
+        def progress(done: int) -> None:
+            watcher(done, max(done, total))
 
     if chosen == "stream":
         from mftmerge.recipe import stream
 
-        sort = executor != "stream"
-        return stream.merge(document, recipe.folder, target, stages=stages, sort=sort, progress=watched), chosen
-    from mftmerge.recipe import bridge
+        sort = options.executor != "stream"
+        sizes = stream.merge(document, folder, target, stages=stages, sort=sort, progress=progress)
+    else:
+        from mftmerge.recipe import bridge
 
-    sizes = bridge.merge(
-        document, recipe.folder, target, scratch, stages=stages, seed=seed, device=device, progress=watched
-    )
-    return sizes, chosen
+        sizes = bridge.merge(
+            document,
+            folder,
+            target,
+            scratch,
+            stages=stages,
+            seed=options.seed,
+            device=options.device,
+            progress=progress,
+        )
+        unread = [e.name for e in entries if e.name not in sizes]
+        if document.models and unread and sum(sizes.values()) < total:
+            built.warnings.append(
+                f"mergekit's definition of the architecture does not list {unread[0]}"
+                f"{f' and {len(unread) - 1} more tensors' if len(unread) > 1 else ''}: not in the result"
+            )
+    built.sizes = sizes
+    built.executors.append(chosen)

@@ -17,12 +17,12 @@ import yaml
 from mftmerge.apply import apply_mask, companion_files
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.mask import Mask
-from mftmerge.recipe.build import build_into, needed
+from mftmerge.recipe.build import Options, build_into, needed
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
 from mftmerge.recipe.locate import absolute, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Recipe, Reference, load_recipe
-from mftmerge.recipe.sizes import entries_of, expected, stored
+from mftmerge.recipe.sizes import entries_of, expected, given, stored
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
 from mftmerge.writer import OutputDirectory
@@ -186,7 +186,7 @@ class Exporter:
         here, final = self.folder(document.name or "result")
         here.mkdir()
         self.notify(f"building {document.name or 'the result'}")
-        build_into(self.recipe, here, name=here.name, result=document, seed=self.seed)
+        build_into(self.recipe, here, name=here.name, result=document, options=Options(seed=self.seed))
         for name in ("mergekit_config.yml", "mftmerge_recipe.yml"):
             (here / name).unlink(missing_ok=True)
         named = {"name": document.name} if document.name else {}
@@ -261,7 +261,7 @@ class Exporter:
         if mask is None or not items or any(i.model.path in stages for i in items):
             return None
         label = Translation(document, self.recipe.folder).book.label(mask)
-        if document.merge_method == "passthrough" and not _given(document, "scale") and not items[0].model.lora:
+        if document.merge_method == "passthrough" and not given(document, "scale") and not items[0].model.lora:
             models: tuple[ModelInput, ...] = (self.once_masked(items[0], document, mask),)
             self.forms.append(f"output mask {label}: applied to the one model (1 checkpoint, bit-exact)")
         elif (
@@ -269,7 +269,7 @@ class Exporter:
             and mask.on == "delta"
             and mask.base is None
             and len(items) <= 2
-            and not any(_given(document, k) for k in ("density", "rescale"))
+            and not any(given(document, k) for k in ("density", "rescale"))
         ):
             base = document.base_model and (document.base_model.model, document.base_model.mask)
             models = tuple(i if (i.model, i.mask) == base else self.once_masked(i, document, mask) for i in items)
@@ -372,9 +372,3 @@ def _merged_adapter(reference: Reference, cache: Path) -> Path:
     from mergekit.common import ModelReference
 
     return Path(ModelReference.model_validate(reference.to_mergekit()).merged(cache_dir=str(cache)).model.path)
-
-
-def _given(document: Document, parameter: str) -> bool:
-    """Whether a parameter is set anywhere to something that is not its neutral value (density 1, rescale false)."""
-    settings = [document.parameters, *(i.parameters for _, i in document.inputs())]
-    return any(s is not None and s.get(parameter) not in (None, 1, 1.0, False) for s in settings)

@@ -10,9 +10,11 @@ from mftmerge.recipe.build import Executor, choose, needed
 from mftmerge.recipe.card import masks_used
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import WIDTH, expected, width
+from mftmerge.recipe.sizes import WIDTH, expected, given, width
 
-STREAM_BYTES = 160_000_000  # measured by benchmarks/recipe_stream.py: working memory at any model size
+# Peak anonymous memory of whole processes, measured by benchmarks/recipe_stream.py: ours at any model size, and
+# mergekit's imports before it reads a tensor. Sorting a tensor for TIES takes about 28 bytes an element.
+STREAM_BYTES, IMPORT_BYTES, SORT_BYTES = 190_000_000, 350_000_000, 28
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Plan:
             rows.append(f"  by {step.executor}: {step.reason}")
             rows.append(
                 f"  writes {step.tensors} tensors, {step.nbytes / 1e6:.1f} MB;"
-                f" needs about {step.peak_memory / 1e6:.0f} MB of memory beyond the interpreter's"
+                f" needs about {step.peak_memory / 1e6:.0f} MB of memory"
             )
         rows.append(f"disk: {self.disk / 1e6:.1f} MB")
         return "\n".join(rows + [f"warning: {w}" for w in self.warnings])
@@ -67,11 +69,13 @@ def plan(recipe_path: str | Path, *, executor: Executor = "auto") -> Plan:
         if document.name:
             stages[document.name] = entries
         chosen, reason = choose(document, recipe.folder, dict.fromkeys(stages), executor)
-        steps.append(_step(recipe, document, chosen, reason, entries))
+        steps.append(_step(recipe, document, chosen, reason, entries, executor == "stream"))
     return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
 
 
-def _step(recipe: Recipe, document: Document, executor: str, reason: str, entries: list[TensorEntry]) -> Step:
+def _step(
+    recipe: Recipe, document: Document, executor: str, reason: str, entries: list[TensorEntry], fixed: bool
+) -> Step:
     book = MaskBook(recipe.folder, document.masks)
     masks = tuple(
         (w, label, u.on, book.evaluate(u.expression()).density()) for w, u, label in masks_used(recipe, document)
@@ -81,6 +85,8 @@ def _step(recipe: Recipe, document: Document, executor: str, reason: str, entrie
     largest = max((e.size for e in entries), default=0)
     # Each input and the method's own deltas in the dtype of the arithmetic, then the result.
     held = largest * (WIDTH.get(document.dtype or "", 4)) * (2 * len(inputs) + 2)
+    trims = document.merge_method == "ties" and not fixed and given(document, "density")
+    sorting = SORT_BYTES * largest if trims else 0
     return Step(
         document.name or "result",
         document.merge_method,
@@ -90,5 +96,5 @@ def _step(recipe: Recipe, document: Document, executor: str, reason: str, entrie
         masks,
         len(entries),
         sum(sizes),
-        STREAM_BYTES if executor == "stream" else held,
+        STREAM_BYTES + sorting if executor == "stream" else IMPORT_BYTES + held,
     )

@@ -62,3 +62,9 @@ def stored(entry: TensorEntry, dtype: str | None) -> TensorEntry:
 def entries_of(path: Path) -> list[TensorEntry]:
     """All tensors of a checkpoint."""
     return list(Checkpoint.open(path))
+
+
+def given(document: Document, parameter: str) -> bool:
+    """Whether a parameter is set anywhere to something that is not its neutral value (density 1, rescale false)."""
+    settings = [document.parameters, *(i.parameters for _, i in document.inputs())]
+    return any(s is not None and s.get(parameter) not in (None, 1, 1.0, False) for s in settings)
