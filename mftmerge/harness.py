@@ -22,7 +22,7 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Run tasks on the model as it is now, mask included: task -> metric -> number, as the harness names them.
 
-    limit: documents a task at most. Raises BadInput for tasks that the harness does not know.
+    tasks: the harness's names, or files of task configuration (.yaml). limit: documents a task at most. Raises BadInput for tasks that the harness does not know.
     """
     require()
     import lm_eval
@@ -30,10 +30,12 @@ def run(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
+        found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, log_samples=False)
     except (KeyError, ValueError) as e:
-        raise BadInput(f"--lm-eval {','.join(tasks)}: {' '.join(str(e).split())[:300]}") from None
+        raise BadInput(
+            f"--lm-eval {','.join(tasks)}: {' '.join(str(e.args[0] if e.args else e).split())[:300]}"
+        ) from None
     return {
-        task: {metric: float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
+        task: {m: float(value) for m, value in metrics.items() if "," in m and isinstance(value, int | float)}
         for task, metrics in (found or {})["results"].items()
     }

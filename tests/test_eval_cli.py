@@ -118,11 +118,11 @@ def test_harness_tasks_run_on_the_masked_model(
     """With a stand-in for the package, that sees what the model's weights are when it is called."""
     seen: list[float] = []
 
-    def simple_evaluate(model: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
+    def simple_evaluate(model: Any, tasks: list[str], limit: int | None, log_samples: bool) -> dict[str, Any]:
         weight = model.pretrained.model.layers[1].mlp.up_proj.weight
         seen.append(float((weight == 0).float().mean()))
         assert (tasks, limit, model.batch_size) == (["t1", "t2"], 5, 8)
-        scores = {"alias": "t1", "acc,none": 0.25, "acc_stderr,none": 0.125}
+        scores = {"alias": "t1", "sample_len": 7, "acc,none": 0.25, "acc_stderr,none": 0.125}
         return {"results": dict.fromkeys(tasks, scores)}
 
     package, models, huggingface = (ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
