@@ -345,6 +345,10 @@ def _plain(name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Paramete
         raise BadInput(f"parameter {name!r} is offloaded; load the whole model into memory to attach masks")
     if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
         raise BadInput(f"parameter {name!r} is quantised or sharded; masks attach to plain floating point weights")
+    if parameter.is_inference():
+        raise BadInput(
+            f"parameter {name!r} was made in inference mode, which forbids changing it; load the model outside"
+        )
     if not parameter.is_contiguous():
         raise BadInput(f"parameter {name!r} is not contiguous in memory; make it so before attaching masks")
     return parameter
@@ -352,5 +356,4 @@ def _plain(name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Paramete
 
 def _stamp(parameter: torch.nn.Parameter) -> tuple[Any, ...]:
     """Changes when someone writes to the parameter or replaces its memory."""
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), parameter.dtype, parameter.device, version
+    return parameter.data_ptr(), parameter.dtype, parameter.device, parameter._version

@@ -14,7 +14,6 @@ from test_apply_checkpoint import random_mask
 from transformers import AutoModelForCausalLM
 
 from mftmerge.apply import apply_mask
-from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.live import attach
 from mftmerge.mask import Mask
@@ -273,6 +272,15 @@ def test_what_cannot_be_switched_is_refused(tiny: Callable[..., Path]) -> None:
         meta = AutoModelForCausalLM.from_config(config)
     with pytest.raises(BadInput, match="offloaded"):
         attach(meta, {"a": mask})
+    with torch.inference_mode():
+        frozen = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(BadInput, match="inference mode"):
+        attach(frozen, {"a": mask})
+    with pytest.raises(BadInput, match="quantised or sharded"):
+        attach(
+            torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2, dtype=torch.int8), False)}),
+            {"a": Mask.from_bools({"w": np.ones(2, bool)})},
+        )
     wrong = Mask.from_bools({"model.layers.0.mlp.up_proj.weight": np.ones((2, 2), bool)})
     with pytest.raises(BadInput, match="shape"):
         attach(load(path), {"a": wrong})
@@ -286,10 +294,11 @@ def test_generation_differs_inside_and_not_outside(tiny: Callable[..., Path]) ->
     mask = random_mask(path, 1, density=0.5)
     ids = torch.tensor([[5, 6, 7]])
     before = model(ids).logits
-    with attach(model, {"a": mask}).use("a") as switcher:
+    switcher = attach(model, {"a": mask})
+    with switcher.use("a"):
         inside = model(ids).logits
         model.generate(ids, max_new_tokens=3, do_sample=False)
-        assert switcher.active == "a"
+    with torch.inference_mode(), switcher.use("a"):
+        assert torch.equal(model(ids).logits, inside)
     assert not torch.equal(inside, before)
     assert torch.equal(model(ids).logits, before)
-    assert Checkpoint.open(path).names
