@@ -22,7 +22,8 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Run tasks on the model as it is now, mask included: task -> metric -> number, as the harness names them.
 
-    tasks: the harness's names, or files of task configuration (.yaml). limit: documents a task at most. Raises BadInput for tasks that the harness does not know.
+    tasks: the harness's names, or files of task configuration (.yaml). limit: documents a task at most.
+    Raises BadInput for tasks that the harness does not know.
     """
     require()
     import lm_eval

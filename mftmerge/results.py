@@ -117,10 +117,10 @@ class GridResult:
     def _json_cell(self, row: str, domain: str, metric: str) -> dict[str, Any]:
         values, difference = self.values(row, domain, metric), self.difference(row, domain, metric)
         cell: dict[str, Any] = {"model": row, "domain": domain, "metric": metric, "mean": pairing.mean(values)}
-        cell["standard_error"] = _finite(pairing.standard_error(values))
-        cell["difference"] = {"mean": difference.mean, "standard_error": _finite(difference.standard_error)}
+        cell["standard_error"] = finite(pairing.standard_error(values))
+        cell["difference"] = {"mean": difference.mean, "standard_error": finite(difference.standard_error)}
         if self.resamples:
-            cell["difference"]["interval"] = [_finite(x) for x in self._interval(row, domain, metric)]
+            cell["difference"]["interval"] = [finite(x) for x in self._interval(row, domain, metric)]
         cell["verdict"] = "reference" if row == self.reference else self.verdict(row, domain, metric)
         return cell | {"rows": [[float(s), int(w)] for s, w in values]}
 
@@ -244,7 +244,8 @@ def _number(value: float, metric: str, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if metric == LOSS else f"{100 * value:{sign}.1f} %"
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -22,7 +22,7 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evalfiles import load_model
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
-from mftmerge.results import LOSS, GridResult
+from mftmerge.results import LOSS, GridResult, finite
 from mftmerge.sweep_plan import Run, SweepPlan, describe, plan_runs, read_slice, require_disjoint
 from mftmerge.train import targets
 from mftmerge.train.run import train_mask
@@ -81,13 +81,13 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     raw = {"train": read_slice(plan.train), "validation": read_slice(plan.validation)}
     raw |= {f"test {name}": read_slice(source) for name, source in plan.test.items()}
     require_disjoint(raw)
-    out = Path(out)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    results = Results(out / RESULTS)
     shared = TrainSettings.make(plan.settings)
     say("loading the model")
     model, tokenizer = load_model(plan.model, dtype=shared.dtype)
     tokens = {name: rows_of.tokenize(rows, tokenizer, shared.max_length) for name, rows in raw.items()}
+    out = Path(out)
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    results = Results(out / RESULTS)
     identity = _continue(results, model, tokens, plan)
     runs = plan_runs(plan, identity, len(tokens["validation"]))
     _train_missing(runs, results, model, tokenizer, tokens, out, say)
@@ -168,7 +168,11 @@ def _run_line(run: Run, found: Any, mask: Path) -> dict[str, Any]:
     line |= {"settings": run.settings.model_dump(), "best_step": found.best_step, "gained": bool(found.gained)}
     line["validation"] = {name: pairing.mean(np.asarray(rows)) for name, rows in found.losses.items()}
     difference = pairing.paired(found.losses["mask"], found.losses["base"])
-    line["difference"] = {"mean": difference.mean, "standard_error": difference.standard_error, "n": difference.n}
+    line["difference"] = {
+        "mean": difference.mean,
+        "standard_error": finite(difference.standard_error),
+        "n": difference.n,
+    }
     return line | {"seconds": round(found.seconds, 3), "mask": str(mask), "digest": found.mask.digest}
 
 
@@ -215,4 +219,8 @@ def _test(
 def _cell(test: GridResult, row: str, domain: str) -> dict[str, Any]:
     difference = test.difference(row, domain)
     cell = {"domain": domain, "loss": test.mean(row, domain), "difference": difference.mean}
-    return cell | {"standard_error": difference.standard_error, "n": difference.n, "verdict": test.verdict(row, domain)}
+    return cell | {
+        "standard_error": finite(difference.standard_error),
+        "n": difference.n,
+        "verdict": test.verdict(row, domain),
+    }

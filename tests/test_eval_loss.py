@@ -137,6 +137,19 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
     assert result.models["base"]["mask"] is None
 
 
+def test_shared_layers_run_once_a_row_and_change_nothing(tiny: Callable[..., Path]) -> None:
+    model, data, runs = load(tiny("llama")), rows(), []
+    masks = {name: half_mask(model, "layers.2.mlp", seed) for seed, name in enumerate("ab")}
+    whole = evaluate.grid(model, masks, {"d": data}, prefix=False)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    shared = evaluate.grid(model, masks, {"d": data})
+    assert len(runs) == len(data) + 1  # each row once, and the cache's own check
+    for row in ("base", "a", "b"):
+        np.testing.assert_allclose(shared.values(row, "d"), whole.values(row, "d"), rtol=1e-5)
+    assert evaluate.first_masked_layer(model, masks) == 2
+    assert evaluate.first_masked_layer(model, {"head": half_mask(model, "lm_head")}) == 0
+
+
 def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Path]) -> None:
     model, data = load(tiny("llama")), rows()
     mask = half_mask(model)
