@@ -124,7 +124,7 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
         for path in sorted((checkpoint.path / folder).iterdir()):
             name = str(path.relative_to(checkpoint.path))
             usual = any(path.match(p) for p in COMPANIONS) and not path.name.endswith(".index.json")
-            index = name == INDEX and checkpoint.index is not None
+            index = name == INDEX and checkpoint.has_index
             wanted = usual or index or any(path.match(p) for p in include)
             if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):
                 safe_file(checkpoint.path, name)
@@ -223,7 +223,7 @@ def _job(plan: _Plan, digest: str) -> str:
     inputs: list[Any] = [digest, sorted(plan.names.items())]
     for checkpoint in (plan.source, plan.base):
         shards = checkpoint.shards if checkpoint else ()
-        inputs.append([(s.name, hashlib.blake2b(s.header).hexdigest(), s.identity) for s in shards])
+        inputs.append([(s.name, s.header_hash, s.identity) for s in shards])
     return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
 
 

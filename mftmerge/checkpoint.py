@@ -28,8 +28,8 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md"
 class Checkpoint:
     """A checkpoint directory, opened for reading. All headers are read and checked by `open`; no weight is."""
 
-    def __init__(self, path: Path, shards: tuple[Shard, ...], index: dict[str, Any] | None) -> None:
-        self.path, self.shards, self.index = path, shards, index
+    def __init__(self, path: Path, shards: tuple[Shard, ...], has_index: bool) -> None:
+        self.path, self.shards, self.has_index = path, shards, has_index
         self._entries = {e.name: e for s in shards for e in s.tensors}
         self._shard_of = {s.path: s for s in shards}
 
@@ -45,11 +45,10 @@ class Checkpoint:
         if not path.is_dir():
             raise BadInput(f"{path}: not a checkpoint directory")
         if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
-            return cls(path, (read_shard(safe_file(path, SINGLE), SINGLE),), None)
+            return cls(path, (read_shard(safe_file(path, SINGLE), SINGLE),), False)
         if not (path / INDEX).exists():
             raise BadInput(f"{path}: no {SINGLE} or {INDEX} in it{_what_else(path)}")
-        index = _read_index(safe_file(path, INDEX))
-        weight_map: dict[str, str] = index["weight_map"]
+        weight_map = _read_index(safe_file(path, INDEX))
         shards = tuple(read_shard(safe_file(path, name), name) for name in sorted(set(weight_map.values())))
         home: dict[str, str] = {}
         for shard in shards:
@@ -60,7 +59,7 @@ class Checkpoint:
         for tensor, name in weight_map.items():
             if home.get(tensor) != name:
                 raise BadInput(f"{path}: {INDEX} says that {tensor!r} is in {name}, but it is not; download it again")
-        return cls(path, shards, index)
+        return cls(path, shards, True)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -172,7 +171,7 @@ def _fp8_table(dtype: str) -> npt.NDArray[np.float32]:
     return np.where(byte >= 128, -magnitude, magnitude).astype(np.float32)
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > MAX_HEADER:
         raise BadInput(f"{path}: an index of {path.stat().st_size} bytes; that is no index")
     index = parse_json(path, path.read_bytes())
@@ -184,7 +183,7 @@ def _read_index(path: Path) -> dict[str, Any]:
             raise BadInput(f"{path}: refers to {name!r}; only safetensors files are read")
         if Path(name).name != name:
             raise BadInput(f"{path}: refers to {name!r}; shards must lie in the checkpoint's own directory")
-    return index
+    return weight_map
 
 
 def _what_else(path: Path) -> str:

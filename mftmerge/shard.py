@@ -5,11 +5,14 @@ Nothing is memory-mapped; a file that changes between two reads is an error, not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import stat
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +67,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its name in the checkpoint and where it really is (a hub cache links to blobs), its header
-    as stored (8-byte length included), its tensors from front to back, and the file's identity when it was opened."""
+    """One safetensors file: its name in the checkpoint and where it really is (a hub cache links to blobs), length and
+    hash of its header (8-byte length included), its tensors from front to back, and its identity when it was opened."""
 
     name: str
     path: Path
-    header: bytes
+    header: int
+    header_hash: str
     tensors: tuple[TensorEntry, ...]
     identity: tuple[int, int, int]
 
@@ -159,7 +163,8 @@ def read_shard(path: Path, name: str | None = None) -> Shard:
         at = entry.stop
     if at != identity[0]:
         raise BadInput(f"{path}: holds {identity[0]} bytes where its header describes {at}; truncated or altered")
-    return Shard(name or path.name, path, prefix + raw, tuple(entries), identity)
+    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return Shard(name or path.name, path, 8 + length, digest, tuple(entries), identity)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
@@ -200,4 +205,10 @@ def _entry(path: Path, name: str, described: dict[str, Any], data_start: int) ->
         raise ValueError(
             f"tensor {name!r} has {stop - start} bytes where its shape {str(shape)[:60]} needs {size_bits / 8:g}"
         )
-    return TensorEntry(name, dtype, tuple(shape), path, data_start + start, data_start + stop)
+    return TensorEntry(name, sys.intern(dtype), _shared(tuple(shape)), path, data_start + start, data_start + stop)
+
+
+@lru_cache(1024)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all tensors of a shape: a checkpoint of single experts has tens of thousands of them."""
+    return shape

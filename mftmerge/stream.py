@@ -58,8 +58,8 @@ class MaskStream:
         source = shard.open()
         running: list[Future[None]] = []
         try:
-            write_at(target, memoryview(shard.header), 0)
-            at = len(shard.header)
+            copy_range(source, target, 0, shard.header, shard.path)
+            at = shard.header
             for entry in (*(e for e in shard.tensors if e.name in self.names), None):
                 end = entry.start if entry else shard.nbytes
                 for start in range(at, end, RUN):
