@@ -175,11 +175,12 @@ class GridResult:
 
     def table(self) -> Table:
         """A rich table for the terminal."""
-        return rich_table(*self._lines(), caption=LEGEND)
+        return rich_table(*self._lines())
 
     def show(self, console: Console) -> None:
         """Print the table, what did not help in words, and remarks on data and masks."""
         console.print(self.table())
+        console.print(LEGEND, markup=False, highlight=False, style="dim")
         if self.harness:
             console.print(rich_table(*self._harness_lines()))
         for sentence in [*self.words(), *self.remarks()]:
@@ -258,11 +259,11 @@ def _harness_text(tasks: Mapping[str, Mapping[str, float]], task: str, metric: s
     return f"{metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def rich_table(headings: list[str], rows: list[list[str]], caption: str | None = None) -> Table:
+def rich_table(headings: list[str], rows: list[list[str]]) -> Table:
     """A table for the terminal, the first column to the left."""
     from rich.table import Table
 
-    table = Table(caption=caption, caption_justify="left")
+    table = Table()
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")
     for row in rows:

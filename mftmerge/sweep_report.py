@@ -29,7 +29,11 @@ def _rows(result: SweepResult) -> list[list[str]]:
             rows.append([describe(combination), str(len(own)), "-", "-", "-", f"failed: {failed}"])
             continue
         mean = validation_mean(result.runs, combination)
-        numbers = [f"{mean['mask']:.4f}", f"{mean['seed_deviation']:.4f}", f"{mean['base']:.4f}"]
+        numbers = [
+            f"{mean['mask']:.4f}",
+            f"{mean['seed_deviation']:.4f}" if len(own) > 1 else "-",
+            f"{mean['base']:.4f}",
+        ]
         remark = "chosen" if combination == result.chosen else ""
         rows.append([describe(combination), str(len(own)), *numbers, remark])
     return rows
