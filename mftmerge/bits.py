@@ -143,11 +143,17 @@ def at_least(planes: Sequence[Words], needed: int) -> Words:
     return reached
 
 
+STRETCH = 1 << 13  # words that are voted on at a time: inputs and intermediate results stay in the cache
+
+
 def vote(masks: Sequence[Words], needed: int) -> Words:
     """Positions where at least `needed` of the masks have a one."""
     if len(masks) <= 3:  # fewer word operations than counting
         return weighted_vote(masks, (1,) * len(masks), needed)
-    return at_least(add_up(masks), needed)
+    result = np.empty_like(masks[0])
+    for start in range(0, result.size, STRETCH):
+        result[start : start + STRETCH] = at_least(add_up([m[start : start + STRETCH] for m in masks]), needed)
+    return result
 
 
 @functools.lru_cache(maxsize=256)
@@ -193,7 +199,7 @@ def weighted_vote(masks: Sequence[Words], weights: Sequence[int], needed: int) -
         return at_least(add_up(masks, weights), needed)
     nodes, root = _diagram(tuple(weights), needed)
     result = np.full_like(masks[0], ~np.uint64(0) if root == -2 else np.uint64(0))
-    stride = max(1024, (1 << 17) // max(1, len(nodes)))  # all nodes' values of a stretch stay in a 1 MiB cache
+    stride = max(1024, min(STRETCH, (1 << 15) // max(1, len(nodes))))  # so that all nodes' values stay in the cache
     for start in range(0, result.size if root >= 0 else 0, stride):
         here = slice(start, start + stride)
         values: list[Words] = []

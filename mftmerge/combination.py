@@ -148,9 +148,10 @@ class Combination:
 
     def read(self, name: str, start: int, stop: int, covering: list[int]) -> list[Words]:
         """The words of the covering masks for bits [start, stop) of a tensor."""
-        ones = np.full(-(-(stop - start) // 64), ~np.uint64(0))
-        bits.clear_padding(ones.view(np.uint8), stop - start)
-        return [bits.words(self.masks[d].read(name, start, stop)) if name in self.masks[d] else ones for d in covering]
+        return [
+            bits.words(self.masks[d].read(name, start, stop)) if name in self.masks[d] else _ones(stop - start)
+            for d in covering
+        ]
 
     def stretch(self, name: str, start: int, stop: int) -> tuple[Words, list[Words]]:
         """The result for bits [start, stop) of a tensor, and the words of the masks that cover it."""
@@ -204,3 +205,10 @@ class Combination:
             return projection.sortable(total, "signed")
 
         return keys if scored else None
+
+
+def _ones(size: int) -> Words:
+    """Words with the first `size` bits set."""
+    words = np.full(-(-size // 64), ~np.uint64(0))
+    bits.clear_padding(words.view(np.uint8), size)
+    return words

@@ -77,13 +77,10 @@ class MaskWriter:
         except OSError as e:
             raise BadInput(f"{self.path}: cannot be written ({e.strerror})") from None
         end = max((e.stop for e in self.header.entries.values()), default=0)
-        if not self.header.archive and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._fd, 0, 8 + self._room + end)
-            except OSError as e:
-                if e.errno == 28:  # no space left: say so before the work
-                    self._remove()
-                    raise MftmergeError(f"{self.path}: no space left on the device") from None
+        space = os.statvfs(self.path.parent)  # not fallocate, which on a memory file system costs as much as writing
+        if not self.header.archive and end > space.f_bavail * space.f_frsize:
+            self._remove()
+            raise MftmergeError(f"{self.path}: needs {end:,} bytes, more than are free there")
         return self
 
     def write(self, name: str, start: int, data: bits.Packed | bytes) -> None:

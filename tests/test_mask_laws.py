@@ -278,3 +278,12 @@ def test_every_registered_operation_is_documented() -> None:
         assert f"`{name}`" in page
         assert operation.summary.endswith(".")
         assert all(f"{option.replace('_', '-')}" in page for option in operation.options)
+
+
+def test_every_option_of_an_operation_is_on_the_command_line() -> None:
+    import inspect
+
+    from mftmerge.cli.combine import command
+
+    options = {option for operation in OPERATIONS.values() for option in operation.options}
+    assert options <= set(inspect.signature(command).parameters)
