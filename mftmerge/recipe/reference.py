@@ -1,0 +1,69 @@
+"""How a recipe names a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Strict(BaseModel):
+    """A part of a recipe. Keys that are not declared are errors, where mergekit ignores them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reference(Strict):
+    """A model: `path[@revision][+lora[@revision]]`, or a mapping with the same parts."""
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+    override_architecture: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, Reference) or (isinstance(value, dict) and "path" in value):
+            return value
+        parts: dict[str, Any] = {"model": value} if isinstance(value, str) else value
+        if not isinstance(parts, dict) or "model" not in parts:
+            raise ValueError("a model is 'path[@revision][+lora[@revision]]' or a mapping with 'model:'")
+        if unknown := set(parts) - {"model", "lora", "override_architecture"}:
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r} in a model reference")
+        if isinstance(value, str) and "+" in value:
+            parts = dict(zip(("model", "lora"), value.split("+", 1), strict=True))
+        path, revision = _path_and_revision(parts["model"])
+        lora, lora_revision = _path_and_revision(parts.get("lora"))
+        if not path:
+            raise ValueError("a model reference needs a path")
+        architecture = parts.get("override_architecture")
+        found = {"path": path, "revision": revision, "lora": lora, "lora_revision": lora_revision}
+        return found | ({"override_architecture": architecture} if architecture else {})
+
+    def __str__(self) -> str:
+        text = self.path + (f"@{self.revision}" if self.revision else "")
+        return text + (f"+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "") if self.lora else "")
+
+    def to_mergekit(self) -> Any:
+        """The reference as mergekit's YAML writes it."""
+        if self.override_architecture is None and " " not in str(self) and '"' not in str(self):
+            return str(self)
+        lora = {"path": self.lora, "revision": self.lora_revision} if self.lora else None
+        return {
+            "model": {"path": self.path, "revision": self.revision},
+            "lora": lora,
+            "override_architecture": self.override_architecture,
+        }
+
+
+def _path_and_revision(value: Any) -> tuple[str | None, str | None]:
+    if value is None:
+        return None, None
+    if isinstance(value, dict) and set(value) <= {"path", "revision"}:
+        return value.get("path"), value.get("revision")
+    if not isinstance(value, str) or value.count("@") > 1 or "+" in value:
+        raise ValueError(f"cannot read {value!r} as a model path")
+    path, _, revision = value.partition("@")
+    return path, revision or None
