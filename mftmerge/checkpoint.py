@@ -22,7 +22,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE = 1 << 20  # bytes hashed at a time
 
 # What a hub download may contain: no pickles and no code.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["*/*.safetensors", "consolidated*"]  # the same weights again, in another layout
 
 
 class Checkpoint:
@@ -132,7 +133,10 @@ def resolve(reference: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS))
+        found = snapshot_download(
+            repository, revision=revision or None, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED
+        )
+        return Path(found)
     except Exception as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise BadInput(f"{text}: neither a local directory nor a reachable hub model ({reason})") from None
