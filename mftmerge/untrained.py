@@ -36,49 +36,41 @@ def untrained(mask: Mask) -> Mask | None:
     """
     training = mask.info.training
     rule = training.get("selection", "abs" if training.get("init") == "normal" else "signed")
-    read: Callable[[str], Scores]
+    read: Callable[[str], Scores] | None = None
     if mask.has_initial_scores:
         read = mask.initial_scores
     elif training.get("init") == "normal" and isinstance(training.get("seed"), int):
-        drawn = _draw(mask, training)
-        if drawn is None:
-            return None
-        read = drawn.__getitem__
+        read = _draw(mask, training)
     elif training.get("init") == "magnitude" and mask.info.base and Path(mask.info.base).is_dir():
-        magnitudes = _magnitudes(mask)
-        if magnitudes is None:
-            return None
-        read, rule = magnitudes.__getitem__, "signed"
-    else:
+        read, rule = _magnitudes(mask), "signed"
+    if read is None:
         return None
-    kept = {n: keep_top(read(n), mask.size(n) - mask.count(n), rule).reshape(mask.shape(n)) for n in mask.names}
-    return Mask.from_bools(kept)
+    packed = {n: bits.pack(keep_top(read(n), mask.size(n) - mask.count(n), rule)) for n in mask.names}
+    return Mask(packed, {n: mask.shape(n) for n in mask.names})
 
 
-def _draw(mask: Mask, training: dict[str, Any]) -> dict[str, Scores] | None:
+def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | None:
     """Normal scores from the seed, None unless they have the digest that was recorded (fused tensors do not)."""
     from mftmerge.train import scores
 
-    h = hashlib.blake2b(digest_size=16)
-    drawn: dict[str, Scores] = {}
-    for name in mask.names:
+    def draw(name: str) -> Scores:
         target: Any = SimpleNamespace(name=name, parameter=SimpleNamespace(shape=mask.shape(name)))
-        drawn[name] = scores._normal(target, training["seed"]).numpy()
+        drawn: Scores = scores._normal(target, training["seed"]).numpy()
+        return drawn
+
+    h = hashlib.blake2b(digest_size=16)
+    for name in mask.names:
         h.update(f"{name}\0{mask.shape(name)}\0".encode())
-        h.update(drawn[name].tobytes())
-    return drawn if training.get("init_digest") == h.hexdigest() else None
+        h.update(draw(name).tobytes())
+    return draw if training.get("init_digest") == h.hexdigest() else None
 
 
-def _magnitudes(mask: Mask) -> dict[str, Scores] | None:
+def _magnitudes(mask: Mask) -> Callable[[str], Scores] | None:
     """|W| of the base's tensors, None where they are not those that the mask was trained on."""
     from mftmerge.checkpoint import Checkpoint
 
     base = Checkpoint.open(str(mask.info.base))
-    found: dict[str, Scores] = {}
-    for name in mask.names:
+    for name in mask.names:  # a fingerprint covers the shape too
         if name not in base or mask.info.fingerprints.get(name) != base.fingerprint(name):
             return None
-        if base.entry(name).shape != mask.shape(name):
-            return None
-        found[name] = np.abs(base.read_float32(name))
-    return found
+    return lambda name: np.abs(base.read_float32(name))
