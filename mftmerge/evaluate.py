@@ -126,7 +126,7 @@ def grid(
     scorers: Mapping[str, Scorer] | None = None,
     others: Mapping[str, Callable[[Any], Any]] | None = None,
     batch_tokens: int = 4096,
-    prefix: bool = True,
+    prefix: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
@@ -136,7 +136,8 @@ def grid(
     domains: name -> tokenised rows. reference: the row that differences are taken against, the model itself by default.
     scorers: domain -> function of the model that gives `generation.Marks`, for what is not a loss.
     others: name -> function of the model; what it gives for each row is kept in the result's `extra[name][row]`.
-    prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`).
+    prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`). By default on a CPU:
+    rows then go through these layers one at a time, which a GPU does not like.
     progress: called with "row, domain" before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
@@ -155,7 +156,8 @@ def grid(
         reference=reference or name,
         versions=versions(),
     )
-    shared = _shared_layers(model, masks, domains) if prefix and masks else contextlib.nullcontext()
+    once = model.device.type == "cpu" if prefix is None else prefix
+    shared = _shared_layers(model, masks, domains) if once and masks else contextlib.nullcontext()
     with _switches(model, masks) as use, shared:
         for row in result.models:
             with use(row):

@@ -103,7 +103,8 @@ def _named(texts: list[str], option: str) -> dict[str, str]:
     for text in texts:
         name, sign, path = text.partition("=")
         if not sign or "/" in name:
-            name, path = Path(text).stem if Path(text).suffix in (".mask", ".jsonl", ".json") else Path(text).name, text
+            file = Path(text)
+            name, path = file.stem if file.suffix in (".mask", ".jsonl", ".json", ".parquet") else file.name, text
         if not name or not path:
             raise BadInput(f"{option} {text}: give NAME=PATH or a path")
         if name in found:
