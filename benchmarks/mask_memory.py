@@ -1,7 +1,7 @@
 """Claim: combining masks of 1e9 bits takes at most 64 MB of memory above the interpreter with numpy imported.
 
-Each case runs in a process of its own; the figure is the peak of its resident memory over what it was after the
-imports. Sizes differ by 8x to show that it does not grow with them. With scores (32 bits a weight) the sizes are 1/10.
+Each case runs in a process of its own; the figure is the peak of its resident memory over what it was after
+`import numpy`. Sizes differ by 8x to show that it does not grow with them. With scores (32 bits a weight) the sizes are 1/10.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mftmerge.mask import Mask, MaskInfo
 CHILD = """
 import sys, json, time
 import numpy
-from mftmerge.combine import combine_files
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 options = json.loads(sys.argv[1])
 before, start = peak(), time.perf_counter()
+from mftmerge.combine import combine_files
 combine_files(options.pop("op"), sys.argv[2:-1], sys.argv[-1], overwrite=True, **options)
 print(peak() - before, time.perf_counter() - start)
 """

@@ -332,10 +332,10 @@ print("imported", sorted({"torch", "transformers", "mergekit"} & set(sys.modules
 MEASURE = """
 import sys
 import numpy
-from mftmerge.combine import combine_files
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()
+from mftmerge.combine import combine_files
 op, density, *paths = sys.argv[1:]
 combine_files(op, paths[:-1], paths[-1], density=None if density == "none" else density)
 print(peak() - before)
@@ -402,3 +402,14 @@ def test_foreign_files_that_are_no_masks_are_refused(tmp_path: Path, tiny: Any) 
         assert len(done.stderr.strip().splitlines()) == 1
         assert not (tmp_path / "out.mask").exists()
     assert not (tmp_path / "owned").exists()
+
+
+def test_the_reader_in_the_description_of_the_format_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "mask-format.md").read_text(encoding="utf-8")
+    mask, found = random_mask(scores=True), dict[str, Any]()
+    mask.save(tmp_path / "code.mask")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], found)
+    assert set(found["kept"]) == set(mask.names)
+    for name, kept in found["kept"].items():
+        np.testing.assert_array_equal(kept, mask.kept(name))
