@@ -63,6 +63,41 @@ MORE = {
           - {model: models/code, parameters: {weight: 0.5, density: 0.5}}
         mask: masks/code.mask
     """,
+    "baked_stage.yml": """
+        name: rebuilt
+        merge_method: emr
+        base_model: models/base
+        models: [{model: models/math, parameters: {task: true}}, {model: models/code}]
+        mask: masks/code.mask
+        ---
+        name: unused
+        merge_method: passthrough
+        models: [{model: models/math}]
+        ---
+        merge_method: slerp
+        base_model: rebuilt
+        models: [{model: rebuilt}, {model: models/instruct, mask: masks/instruct.mask}]
+        parameters: {t: 0.3}
+    """,
+    "consensus_over_stage.yml": """
+        name: mean
+        merge_method: linear
+        models: [{model: models/math}, {model: models/code}]
+        parameters: {weight: 1}
+        ---
+        merge_method: consensus
+        base_model: models/base
+        models: [{model: mean}, {model: models/instruct}]
+        parameters: {k: 1, tall_lambda: 1.5, weight: 0.5}
+    """,
+    "lora_masked_output.yml": """
+        merge_method: linear
+        models:
+          - {model: models/base+models/adapter, mask: masks/math.mask, parameters: {weight: 1}}
+          - {model: models/code, parameters: {weight: 1}}
+        mask: {op: xor, of: [masks/code.mask, {op: complement, of: [masks/math.mask]}]}
+        out_dtype: float16
+    """,
     "weighted_consensus.yml": """
         merge_method: consensus
         base_model: models/base

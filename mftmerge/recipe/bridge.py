@@ -339,7 +339,7 @@ def _quiet() -> Iterator[None]:
     """Keep mergekit's and transformers' remarks out of our output; errors are raised anyway."""
     loggers = [logging.getLogger(n) for n in ("mergekit", "transformers")] + [logging.getLogger()]
     levels = [log.level for log in loggers]
-    for log in loggers[:2]:
+    for log in loggers:
         log.setLevel(logging.ERROR)
     bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
