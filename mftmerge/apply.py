@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from mftmerge.writer import OutputDirectory, check_target, checksum, open_new, s
 
 # Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+WORTH_RESUMING = 5.0  # seconds after which finished shards are recorded, so that a killed run can be continued
 WORKERS = min(4, os.cpu_count() or 1)  # for copying, and again for hashing: more gain nothing on one disk
 COMPANION_FOLDERS = ("additional_chat_templates",)
 
@@ -178,6 +180,7 @@ def _write_shards(
 ) -> tuple[str, ...]:
     """Write each shard that is not there yet; one is synced and checked while the next is written."""
     shards = plan.source.shards
+    started = time.monotonic()
     total, done, lock = sum(s.nbytes for s in shards), 0, threading.Lock()
 
     def advance(count: int) -> None:
@@ -189,8 +192,9 @@ def _write_shards(
 
     def complete(name: str) -> None:
         sync_file(directory.path / name)
-        # The last shard's checksum would serve nobody: the directory gets its name next.
-        if name != shards[-1].name and (found := checksum(directory.path / name, stopped.is_set)):
+        if name == shards[-1].name or (not directory.resume and time.monotonic() - started < WORTH_RESUMING):
+            return  # the directory gets its name next, or repeating all is quicker than checking
+        if found := checksum(directory.path / name, stopped.is_set):
             directory.record(name, found)
 
     continued = [s.name for s in shards if directory.is_finished(s.name)]
