@@ -54,7 +54,7 @@ def unpack(packed: Packed, size: int) -> npt.NDArray[np.bool_]:
 
 def words(packed: Packed) -> Words:
     """The same bytes as little-endian uint64 words, copied and filled up with zeros where 8 does not divide them."""
-    if packed.size % 8 == 0 and packed.flags.aligned and packed.flags.c_contiguous and packed.ctypes.data % 8 == 0:
+    if packed.size % 8 == 0 and packed.flags.c_contiguous:
         return packed.view("<u8")
     padded = np.zeros((packed.size + 7) // 8 * 8, np.uint8)
     padded[: packed.size] = packed
