@@ -262,10 +262,14 @@ def _harness_text(tasks: Mapping[str, Mapping[str, float]], task: str, metric: s
 def rich_table(headings: list[str], rows: list[list[str]]) -> Table:
     """A table for the terminal, the first column to the left."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(
+            Text(heading),  # names are the user's: no markup
+            justify="left" if i == 0 else "right",
+        )
     for row in rows:
         table.add_row(*(_styled(text) for text in row))
     return table

@@ -10,7 +10,7 @@ from mftmerge.errors import BadInput
 
 
 def command(
-    plan: Path = typer.Argument(..., metavar="SWEEP.YML", help="The sweep file, as below."),
+    plan: Path = typer.Argument(..., metavar="SWEEP.YML", help="The sweep file, as above."),
     out: Path = typer.Option(..., "--out", "-o", help="Directory for results.jsonl and masks/; continued if there."),
     markdown: Path = typer.Option(None, "--markdown", help="Write both tables as Markdown."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing Markdown file."),
