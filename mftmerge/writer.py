@@ -25,6 +25,15 @@ MANIFEST = ".mftmerge-progress.json"
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
+def _unsupported(*_: int) -> int:
+    raise OSError(errno.EOPNOTSUPP, "not on this system")
+
+
+# Linux has both; elsewhere files are extended without reserving space, and copied through this process.
+_kernel_copy = getattr(os, "copy_file_range", _unsupported)
+_reserve = getattr(os, "posix_fallocate", _unsupported)
+
+
 class OutputDirectory:
     """A context manager around a directory being written. Without `commit()` nothing appears under `out`.
 
@@ -134,7 +143,7 @@ def open_new(path: Path, size: int) -> int:
     try:
         if size:
             try:
-                os.posix_fallocate(fd, 0, size)
+                _reserve(fd, 0, size)
             except OSError as e:
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
@@ -166,7 +175,7 @@ def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> N
     step = 64 * PIECE
     while start < stop:
         try:
-            copied = os.copy_file_range(source, target, min(step, stop - start), start, start)
+            copied = _kernel_copy(source, target, min(step, stop - start), start, start)
         except OSError as e:
             if e.errno not in _NO_KERNEL_COPY:
                 raise
