@@ -16,7 +16,7 @@ from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import expected, width
+from mftmerge.recipe.sizes import expected, given, width
 from mftmerge.writer import OutputDirectory
 
 Executor = Literal["auto", "stream", "mergekit"]
@@ -147,7 +147,10 @@ def choose(
         return "mergekit", "asked for"
     reason = why_not(document, folder, stages) if device == "cpu" else f"arithmetic on {device}"
     if reason is None:
-        return "stream", "like checkpoints and a method that works piece by piece: mergekit's result without its graph"
+        why = "like checkpoints and a method that works piece by piece: mergekit's result without its graph"
+        if executor == "auto" and document.merge_method == "ties" and given(document, "density"):
+            why += "; equal magnitudes at TIES' cut are sorted as mergekit does, --executor stream avoids that time"
+        return "stream", why
     if executor == "stream":
         raise BadInput(f"cannot be streamed: {reason}; use --executor auto")
     return "mergekit", reason
