@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mftmerge.errors import MftmergeError
 
+INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.ClickException, reached by a public name
 
 # Command -> (module with a typer function `command`, line in `mftmerge --help`). Order is the order of the help page.
@@ -81,14 +82,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
     try:
-        sys.exit(app(args=[a for a in arguments if a != "--debug"], prog_name="mftmerge", standalone_mode=False) or 0)
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="mftmerge", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+            _fail("interrupted", code, debug)
+        sys.exit(code)
     except UsageError as e:
         where = f" (see '{e.ctx.command_path} --help')" if getattr(e, "ctx", None) else ""
         _fail(f"{' '.join(e.format_message().split())}{where}", 2, debug)
     except MftmergeError as e:
         _fail(str(e), e.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130, debug)
+        _fail("interrupted", INTERRUPTED, debug)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
