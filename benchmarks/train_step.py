@@ -1,7 +1,7 @@
 """Claims about a training step, against full fine-tuning (FFT) with fused AdamW and against the released algorithm.
 
 At 2048 tokens a full step costs at most 1.08 (fp32) or 1.05 (bf16) of FFT's, forward plus backward at most 1.01. The
-released algorithm (a sort of every matrix in every forward pass) costs at least 1.6 times as much as ours at 2048 tokens
+released algorithm (a sort of every matrix in every forward pass) costs at least 1.6 times ours at 2048 tokens
 in bf16, and 6 times at 512 in fp32.
 
     python benchmarks/train_step.py [--quick] [--shape small|llama7b]

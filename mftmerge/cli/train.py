@@ -77,9 +77,11 @@ def command(
         if not run.get(name):
             raise BadInput(f"--{name} is missing; give it here or in --config")
     _quiet()
+    from mftmerge.train import inputs
     from mftmerge.train.run import train_mask
 
-    bar = _Bar(int(settings.get("steps", 60))) if sys.stderr.isatty() and not as_json else None
+    main = inputs.is_main()
+    bar = _Bar(int(settings.get("steps", 60))) if sys.stderr.isatty() and main and not as_json else None
     try:
         result = train_mask(
             run["model"],
@@ -90,11 +92,13 @@ def command(
             resume=resume,
             overwrite=overwrite,
             progress=bar,
-            note=lambda line: print(line, file=sys.stderr if as_json else sys.stdout),
+            note=lambda line: print(line, file=sys.stderr if as_json else sys.stdout) if main else None,
         )
     finally:
         if bar:
             bar.close()
+    if not main:
+        return
     if as_json:
         print(json.dumps(_summary(result, str(run["out"]))))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -127,4 +128,5 @@ def read_rows(data: Any, eval_data: Any, tokenizer: Any, settings: TrainSettings
 
 
 def is_main() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    """Whether this process writes and speaks: rank 0 of those that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
