@@ -47,7 +47,13 @@ def record(file: str, claim: str, rows: list[dict[str, Any]]) -> None:
         print(f"{row['case']}: {row['value']:.3g} {row['unit']}{target}{met}")
     out = Path(__file__).parent / "results" / f"{Path(file).stem}.json"
     out.parent.mkdir(exist_ok=True)
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
+    machine: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    machine["busy"] = [round(load, 1) for load in os.getloadavg()]  # processes that ran or waited: 1, 5, 15 minutes
     out.write_text(json.dumps({"claim": claim, "machine": machine, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Claim: combining masks of 1e9 bits takes at most 64 MB of memory above the interpreter with numpy imported.
 
 Each case runs in a process of its own; the figure is the peak of its resident memory over what it was after
-`import numpy`. Sizes differ by 8x to show that it does not grow with them; with scores (32 bits a weight) they are 1/10.
+`import numpy`. Sizes differ by 8x to show that it does not grow with them; with scores (32 bits a weight) a tenth.
 """
 
 from __future__ import annotations
