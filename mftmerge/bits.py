@@ -127,23 +127,25 @@ def split(planes: Sequence[Words], value: int) -> tuple[Words, Words]:
     return above, equal
 
 
-def at_least(planes: Sequence[Words], needed: int) -> Words:
-    """Positions whose number (planes least significant first) is `needed` or more."""
-    if needed <= 0:
-        return np.full_like(planes[0], ~np.uint64(0))
-    if needed >> len(planes):
-        return np.zeros_like(planes[0])
+def at_least(planes: Sequence[Words], needed: int, out: Words | None = None) -> Words:
+    """Positions whose number (planes least significant first) is `needed` or more, in `out` where it is given."""
+    out = np.empty_like(planes[0]) if out is None else out
+    if needed <= 0 or needed >> len(planes):
+        out.fill(~np.uint64(0) if needed <= 0 else np.uint64(0))
+        return out
     first = (needed & -needed).bit_length() - 1
-    reached = planes[first].copy()
+    reached = planes[first]
     for level in range(first + 1, len(planes)):
-        if needed >> level & 1:
-            reached &= planes[level]
-        else:
-            reached |= planes[level]
-    return reached
+        combine = np.bitwise_and if needed >> level & 1 else np.bitwise_or
+        reached = combine(reached, planes[level], out=out)
+    if reached is not out:
+        out[:] = reached
+    return out
 
 
-STRETCH = 1 << 13  # words that are voted on at a time: inputs and intermediate results stay in the cache
+STRETCH = (
+    1 << 13
+)  # words voted on at a time: they stay in the cache, and below the size that malloc takes from the system
 
 
 def vote(masks: Sequence[Words], needed: int) -> Words:
@@ -152,7 +154,8 @@ def vote(masks: Sequence[Words], needed: int) -> Words:
         return weighted_vote(masks, (1,) * len(masks), needed)
     result = np.empty_like(masks[0])
     for start in range(0, result.size, STRETCH):
-        result[start : start + STRETCH] = at_least(add_up([m[start : start + STRETCH] for m in masks]), needed)
+        here = slice(start, start + STRETCH)
+        at_least(add_up([m[here] for m in masks]), needed, result[here])
     return result
 
 
