@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -121,11 +122,13 @@ def peak(kind: str, shape: str, layers: str | None, tokens: int, dtype: torch.dt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="512 tokens, one round")
+    parser.add_argument("--quick", action="store_true", help="512 tokens, two rounds")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = arguments.shape
+    if device == "cpu":
+        torch.set_num_threads(1)  # on one thread, CPU time is not disturbed by what else the machine does
     if shape == "llama7b" and device == "cpu":
         print("no GPU: running the small shape instead of LLaMA2-7B's")
         shape = "small"
@@ -166,8 +169,9 @@ def measure(
     ways: dict[str, Callable[[], None]] = {}
     for kind in kinds:
         ways[f"{kind} pass"], ways[f"{kind} update"] = stepper(kind, *case)
+    clock = time.perf_counter if case[-1] == "cuda" else time.thread_time
     interleave(ways, 1)  # first touch of memory, kernels chosen
-    found = interleave(ways, rounds)
+    found = interleave(ways, rounds, clock)
     total = {k: found[f"{k} pass"] + found[f"{k} update"] for k in kinds}
     seconds |= {f"{key} {name}": value for name, value in found.items()}
     ratios[f"{key} pass, mask / fft"] = found["mask pass"] / found["fft pass"]
