@@ -143,9 +143,8 @@ def at_least(planes: Sequence[Words], needed: int, out: Words | None = None) -> 
     return out
 
 
-STRETCH = (
-    1 << 13
-)  # words voted on at a time: they stay in the cache, and below the size that malloc takes from the system
+# Words voted on at a time: few enough for the cache, and for malloc not to ask the system each time.
+STRETCH = 1 << 13
 
 
 def vote(masks: Sequence[Words], needed: int) -> Words:
