@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from mftmerge.errors import BadInput
 from mftmerge.shard import DTYPE_BITS, INTEGER, MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
@@ -103,7 +103,7 @@ class Checkpoint:
         return to_float32(self.read(name), self.entry(name).dtype)
 
     def fingerprint(self, name: str) -> str:
-        """blake2b-128 over dtype, shape and raw bytes, as hexadecimal digits; see docs/architecture.md."""
+        """XXH3-128 over dtype, shape and raw bytes, as hexadecimal digits; see docs/architecture.md."""
         entry = self.entry(name)
         h = start_fingerprint(entry)
         for start in range(entry.start, entry.stop, PIECE):
@@ -111,9 +111,9 @@ class Checkpoint:
         return h.hexdigest()
 
 
-def start_fingerprint(entry: TensorEntry) -> hashlib.blake2b:
+def start_fingerprint(entry: TensorEntry) -> xxhash.xxh3_128:
     """The hash state before a tensor's bytes: `f"{dtype}\\0{shape joined by ,}\\0"`."""
-    return hashlib.blake2b(f"{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode(), digest_size=16)
+    return xxhash.xxh3_128(f"{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
 
 
 def resolve(reference: str | Path) -> Path:
