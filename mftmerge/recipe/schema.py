@@ -31,13 +31,16 @@ class MaskExpression(Strict):
     )
     of: tuple[MaskExpression, ...] | None = Field(default=None, description="The operation's inputs.")
     threshold: int | float | str | None = Field(
-        default=None, description='vote: how many inputs must keep, or a share (0.6, "60%").'
+        default=None, description="vote: how many inputs must keep, such as 2, or a share, such as 0.6."
     )
     weights: tuple[float, ...] | None = Field(
         default=None, description="One weight an input, for a weighted vote or score."
     )
     density: float | None = Field(default=None, description="Project the result to exactly this share of kept weights.")
     uncovered: str | None = Field(default=None, description="What a mask says of a tensor it does not cover.")
+    allow_different_init: bool | None = Field(
+        default=None, description="score: also add masks that started from different scores."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -60,8 +63,8 @@ class MaskExpression(Strict):
 
     def options(self) -> dict[str, Any]:
         """The operation's options that are set, as `combine.combine` takes them."""
-        named = {"threshold": self.threshold, "weights": self.weights, "density": self.density}
-        return {k: v for k, v in (named | {"uncovered": self.uncovered}).items() if v is not None}
+        named = ("threshold", "weights", "density", "uncovered", "allow_different_init")
+        return {name: value for name in named if (value := getattr(self, name)) is not None}
 
 
 class MaskUse(MaskExpression):
