@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,8 +53,7 @@ def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | Non
     from mftmerge.train import scores
 
     def draw(name: str) -> Scores:
-        target: Any = SimpleNamespace(name=name, parameter=SimpleNamespace(shape=mask.shape(name)))
-        drawn: Scores = scores._normal(target, training["seed"]).numpy()
+        drawn: Scores = scores.normal_scores(name, mask.shape(name), training["seed"]).numpy()
         return drawn
 
     h = hashlib.blake2b(digest_size=16)

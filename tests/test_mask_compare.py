@@ -61,15 +61,11 @@ def test_masks_from_a_common_start() -> None:
 
 def test_the_untrained_mask_of_a_seed_is_drawn_again() -> None:
     """As the trainer draws it; a digest of other scores is not believed."""
-    import torch
-
     from mftmerge.train import scores
 
-    class Target:
-        name, parameter = NAME.format(0), torch.zeros(32, 50)
-
-    drawn = {Target.name: scores._normal(Target, 5)}  # type: ignore[arg-type]
-    kept = {Target.name: keep_top(drawn[Target.name].numpy(), 160, "abs").reshape(32, 50)}
+    name = NAME.format(0)
+    drawn = {name: scores.normal_scores(name, (32, 50), 5)}
+    kept = {name: keep_top(drawn[name].numpy(), 160, "abs").reshape(32, 50)}
     for digest, known in ((scores.digest(drawn), True), ("0" * 32, False)):
         info = MaskInfo(0.9, training={"init": "normal", "seed": 5, "selection": "abs", "init_digest": digest})
         mask = Mask.from_bools(kept, info)

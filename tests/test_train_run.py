@@ -22,6 +22,7 @@ from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 from mftmerge.train.run import train_mask
+from mftmerge.train.settings import TrainSettings
 
 ROWS = [{"prompt": f"count from {i}", "completion": " ".join(str(j) for j in range(i, i + 6))} for i in range(60)]
 
@@ -58,7 +59,7 @@ def test_a_run_lowers_the_validation_loss_and_writes_what_it_did(base: Path, tmp
     assert mask.info.training["selection"] == "signed"
     assert mask.info.training["best_step"] == result.best_step > 0
     assert mask.info.comparison["weights"]["rows"] == 6
-    assert "can travel 0.0125" in " ".join(notes)
+    assert "can travel 0.0060" in " ".join(notes)
     assert f"best mask: step {result.best_step}" in notes[-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["count.mask", "count.mask.yaml"]
     written = yaml.safe_load((tmp_path / "count.mask.yaml").read_text())
@@ -118,6 +119,7 @@ def test_step_0_is_kept_and_said_when_nothing_is_gained(base: Path) -> None:
         {"dtype": "bfloat16"},
         {"gradient_checkpointing": True, "accumulate": 2},
         {"modules": "mlp", "clip": 0.1},
+        {"adam_bits": 8},
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -131,6 +133,26 @@ def test_settings_reach_the_run(base: Path, settings: dict[str, Any]) -> None:
         assert all("mlp" in n for n in result.mask.names)
     if "keep_warmup" in settings:
         assert [h["density"] for h in result.history[1:]] == [0.95, 0.9, 0.9]
+
+
+def test_the_default_learning_rate_is_capped_for_short_runs() -> None:
+    def made(**given: Any) -> TrainSettings:
+        return TrainSettings.make(given)
+
+    assert made(steps=60).learning_rate == pytest.approx(0.025 / 60)
+    assert made(steps=25).learning_rate == made(steps=5).learning_rate == 0.001
+    assert made(steps=5).travel == pytest.approx(0.0025)
+    assert made(steps=5, lr=0.01).learning_rate == 0.01
+
+
+def test_controls_make_the_cut_that_the_run_makes(base: Path) -> None:
+    """Under one global cut the smallest-magnitude mask is the initial one, whatever it drops in each tensor."""
+    settings = {"scope": "global", "keep": 0.8, "layers": "2-3", "steps": 0, "control": True}
+    losses = train_mask(base, ROWS, settings=settings).losses
+    np.testing.assert_array_equal(losses["magnitude"], losses["initial"])
+    assert not np.array_equal(losses["random"], losses["initial"])
+    by_matrix = train_mask(base, ROWS, settings=settings | {"scope": "matrix"}).losses
+    assert not np.array_equal(by_matrix["random"], losses["random"])
 
 
 def test_fused_experts_are_named_as_in_the_checkpoint(tiny: Callable[..., Path]) -> None:
@@ -189,6 +211,8 @@ def test_a_model_too_large_is_refused_before_loading(base: Path, monkeypatch: py
     need = memory.estimate(base, "2-3", "attn,mlp", "float32", 100)
     covered = 86_016
     assert need.training == covered * (4 + 4 + 12)
+    small = memory.estimate(base, "2-3", "attn,mlp", "float32", 100, adam_bits=8)
+    assert small.training == covered * (4 + 4 + 4 + 2 + 8 / 256)
     assert need.weights == sum(Checkpoint.open(base).entry(n).size for n in Checkpoint.open(base).names) * 4
 
 

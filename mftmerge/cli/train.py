@@ -51,6 +51,7 @@ def command(
     patience: int = typer.Option(None, "--patience", help="Stop after so many validations without gain."),
     control: bool = typer.Option(None, "--control", help="Also train the weights for as many steps, and compare."),
     dtype: str = typer.Option(None, "--dtype", help="Of the weights: auto, float32, bfloat16."),
+    adam_bits: int = typer.Option(None, "--adam-bits", help="32 (default), or 8: less memory, more time."),
     gradient_checkpointing: bool = typer.Option(None, "--gradient-checkpointing", help="Less memory, more time."),
     compile_layers: bool = typer.Option(None, "--compile", help="Compile the trained layers."),
     prefix: str = typer.Option(None, "--prefix", help="Cache states of the layers below in memory, on disk, or off."),

@@ -81,20 +81,29 @@ def run_controls(
     losses: Callable[[], Any],
     directory: Path,
     *,
+    dropped: Mapping[str, Tensor] | None = None,
     rates: Sequence[float] = CONTROL_RATES,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Validation losses of each row, shape (rows, 2), under `weights`, `random` and `magnitude`.
 
     model: with its original weights in place, which come back bit for bit. settings: the run's own (steps, batch, data
-    order). losses: gives the validation rows' losses of the model as it is. rates: what the matched control may
-    choose from.
+    order; keep, scope and pattern). losses: gives the validation rows' losses of the model as it is. dropped: values
+    that dropped weights take, as for `MaskOptimizer`. rates: what the matched control may choose from.
     """
     out: dict[str, Any] = {}
     for name, init in (("random", "normal"), ("magnitude", "magnitude")):
-        signed = scores.is_signed(init)
-        start = scores.initial(targets, init, seed=settings.seed)
-        masked = MaskOptimizer(targets, start, keep=str(settings.keep), signed=signed, pattern=settings.n_of_m)
+        start = scores.initial(targets, init, seed=settings.seed, dropped=dropped)
+        masked = MaskOptimizer(
+            targets,
+            start,
+            keep=str(settings.keep),
+            signed=scores.is_signed(init),
+            scope=settings.scope,
+            pattern=settings.n_of_m,
+            dropped=dropped,
+            reference_rounding=settings.reference_rounding,
+        )
         out[name] = losses()
         masked.restore()
     lowest = math.inf

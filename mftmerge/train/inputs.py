@@ -78,7 +78,7 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, tokenised: b
         path = resolve(model)
         if settings.check_memory:
             tokens = settings.batch_size * settings.max_length
-            need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens)
+            need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens, settings.adam_bits)
             memory.require(need, reference, settings.dtype)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

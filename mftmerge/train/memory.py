@@ -26,12 +26,12 @@ class Need:
         return self.weights + self.training + self.working
 
 
-def estimate(path: Path, layers: str | None, modules: str, dtype: str, tokens: int) -> Need:
+def estimate(path: Path, layers: str | None, modules: str, dtype: str, tokens: int, adam_bits: int = 32) -> Need:
     """What training the masks of a checkpoint needs.
 
-    For each masked weight: its original and its gradient in the weights' dtype, the float32 score and two float32
-    moments. Working room: three float32 copies of the largest masked tensor for the cut, and the logits of one batch of
-    `tokens` tokens with their gradient.
+    For each masked weight: its original and its gradient in the weights' dtype, the float32 score and two moments, of
+    4 bytes or of 8 bits and a 256th of a float32. Working room: three float32 copies of the largest masked tensor for
+    the cut, and the logits of one batch of `tokens` tokens with their gradient.
     """
     from mftmerge.checkpoint import Checkpoint
 
@@ -44,10 +44,11 @@ def estimate(path: Path, layers: str | None, modules: str, dtype: str, tokens: i
     covered = [e for e in entries if len(e.shape) >= 2 and numbers[e.name] in _chosen(layers, count)]
     if modules in ("attn", "mlp"):  # other choices are counted as the whole layers: never too little
         covered = [e for e in covered if ("att" in e.name) == (modules == "attn")]
+    moments = 8 if adam_bits == 32 else 2 + 8 / 256
     vocabulary = max((e.shape[0] for e in entries if len(e.shape) == 2), default=0)
     return Need(
         weights=sum(e.size * sizes[e.name] for e in entries),
-        training=sum(e.size * (2 * sizes[e.name] + 12) for e in covered),
+        training=math.ceil(sum(e.size * (2 * sizes[e.name] + 4 + moments) for e in covered)),
         working=12 * max((e.size for e in covered), default=0) + 8 * vocabulary * tokens,
     )
 

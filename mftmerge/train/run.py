@@ -163,8 +163,9 @@ class _Run:
             from mftmerge.train.control import run_controls
 
             self.say("training the matched control: the same steps on the weights")
+            place = directory / "control"
             losses |= run_controls(
-                self.model, self.tokenizer, self.targets, self.rows, self.settings, self.losses, directory / "control"
+                self.model, self.tokenizer, self.targets, self.rows, self.settings, self.losses, place, dropped=dropped
             )
         return self._result(best, losses, first, time.monotonic() - start)
 
@@ -221,6 +222,7 @@ class _Run:
             clip=s.clip,
             keep_warmup=s.keep_warmup,
             reference_rounding=s.reference_rounding,
+            adam_bits=s.adam_bits,
         )
 
     def _dropped(self) -> dict[str, torch.Tensor] | None:

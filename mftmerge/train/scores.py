@@ -50,7 +50,7 @@ def initial(
     out = {}
     for t in targets:
         if init == "normal":
-            out[t.name] = _normal(t, seed)
+            out[t.name] = normal_scores(t.name, t.parameter.shape, seed)
             continue
         if init == "taylor":
             if evidence is None:
@@ -63,11 +63,14 @@ def initial(
     return out
 
 
-def _normal(target: Target, seed: int) -> Tensor:
-    """Each tensor draws from its own generator: the same numbers whatever else is covered, however it is sharded."""
-    key = hashlib.blake2b(f"{seed}\0{target.name}".encode(), digest_size=8).digest()
+def normal_scores(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """The float32 scores N(0, 0.02) of one tensor, on the CPU.
+
+    Each tensor draws from its own generator: the same numbers whatever else is covered, however it is sharded.
+    """
+    key = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(target.parameter.shape).normal_(0, SIGMA, generator=generator)
+    return torch.empty(tuple(shape)).normal_(0, SIGMA, generator=generator)
 
 
 def _scaled(values: Tensor, blocks: int) -> Tensor:

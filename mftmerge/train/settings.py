@@ -14,6 +14,7 @@ from mftmerge.errors import BadInput
 # A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
 # rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
 TRAVEL = 0.0125
+LR_CAP = 1e-3  # of the default learning rate: runs of less than 25 steps travel less instead of leaping at the start
 
 
 class TrainSettings(BaseModel):
@@ -40,7 +41,7 @@ class TrainSettings(BaseModel):
     steps: int = Field(60, ge=0, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="rows in a forward pass, on each device")
     accumulate: int = Field(1, ge=1, description="forward passes in a step")
-    lr: float | None = Field(None, gt=0, description="learning rate of the scores; by default 2 * 0.0125 / steps")
+    lr: float | None = Field(None, gt=0, description="of the scores; by default 2 * 0.0125 / steps, at most 0.001")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps over which the learning rate rises")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the score gradients")
 
@@ -58,6 +59,7 @@ class TrainSettings(BaseModel):
 
     # The machine
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; scores are float32")
+    adam_bits: Literal[8, 32] = Field(32, description="of each of Adam's moments; 8 saves memory and costs time")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     compile: bool = Field(False, description="compile the trained layers")
     prefix: Literal["memory", "disk", "off"] = Field("memory", description="where hidden states below are cached")
@@ -119,7 +121,7 @@ class TrainSettings(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else 2 * TRAVEL / max(1, self.steps)
+        return self.lr if self.lr is not None else min(LR_CAP, 2 * TRAVEL / max(1, self.steps))
 
     @property
     def travel(self) -> float:
