@@ -18,7 +18,9 @@ from mftmerge.mask import Mask
 from mftmerge.train import scores, targets
 from mftmerge.train.optimizer import MaskOptimizer
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+# Without a GPU too, --multi_gpu is what makes accelerate start several processes itself (--cpu leaves it to MPI).
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ROWS = [{"prompt": f"count from {i}", "completion": " ".join(str(j) for j in range(i, i + 6))} for i in range(40)]
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -29,11 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(port: int, *arguments: str) -> str:
+def launch(*command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [*LAUNCH, str(port), *arguments], env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -99,7 +99,7 @@ def test_fsdp2_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Pa
             "\\\n", "\n"
         )
     )
-    launch(29611, str(tmp_path / "worker.py"))
+    launch(*TORCHRUN, "29611", str(tmp_path / "worker.py"))
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     for name, case in CASES.items():
         expected = train(path, case, None)
@@ -116,13 +116,12 @@ def test_ddp_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Path
     path = tiny("llama")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
-    run = "from mftmerge.cli.main import main; main()"
-    (tmp_path / "run.py").write_text(run)
+    (tmp_path / "run.py").write_text("from mftmerge.cli.main import main; main()")
     common = ["train", "-m", str(path), "-d", str(rows), "--layers", "2-3", "--steps", "4", "--eval-share", "0"]
-    launch(29612, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "two.mask"), "--batch-size", "4")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "one.mask"), "--batch-size", "8"]
-    subprocess.run(one, check=True, env=environment, capture_output=True)
+    two = [str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "two.mask"), "--batch-size", "4"]
+    said = launch(*ACCELERATE, "--main_process_port", "29612", *two)
+    assert said.count("learning rate") == 1  # one process speaks
+    launch(sys.executable, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "one.mask"), "--batch-size", "8")
     a, b = Mask.load(tmp_path / "one.mask"), Mask.load(tmp_path / "two.mask")
     assert a.names == b.names
     bits = sum(int((a.kept(n) != b.kept(n)).sum()) for n in a.names)
@@ -136,6 +135,6 @@ def test_fsdp2_on_two_gpus_gives_equal_masks_on_both(tiny: Callable[..., Path], 
         "import os, torch\ntorch.cuda.set_device(int(os.environ['LOCAL_RANK']))\n"
         f"import test_train_distributed as t\nt.worker({str(tiny('llama'))!r}, {str(tmp_path)!r}, 'nccl')\n"
     )
-    launch(29613, str(tmp_path / "worker.py"))
+    launch(*TORCHRUN, "29613", str(tmp_path / "worker.py"))
     a, b = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert all(torch.equal(a[c][k], b[c][k]) for c in a for k in a[c])

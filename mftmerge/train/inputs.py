@@ -82,7 +82,7 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, tokenised: b
             memory.require(need, reference, settings.dtype)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     else:
         path, loaded = Path(reference), model
     if tokenizer is None:

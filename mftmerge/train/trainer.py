@@ -182,6 +182,7 @@ def make_trainer(
         # gradient_checkpointing has another name from transformers 5.20 on; the old one works with all versions here
         warnings.simplefilter("ignore", FutureWarning)
         config = _config(model, settings, directory, save)
+    config._n_gpu = min(config.n_gpu, 1)  # one process trains on one GPU; more of them need a launcher
     from transformers.trainer_callback import PrinterCallback
 
     trainer = MaskTrainer(
