@@ -17,7 +17,7 @@ import torch
 from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
 from mftmerge.errors import BadInput
-from mftmerge.train import memory
+from mftmerge.train import memory, sharding, targets
 from mftmerge.train.settings import TrainSettings
 
 
@@ -69,20 +69,25 @@ class Output:
         return found
 
 
-def load_model(model: Any, tokenizer: Any, settings: TrainSettings, tokenised: bool) -> tuple[Any, Any, str]:
-    """The loaded model, its tokenizer and its reference."""
+def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bool = False) -> tuple[Any, Any, str]:
+    """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
         path = resolve(model)
-        if settings.check_memory:
+        if settings.check_memory and not shard:  # a rank needs less than one process would
             tokens = settings.batch_size * settings.max_length
             need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens, settings.adam_bits)
             memory.require(need, reference, settings.dtype)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+        if shard:
+            sharding.shard(loaded, targets.decoder_layers(loaded)[1])
+        else:
+            loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    elif shard:
+        raise BadInput("FSDP shards a model while it is loaded: give train_mask the checkpoint's path, not a model")
     else:
         path, loaded = Path(reference), model
     if tokenizer is None:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.prefix import PrefixCache
-from mftmerge.train import inputs, scores, targets
+from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
+from mftmerge.train.sharding import Shard
 
 log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
@@ -76,14 +78,17 @@ def train_mask(
     chosen = TrainSettings.make({**given, **overrides})
     target = inputs.Output(out, overwrite, resume)
     say = note or log.info
-    loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, inputs.is_tokenised(data))
-    train_rows, valid_rows = inputs.read_rows(data, eval_data, tokenizer, chosen)
-    run = _Run(loaded, tokenizer, reference, train_rows, valid_rows, chosen, prefix, say, progress)
-    with target.directory() as directory:
-        result = run.train(directory, save=out is not None, resume=target.last(directory, chosen, reference, say))
-        if out is not None and inputs.is_main():
-            result.mask.save(out)
-            Path(f"{out}.yaml").write_text(chosen.to_yaml(model=reference, data=inputs.named(data)), encoding="utf-8")
+    shard = sharding.requested()
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # sharded here, so that the optimiser sees the shards
+        loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
+        train_rows, valid_rows = inputs.read_rows(data, eval_data, tokenizer, chosen)
+        run = _Run(loaded, tokenizer, reference, train_rows, valid_rows, chosen, prefix, say, progress)
+        with target.directory() as directory:
+            result = run.train(directory, save=out is not None, resume=target.last(directory, chosen, reference, say))
+            if out is not None and inputs.is_main():
+                result.mask.save(out)
+                used = chosen.to_yaml(model=reference, data=inputs.named(data))
+                Path(f"{out}.yaml").write_text(used, encoding="utf-8")
     return result
 
 
@@ -111,7 +116,8 @@ class _Run:
             self.cache.add([*rows, *valid])
 
     def _new_cache(self) -> PrefixCache | None:
-        if self.settings.prefix == "off" or self.layers[0] == 0:
+        sharded = Shard.of(self.targets[0].parameter).group is not None  # layers that are skipped would not gather
+        if self.settings.prefix == "off" or self.layers[0] == 0 or sharded:
             return None
         directory = Path(tempfile.gettempdir()) if self.settings.prefix == "disk" else None
         return PrefixCache(self.model, self.layers[0], directory=directory)
@@ -256,9 +262,10 @@ class _Run:
             (token_loss_sum(self.model, ids, labels) / len(rows)).backward()
         out = {}
         for t in self.targets:
-            change = t.parameter.detach() if dropped is None else t.parameter.detach() - dropped[t.name]
+            weight = sharding.whole(t.parameter.detach())
+            change = weight if dropped is None else weight - dropped[t.name]
             assert t.parameter.grad is not None
-            out[t.name] = t.parameter.grad.float() * change.float()
+            out[t.name] = sharding.whole(t.parameter.grad).float() * change.float()
         self.model.zero_grad()
         return out
 

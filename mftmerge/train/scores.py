@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mftmerge.errors import BadInput
+from mftmerge.train.sharding import whole
 from mftmerge.train.targets import Target
 
 SIGMA = 0.02  # standard deviation of the paper's initial scores
@@ -57,7 +58,7 @@ def initial(
                 raise BadInput("init taylor needs gradients: give `evidence`, the mean of dL/dW * W by name")
             values = -evidence[t.name].detach().float().cpu()
         else:
-            weight = t.parameter.full_tensor() if hasattr(t.parameter, "full_tensor") else t.parameter.detach()
+            weight = whole(t.parameter.detach())
             values = (weight.cpu() - dropped[t.name].cpu() if dropped else weight.cpu()).float().abs()
         out[t.name] = _scaled(values, t.blocks)
     return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,6 +14,35 @@ from torch import Tensor
 
 from mftmerge.errors import BadInput
 from mftmerge.train import selection
+
+
+def requested() -> bool:
+    """Whether the launcher wants FSDP (`accelerate launch --use_fsdp`). Raises BadInput unless it is FSDP2."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise BadInput("only FSDP2 is supported: launch with --use_fsdp --fsdp_version 2")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise BadInput("FSDP with offloaded parameters is not supported: launch with --fsdp_offload_params false")
+    return True
+
+
+def shard(model: Any, layers: Iterable[torch.nn.Module]) -> None:
+    """Split a model's parameters over all ranks with `fully_shard`, each decoder layer a unit of its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def whole(p: Tensor) -> Tensor:
+    """A parameter or gradient as a plain tensor of its whole shape (a collective operation when sharded)."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

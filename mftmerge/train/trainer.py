@@ -17,8 +17,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from mftmerge.data import IGNORE, Tokens
+from mftmerge.errors import BadInput
 from mftmerge.prefix import token_loss_sum
 from mftmerge.train.settings import TrainSettings
+from mftmerge.train.sharding import Shard
 
 COMPLETE = "complete"  # the file that is written last into a checkpoint
 BEST = "best.pt"
@@ -49,9 +51,33 @@ class MaskTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing to load for the same reason."""
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With FSDP2 every rank saves the rows of the scores that it holds."""
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        torch.save(self.optimizer.state_dict(), self._own_state(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path = self._own_state(checkpoint)
+        if not path.exists():
+            raise BadInput(f"{checkpoint}: resume with as many processes as the run began with")
+        self.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _own_state(self, directory: str) -> Path:
+        return Path(directory) / f"optimizer-{self.args.process_index}-of-{self.args.world_size}.pt"
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint counts once its last file is there, so that one that was cut short is never used."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # all ranks' files are there
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and self.best is not None:
             torch.save(self.best.state_dict(), directory / BEST)
@@ -166,7 +192,7 @@ def make_trainer(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Tokens],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     settings: TrainSettings,
     directory: Path,
     *,
@@ -194,6 +220,9 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    # Do not wrap a model whose parameters are sharded already. (Said after the trainer was made, since it would refuse
+    # to save checkpoints, which are ours here.)
+    trainer.is_distributed_loading_by_transformers = Shard.of(optimizer.targets[0].parameter).group is not None
     return trainer
 
 
