@@ -1,4 +1,4 @@
-"""Two processes give the mask that one gives: DDP through the whole command, FSDP2 through the optimiser."""
+"""Two processes give the mask that one gives: DDP and FSDP2 through the whole command, FSDP2 through the optimiser."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
 from mftmerge.train import scores, targets
 from mftmerge.train.optimizer import MaskOptimizer
+from mftmerge.train.run import train_mask
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 # Without a GPU too, --multi_gpu is what makes accelerate start several processes itself (--cpu leaves it to MPI).
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
 ROWS = [{"prompt": f"count from {i}", "completion": " ".join(str(j) for j in range(i, i + 6))} for i in range(40)]
 STEPS = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -31,10 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(*command: str) -> str:
+def launch(*command: str, fails: bool = False) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment |= {"STOP": "1"} if fails else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -111,22 +116,77 @@ def test_fsdp2_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Pa
                 torch.testing.assert_close(ranks[0][name][key], value, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_ddp_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    path = tiny("llama")
+COMMAND = """
+import os
+from mftmerge.cli.main import main
+from mftmerge.train.optimizer import MaskOptimizer
+
+step = MaskOptimizer.step
+
+def stop_before_the_second(self, closure=None):
+    if self.steps == 1:
+        os._exit(9)
+    return step(self, closure)
+
+if "STOP" in os.environ:
+    MaskOptimizer.step = stop_before_the_second
+main()
+"""
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Mask]:
+    """`run(name, batch size, launcher...)`: the mask of the whole command after 2 steps of 2 batches each."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "run.py").write_text("from mftmerge.cli.main import main; main()")
-    common = ["train", "-m", str(path), "-d", str(rows), "--layers", "2-3", "--steps", "4", "--eval-share", "0"]
-    two = [str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "two.mask"), "--batch-size", "4"]
-    said = launch(*ACCELERATE, "--main_process_port", "29612", *two)
-    assert said.count("learning rate") == 1  # one process speaks
-    launch(sys.executable, str(tmp_path / "run.py"), *common, "-o", str(tmp_path / "one.mask"), "--batch-size", "8")
-    a, b = Mask.load(tmp_path / "one.mask"), Mask.load(tmp_path / "two.mask")
+    (tmp_path / "run.py").write_text(COMMAND)
+    options = ["train", "-m", str(tiny("llama")), "-d", str(rows), "--layers", "2-3", "--steps", "2"]
+
+    def command(name: str, size: int, *launcher: str, resumed: bool = False) -> Mask:
+        out = tmp_path / f"{name}.mask"
+        own = ["-o", str(out), "--batch-size", str(size), "--accumulate", "2", "--save-every", "1"]
+        whole = [*launcher, str(tmp_path / "run.py"), *options, *own]
+        if resumed:
+            launch(*whole, fails=True)
+            whole.append("--resume")
+        said = launch(*whole)
+        assert said.count("learning rate") == 1  # one process speaks
+        assert said.count("resuming at step 1") == resumed
+        assert not Path(f"{out}.run").exists()
+        return Mask.load(out)
+
+    return command
+
+
+def assert_same(a: Mask, b: Mask) -> None:
     assert a.names == b.names
     bits = sum(int((a.kept(n) != b.kept(n)).sum()) for n in a.names)
     assert bits <= 4  # of 86,016: the ranks' gradients are added in another order
-    assert not Path(tmp_path / "two.mask.run").exists()
+    np.testing.assert_allclose(a.info.training["validation"], b.info.training["validation"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_give_the_mask_of_one(run: Callable[..., Mask]) -> None:
+    one = run("one", 8, sys.executable)
+    assert_same(one, run("ddp", 4, *ACCELERATE, "--multi_gpu", "--main_process_port", "29612"))
+    assert_same(one, run("fsdp", 4, *ACCELERATE, *FSDP2, "--main_process_port", "29614", resumed=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "only FSDP2 is supported: launch with --use_fsdp --fsdp_version 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params false"),
+    ],
+)
+def test_other_kinds_of_fsdp_are_refused(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=message):
+        train_mask(tiny("llama"), ROWS, steps=1)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -43,6 +43,15 @@ class MaskTrainer(SFTTrainer):  # type: ignore[misc]
         ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
         return total * ranks / torch.as_tensor(count).clamp(min=1)
 
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """With FSDP2, the ranks' gradients are added up at the last of the accumulated batches."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing: the weights are the base's, and the scores are the optimiser's state."""
         if output_dir and self.args.should_save:
