@@ -135,6 +135,39 @@ def test_settings_reach_the_run(base: Path, settings: dict[str, Any]) -> None:
         assert [h["density"] for h in result.history[1:]] == [0.95, 0.9, 0.9]
 
 
+def test_compiled_layers_give_the_same_mask(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated ahead of time as always; only the code generator, which takes a minute, is left out."""
+    compiled: list[torch.nn.Module] = []
+    real = torch.nn.Module.compile
+
+    def compile_layer(module: torch.nn.Module, **options: Any) -> None:
+        compiled.append(module)
+        real(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    model, tokenizer = loaded(base)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "layers": "3", "steps": 2, "batch_size": 4, "eval_share": 0}
+    plain = train_mask(model, ROWS[:16], **common).mask
+    mask = train_mask(model, ROWS[:16], compile=True, **common).mask
+    assert [type(m).__name__ for m in compiled] == ["LlamaDecoderLayer"]
+    assert compiled[0]._compiled_call_impl is None
+    assert sum(int((mask.kept(n) != plain.kept(n)).sum()) for n in mask.names) <= 4  # of 43,008
+
+
+def test_logs_are_kept_beside_the_mask(base: Path, tmp_path: Path) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    common: dict[str, Any] = {"layers": "3", "steps": 2, "batch_size": 4, "log_to": "tensorboard"}
+    if "tensorboard" not in get_available_reporting_integrations():
+        with pytest.raises(BadInput, match=r"--log-to tensorboard: not installed .*pip install tensorboard"):
+            train_mask(base, ROWS[:16], tmp_path / "a.mask", **common)
+        return
+    train_mask(base, ROWS[:16], tmp_path / "a.mask", **common)
+    assert any("tfevents" in p.name for p in (tmp_path / "a.mask.logs").iterdir())
+    with pytest.raises(BadInput, match="--log-to nothing: not installed"):
+        train_mask(base, ROWS[:16], **{**common, "log_to": "nothing"})
+
+
 def test_the_default_learning_rate_is_capped_for_short_runs() -> None:
     def made(**given: Any) -> TrainSettings:
         return TrainSettings.make(given)

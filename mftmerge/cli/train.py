@@ -56,7 +56,7 @@ def command(
     compile_layers: bool = typer.Option(None, "--compile", help="Compile the trained layers."),
     prefix: str = typer.Option(None, "--prefix", help="Cache states of the layers below in memory, on disk, or off."),
     save_every: int = typer.Option(None, "--save-every", help="Steps between checkpoints [as --eval-every]."),
-    log_to: str = typer.Option(None, "--log-to", help="none, tensorboard or wandb."),
+    log_to: str = typer.Option(None, "--log-to", help="none, tensorboard (in OUT.logs) or wandb."),
     check_memory: bool = typer.Option(None, "--check-memory/--no-check-memory", help="Refuse what will not fit."),
     resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run of the same settings."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing OUT."),

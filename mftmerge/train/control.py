@@ -135,7 +135,7 @@ def trained_weights(
     """
     from mftmerge.train.trainer import Best, interruptible, make_trainer
 
-    plain = settings.model_copy(update={"lr": lr, "scores": False, "keep_warmup": 0})
+    plain = settings.model_copy(update={"lr": lr, "scores": False, "keep_warmup": 0, "log_to": "none"})
     weights = WeightOptimizer(targets, lr, settings.clip)
     best = Best(weights, plain, losses, progress)
     best.consider(0)

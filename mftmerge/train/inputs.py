@@ -69,6 +69,22 @@ class Output:
         return found
 
 
+def logging_place(log_to: str, out: str | Path | None) -> dict[str, str]:
+    """Environment that makes tensorboard write to `<out>.logs`, since `<out>.run` goes away at the end.
+
+    Raises BadInput when what `log_to` names is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    if log_to == "none":
+        return {}
+    found = get_available_reporting_integrations()
+    if log_to not in found:
+        there = f"there is {', '.join(found)}" if found else "nor is any other logger"
+        raise BadInput(f"--log-to {log_to}: not installed ({there}); pip install {log_to}, or leave --log-to out")
+    return {"TENSORBOARD_LOGGING_DIR": os.environ.get("TENSORBOARD_LOGGING_DIR", f"{out}.logs")} if out else {}
+
+
 def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bool = False) -> tuple[Any, Any, str]:
     """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

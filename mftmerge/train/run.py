@@ -78,8 +78,8 @@ def train_mask(
     chosen = TrainSettings.make({**given, **overrides})
     target = inputs.Output(out, overwrite, resume)
     say = note or log.info
-    shard = sharding.requested()
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # sharded here, so that the optimiser sees the shards
+    shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
+    with patch_environment(ACCELERATE_USE_FSDP="false", **inputs.logging_place(chosen.log_to, out)):
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
         train_rows, valid_rows = inputs.read_rows(data, eval_data, tokenizer, chosen)
         run = _Run(loaded, tokenizer, reference, train_rows, valid_rows, chosen, prefix, say, progress)

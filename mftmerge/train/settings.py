@@ -64,7 +64,7 @@ class TrainSettings(BaseModel):
     compile: bool = Field(False, description="compile the trained layers")
     prefix: Literal["memory", "disk", "off"] = Field("memory", description="where hidden states below are cached")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; eval_every by default")
-    log_to: str = Field("none", description="none, tensorboard or wandb")
+    log_to: str = Field("none", description="none, tensorboard (in <out>.logs) or wandb")
     check_memory: bool = Field(True, description="refuse a model that will not fit, before loading it")
 
     @field_validator("pattern")
