@@ -37,6 +37,17 @@ def test_levels_are_256_and_finer_near_zero(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
+def test_the_level_below_is_that_of_a_search(signed: bool) -> None:
+    found = adam.levels(signed, CPU)
+    near = [found, found.nextafter(torch.tensor(-2.0)), found.nextafter(torch.tensor(2.0)), torch.zeros(2) * -1]
+    values = torch.cat([*near, torch.linspace(-1 if signed else 0, 1, 100_001)]).clamp(-1 if signed else 0, 1)
+    index, low, high = adam._below(values, signed)
+    assert torch.equal(index, (torch.searchsorted(found, values, right=True) - 1).clamp(0, 254).int())
+    assert torch.equal(low, found[index])
+    assert torch.equal(high, found[index + 1])
+
+
+@pytest.mark.parametrize("signed", [True, False])
 def test_a_value_becomes_one_of_its_neighbours_and_is_right_on_average(signed: bool) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 1000)
     values = values if signed else values.abs()
