@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+import xxhash
 
 from mftmerge.errors import BadInput, MftmergeError
 
@@ -189,20 +190,19 @@ def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> N
 
 
 def checksum(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | None:
-    """CRC-32 and size of a file as text, or None when `stopped()` became true before the end.
+    """XXH3-128 of a file as text, or None when `stopped()` became true before the end.
 
-    Several times faster than a cryptographic hash, which would take longer than the copying: it has to find a file that
+    Many times faster than a cryptographic hash, which would take longer than the copying: it has to find a file that
     a crash or a bad disk left damaged, not a forged one.
     """
-    crc, size = 0, 0
+    digest = xxhash.xxh3_128()
     buffer = bytearray(4 * PIECE)
     with open(path, "rb", buffering=0) as f:
         while got := f.readinto(buffer):
             if stopped():
                 return None
-            crc = zlib.crc32(memoryview(buffer)[:got], crc)
-            size += got
-    return f"{crc:08x}:{size}"
+            digest.update(memoryview(buffer)[:got])
+    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:
