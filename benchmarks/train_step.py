@@ -4,7 +4,7 @@ At 2048 tokens a full step costs at most 1.08 (fp32) or 1.05 (bf16) of FFT's, fo
 released algorithm (a sort of every matrix in every forward pass) costs at least 1.6 times ours at 2048 tokens
 in bf16, and 6 times at 512 in fp32.
 
-    python benchmarks/train_step.py [--quick] [--shape small|llama7b]
+    python benchmarks/train_step.py [--quick] [--shape small|llama7b] [--only DTYPE TOKENS ROUNDS]
 
 All three train the same matrices of the same model: all decoder layers of a Llama with random weights. On a GPU
 `--shape llama7b` runs LLaMA2-7B's shape, with 4 masked layers and with all; without a GPU a small shape is run.
@@ -31,6 +31,7 @@ SHAPES = {
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
     "llama7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SortedMask(torch.autograd.Function):
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="512 tokens, two rounds")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--only", nargs=3, metavar=("DTYPE", "TOKENS", "ROUNDS"), help="such as fp32 2048 2")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = arguments.shape
@@ -132,13 +134,16 @@ def main() -> None:
     if shape == "llama7b" and device == "cpu":
         print("no GPU: running the small shape instead of LLaMA2-7B's")
         shape = "small"
-    rounds = 2 if arguments.quick else 5
+    dtypes, lengths, rounds = tuple(DTYPES), (512,) if arguments.quick else (512, 2048), 2 if arguments.quick else 5
+    if arguments.only:
+        dtypes, lengths, rounds = (arguments.only[0],), (int(arguments.only[1]),), int(arguments.only[2])
     seconds: dict[str, float] = {}
     ratios: dict[str, float] = {}
     memory: dict[str, float] = {}
     goals: dict[str, tuple[str, float]] = {}
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        for tokens in (512,) if arguments.quick else (512, 2048):
+    for name in dtypes:
+        dtype = DTYPES[name]
+        for tokens in lengths:
             for layers in ("4-7", None) if shape == "llama7b" else (None,):
                 key = f"{name} {tokens}" + (f" layers {layers or 'all'}" if shape == "llama7b" else "")
                 kinds = ("fft", "mask") if shape == "llama7b" and layers is None else ("fft", "mask", "released")
@@ -153,8 +158,9 @@ def main() -> None:
                 elif name == "fp32":
                     goals[f"{key} step, released / mask"] = (">=", 6.0)
     goals = {k: v for k, v in goals.items() if k in ratios}
-    what = {"shape": shape, **SHAPES[shape], "peak_memory": memory}
-    finish("train_step" + ("_7b" if shape == "llama7b" else ""), what, seconds, ratios, goals)
+    what = {"shape": shape, **SHAPES[shape], "rounds": rounds, "peak_memory": memory}
+    part = "_{}_{}".format(*arguments.only) if arguments.only else ""
+    finish("train_step" + ("_7b" if shape == "llama7b" else "") + part, what, seconds, ratios, goals)
 
 
 def measure(
