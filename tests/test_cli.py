@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mftmerge
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import COMMANDS
 
 HEAVY = ("torch", "transformers", "mergekit", "matplotlib", "datasets", "trl", "numpy")
@@ -72,3 +77,17 @@ def test_public_names_resolve() -> None:
         assert getattr(mftmerge, name) is not None
     with pytest.raises(AttributeError):
         mftmerge.no_such_name  # noqa: B018
+
+
+def test_apply_reports_as_json(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    model = tiny("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = Checkpoint.open(model).entry(name).shape
+    kept = np.ones(shape, np.bool_)
+    kept[0] = False
+    mftmerge.Mask.from_bools({name: kept}).save(tmp_path / "row.mask")
+    done = run("apply", str(tmp_path / "row.mask"), "--model", str(model), "-o", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.rsplit("imported", 1)[0])
+    assert (report["tensors"], report["covered"], report["dropped"]) == (1, kept.size, shape[1])
+    assert not Checkpoint.open(tmp_path / "out").read(name)[0].any()

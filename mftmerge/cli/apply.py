@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
 
+from mftmerge.cli.progress import bytes_bar
 from mftmerge.errors import BadInput
 
 
@@ -24,6 +24,7 @@ def command(
     ),
     resume: bool = typer.Option(False, "--resume", help="Continue what a killed run left; keep finished shards."),
     include: list[str] = typer.Option([], "--include", help="Copy further files too, e.g. '*.py'. May be repeated."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Apply a mask to a checkpoint and write the result as a complete one.
 
@@ -37,8 +38,7 @@ def command(
 
     if not mask.is_file():
         raise BadInput(f"{mask}: no such mask file")
-    progress = _Bar() if sys.stderr.isatty() else None
-    try:
+    with bytes_bar("apply", quiet=as_json) as progress:
         report = apply_mask(
             mask,
             model,
@@ -51,9 +51,12 @@ def command(
             include=include,
             progress=progress,
         )
-    finally:
-        if progress:
-            progress.close()
+    if as_json:
+        import dataclasses
+        import json
+
+        print(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+        return
     share = report.dropped / report.covered if report.covered else 0.0
     dropped = f"{report.dropped:,} of {report.covered:,} weights dropped ({share:.2%})"
     print(f"{out}: {report.tensors} tensors masked, {dropped}")
@@ -63,28 +66,3 @@ def command(
         print(f"continued: {len(report.continued)} shards were already there")
     for note in report.notes:
         print(f"note: {note}")
-
-
-class _Bar:
-    """A progress bar on a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        self._bar = Progress(
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("apply", total=None)
-        self._bar.start()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-
-    def close(self) -> None:
-        self._bar.stop()
