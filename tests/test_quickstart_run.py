@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,17 @@ def check(directory: Path) -> GridResult:
 @pytest.mark.slow
 def test_tiny_quickstart_as_users_run_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from mftmerge.cli import main; main()", "quickstart", "try", "--tiny"]
+    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    saved = tmp_path / "try" / "masks" / "python.mask.run"
+    while killed.poll() is None and not list(saved.glob("checkpoint-*/complete")):
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert saved.exists(), "it was stopped in the middle of the first training"
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr
+    assert "resuming at step" in first.stderr
+    assert not saved.exists()
     assert "weights trained on" in first.stdout
     found = check(tmp_path / "try")
     assert found.verdict("python mask", "python") == "gain"

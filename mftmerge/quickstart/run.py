@@ -226,6 +226,7 @@ class _Run:
         from mftmerge.train import train_mask
 
         given = self.settings() | settings
+        unfinished = Path(f"{self.at.mask(name)}.run").exists()  # an earlier run was stopped here: continue it
         with self.bar(f"{name} mask", given["steps"]) as advance:
             train_mask(
                 self.model,
@@ -235,6 +236,7 @@ class _Run:
                 tokenizer=self.tokenizer,
                 prefix=self.prefix,
                 settings=given,
+                resume=unfinished,
                 progress=partial(_advance, advance),
                 note=self.say if given["steps"] else None,
             )
