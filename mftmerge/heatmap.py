@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mftmerge import pairing
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
 
 if TYPE_CHECKING:
@@ -62,11 +62,8 @@ def _text(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
     try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
     except ValueError as e:  # matplotlib's word for a suffix that it cannot write
         raise BadInput(f"{path}: {str(e).splitlines()[0]}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

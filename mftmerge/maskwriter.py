@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from mftmerge import bits, maskheader
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask, MaskInfo, Scores
 from mftmerge.maskfile import SCORE_PIECE, SIDECAR_KEY
@@ -218,9 +219,5 @@ def _save_sidecar(mask: Mask, path: Path, kinds: tuple[str, ...], overwrite: boo
     entries = {n + SCORE_SUFFIX: mask.scores(n) for n in mask.names}
     if INITIAL_SUFFIX in kinds:
         entries |= {n + INITIAL_SUFFIX: mask.initial_scores(n) for n in mask.names}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(entries, temporary, metadata={SIDECAR_KEY: mask.digest})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

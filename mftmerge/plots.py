@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,12 +26,8 @@ def save(figure: Figure, path: str | Path) -> None:
         raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figure(width: float, height: float) -> Figure:

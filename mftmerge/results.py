@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mftmerge import pairing
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
 from mftmerge.pairing import PairedDifference, Values
 
@@ -222,12 +222,8 @@ def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:
     """Write `text` to `path`, whole or not at all, and return it."""
     if path is not None:
         refuse_existing(path, overwrite)
-        temporary = Path(f"{path}.tmp{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(text)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return text
 
 

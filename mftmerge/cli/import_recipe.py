@@ -23,6 +23,7 @@ def command(
     """
     import sys
 
+    from mftmerge.atomic import replacing
     from mftmerge.errors import BadInput
     from mftmerge.recipe.importing import import_recipe
 
@@ -34,7 +35,6 @@ def command(
     if out is None:
         print(report.text, end="")
         return
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(report.text, encoding="utf-8")
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        temporary.write_text(report.text, encoding="utf-8")
     print(out)

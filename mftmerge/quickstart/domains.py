@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import random
 import sysconfig
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from mftmerge.atomic import replacing
 
 Row = dict[str, str]
 Splits = dict[str, list[Row]]
@@ -80,7 +81,7 @@ _THINGS = ("apples", "pencils", "stickers", "marbles", "books", "tickets", "shel
 
 def _shop(r: random.Random) -> Row:
     name, thing = r.choice(_NAMES), r.choice(_THINGS)
-    n, price, paid = r.randint(3, 12), r.randint(2, 15), 0
+    n, price = r.randint(3, 12), r.randint(2, 15)
     total = n * price
     paid = total + r.randint(1, 40)
     return {
@@ -207,8 +208,7 @@ def write_domains(
     for domain, splits in (("python", python), ("arithmetic", arithmetic)):
         for split, rows in splits.items():
             path = directory / f"{domain}-{split}.jsonl"
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             paths.setdefault(domain, {})[split] = path
     return paths

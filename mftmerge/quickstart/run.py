@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from mftmerge import __version__
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
 from mftmerge.quickstart.domains import write_domains
 from mftmerge.quickstart.page import page
@@ -399,6 +400,5 @@ def _advance(advance: Callable[[int], None], entry: dict[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
