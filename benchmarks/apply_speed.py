@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mftmerge import Mask, MaskInfo, apply_mask
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.models.checkpoint import Checkpoint
 
 TARGET = 0.7
 

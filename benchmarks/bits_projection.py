@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from mask_common import interleaved, plain, quick, random_packed, record
 
-from mftmerge import bits
-from mftmerge.combine import combine
-from mftmerge.mask import Mask
+from mftmerge.masks import bits
+from mftmerge.masks.combine import combine
+from mftmerge.masks.mask import Mask
 
 
 def sort(masks: list[Mask], size: int, scored: bool) -> np.ndarray:

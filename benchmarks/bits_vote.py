@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from mask_common import at_least, interleaved, plain, quick, random_packed, record
 
-from mftmerge import bits
+from mftmerge.masks import bits
 
 PIECE = 1 << 17  # bytes of packed bits
 

@@ -23,7 +23,7 @@ import transformers
 from apply_speed import cpu_model
 
 from mftmerge import Mask, attach
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.models.checkpoint import Checkpoint
 
 
 def make_model(path: Path, layers: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mask_common import at_least, interleaved, plain, quick, random_mask, record
 
-from mftmerge.combine import combine_files
+from mftmerge.masks.combine import combine_files
 
 
 def measure(folder: Path, where: str, sync: bool, size: int, rounds: int) -> list[dict[str, object]]:

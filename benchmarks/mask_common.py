@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mftmerge.mask import Mask, MaskInfo
+from mftmerge.masks.mask import Mask, MaskInfo
 
 Side = Callable[[], object]
 

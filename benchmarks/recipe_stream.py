@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mftmerge.checkpoint import Checkpoint
-from mftmerge.mask import Mask
+from mftmerge.masks.mask import Mask
+from mftmerge.models.checkpoint import Checkpoint
 from mftmerge.recipe.arrival import ArrivalWriter
 
 RESULTS = Path(__file__).parent / "results" / "recipe_stream.json"
@@ -120,7 +120,7 @@ def run_case(case: str, work: Path, models: Path, repeats: int) -> dict[str, Any
     recipe = config | ({"mask": str(models / "a.mask")} if case == "masked" else {})
     (work / "recipe.yml").write_text(yaml.safe_dump(recipe))
     apply = python(
-        f"from mftmerge.apply import apply_mask; apply_mask({str(models / 'a.mask')!r}, {str(work / 'stock')!r}, "
+        f"from mftmerge import apply_mask; apply_mask({str(models / 'a.mask')!r}, {str(work / 'stock')!r}, "
         f"{str(work / 'applied')!r}, check_base=False)"
     )
     sides = {"mergekit": stock(work / "config.yml", work / "stock"), "ours": ours(work / "recipe.yml", work / "ours")}

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mftmerge import checkpoint, evalfiles
 from mftmerge.cli import main
-from mftmerge.mask import Mask, MaskInfo
-from mftmerge.results import GridResult
+from mftmerge.evaluate import files
+from mftmerge.evaluate.results import GridResult
+from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.models import checkpoint
 
 
 def run(*arguments: object) -> int:
@@ -66,7 +67,7 @@ def test_the_whole_command(kitchen: SimpleNamespace, tmp_path: Path, capsys: pyt
 
 
 def test_several_models_and_a_named_reference(kitchen: SimpleNamespace) -> None:
-    result = evalfiles.evaluate_files(
+    result = files.evaluate_files(
         {"one": kitchen.model, "two": kitchen.other},
         {"m": kitchen.a},
         {"math": kitchen.here / "math.jsonl"},
@@ -98,7 +99,7 @@ def test_errors_are_one_line_and_come_before_the_work(
     kitchen: SimpleNamespace, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(evalfiles, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(files, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     given = [a.format(here=kitchen.here) for a in arguments]
     assert run("eval", "--model", kitchen.model, "--data", f"math={kitchen.here / 'math.jsonl'}", *given) == 2

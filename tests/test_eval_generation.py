@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mftmerge import data, generation
+from mftmerge import data
 from mftmerge.errors import BadInput
+from mftmerge.evaluate import generation
 
 
 def load(path: Path) -> tuple[Any, Any]:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from mftmerge import evaluate, naming
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.generation import Marks
-from mftmerge.mask import Mask
+from mftmerge.evaluate import loss
+from mftmerge.evaluate.generation import Marks
+from mftmerge.masks.mask import Mask
+from mftmerge.models import naming
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
 
@@ -51,7 +52,7 @@ def plain(model: Any, data: list[dict[str, list[int]]]) -> np.ndarray:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_row_losses_equal_the_models_own_loss(tiny: Callable[..., Path], architecture: str) -> None:
     model, data = load(tiny(architecture)), rows()
-    found = evaluate.row_losses(model, data, batch_tokens=100)
+    found = loss.row_losses(model, data, batch_tokens=100)
     expected = plain(model, data)
     assert np.array_equal(found[:, 1], expected[:, 1])
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=2e-5)
@@ -62,33 +63,33 @@ def test_a_soft_cap_and_a_scaled_head_are_respected(tiny: Callable[..., Path]) -
 
     data = rows()
     capped = load(tiny("gemma3"))
-    before = evaluate.row_losses(capped, data)
+    before = loss.row_losses(capped, data)
     capped.config.final_logit_softcapping = 0.05
-    assert np.abs(evaluate.row_losses(capped, data) - before).max() > 1e-3
+    assert np.abs(loss.row_losses(capped, data) - before).max() > 1e-3
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     scaled = AutoModelForCausalLM.from_config(CohereConfig(vocab_size=300, logit_scale=3.0, **sizes)).eval()
     for model in (capped, scaled):
-        np.testing.assert_allclose(evaluate.row_losses(model, data)[:, 0], plain(model, data)[:, 0], rtol=2e-5)
+        np.testing.assert_allclose(loss.row_losses(model, data)[:, 0], plain(model, data)[:, 0], rtol=2e-5)
 
 
 def test_logits_are_computed_only_where_there_are_labels(tiny: Callable[..., Path]) -> None:
     model, data, seen = load(tiny("llama")), rows(), []
     model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1].numel()))
-    evaluate.row_losses(model, data)
+    loss.row_losses(model, data)
     tokens = sum(seen)
     assert tokens == plain(model, data)[:, 1].sum()
 
 
 def test_batches_keep_within_both_limits() -> None:
     lengths, labelled = [5, 30, 10, 12, 60], [1, 2, 9, 9, 3]
-    found = list(evaluate.length_batches(lengths, 40, labelled, 12))
+    found = list(loss.length_batches(lengths, 40, labelled, 12))
     assert found == [[4], [1], [3], [2, 0]]  # a row longer than the limit is a batch of its own
-    assert list(evaluate.length_batches(lengths, 1000)) == [[4, 1, 3, 2, 0]]
+    assert list(loss.length_batches(lengths, 1000)) == [[4, 1, 3, 2, 0]]
 
 
 def test_bfloat16_model_gets_a_float32_softmax(tiny: Callable[..., Path]) -> None:
     model, data = load(tiny("llama"), dtype=torch.bfloat16), rows()
-    found = evaluate.row_losses(model, data)
+    found = loss.row_losses(model, data)
     exact = plain(copy.deepcopy(model).float(), data)
     assert np.abs(found[:, 0] - exact[:, 0]).max() < 2e-3 * exact[:, 0].max()
     assert len(np.unique(found[:, 0])) == len(data)
@@ -96,9 +97,9 @@ def test_bfloat16_model_gets_a_float32_softmax(tiny: Callable[..., Path]) -> Non
 
 def test_mode_and_weights_are_left_as_they_were(tiny: Callable[..., Path]) -> None:
     model = load(tiny("gpt2")).train()
-    first = evaluate.row_losses(model, rows())
+    first = loss.row_losses(model, rows())
     assert model.training
-    assert np.array_equal(first, evaluate.row_losses(model, rows()))  # no dropout
+    assert np.array_equal(first, loss.row_losses(model, rows()))  # no dropout
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny: Callable[..., Path]) -> None:
@@ -106,7 +107,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny: Callable[..., Path]) -> Non
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(MftmergeError, match="row 1 is not finite"):
-        evaluate.row_losses(model, rows())
+        loss.row_losses(model, rows())
 
 
 def half_mask(model: Any, words: str = "mlp", seed: int = 0) -> Mask:
@@ -121,7 +122,7 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
     words = "mlp" if architecture == "llama" else "w1"
     mask, other = half_mask(model, words), half_mask(model, words, seed=1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    result = evaluate.grid(model, {"a": mask, "b": other}, {"d": data, "e": data[:3]})
+    result = loss.grid(model, {"a": mask, "b": other}, {"d": data, "e": data[:3]})
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
     by_hand = {n: torch.from_numpy(mask.kept(n)) for n in mask.names}
@@ -130,7 +131,7 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
         for name, parameter in model.named_parameters():
             if name in kept:
                 parameter.mul_(kept[name])
-    np.testing.assert_allclose(result.values("a", "d"), evaluate.row_losses(model, data), rtol=1e-5)
+    np.testing.assert_allclose(result.values("a", "d"), loss.row_losses(model, data), rtol=1e-5)
     assert not np.array_equal(result.values("a", "d"), result.values("b", "d"))
     assert result.values("b", "e").shape == (3, 2)
     assert result.models["a"]["mask"] == mask.digest
@@ -140,14 +141,14 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
 def test_shared_layers_run_once_a_row_and_change_nothing(tiny: Callable[..., Path]) -> None:
     model, data, runs = load(tiny("llama")), rows(), []
     masks = {name: half_mask(model, "layers.2.mlp", seed) for seed, name in enumerate("ab")}
-    whole = evaluate.grid(model, masks, {"d": data}, prefix=False)
+    whole = loss.grid(model, masks, {"d": data}, prefix=False)
     model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    shared = evaluate.grid(model, masks, {"d": data})
+    shared = loss.grid(model, masks, {"d": data})
     assert len(runs) == len(data) + 1  # each row once, and the cache's own check
     for row in ("base", "a", "b"):
         np.testing.assert_allclose(shared.values(row, "d"), whole.values(row, "d"), rtol=1e-5)
-    assert evaluate.first_masked_layer(model, masks) == 2
-    assert evaluate.first_masked_layer(model, {"head": half_mask(model, "lm_head")}) == 0
+    assert loss.first_masked_layer(model, masks) == 2
+    assert loss.first_masked_layer(model, {"head": half_mask(model, "lm_head")}) == 0
 
 
 def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Path]) -> None:
@@ -158,7 +159,7 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
     def zeros(_: Any) -> Marks:
         return Marks({"zeros": np.array([[float((weight == 0).float().mean()), 1.0]])}, ["said"], ["remark"])
 
-    result = evaluate.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
+    result = loss.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
     assert result.extra["answers"] == {"base": {"d": ["said"]}, "a": {"d": ["said"]}}
     assert result.domains["d"]["remarks"] == ["remark"]
     assert result.mean("base", "d", "zeros") == 0
@@ -166,6 +167,6 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
         1 - mask.density("model.layers.0.mlp.up_proj.weight"), abs=1e-6
     )
     with pytest.raises(BadInput, match="two rows"):
-        evaluate.grid(model, {"base": mask}, {"d": data})
+        loss.grid(model, {"base": mask}, {"d": data})
     with pytest.raises(BadInput, match="reference 'x'"):
-        evaluate.grid(model, {"a": mask}, {"d": data}, reference="x")
+        loss.grid(model, {"a": mask}, {"d": data}, reference="x")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mftmerge.errors import BadInput
-from mftmerge.pairing import PairedDifference, bootstrap, paired, standard_error
-from mftmerge.results import GridResult
+from mftmerge.evaluate.pairing import PairedDifference, bootstrap, paired, standard_error
+from mftmerge.evaluate.results import GridResult
 
 
 def simulated(rng: np.random.Generator, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:

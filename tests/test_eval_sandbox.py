@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mftmerge.sandbox import Limits, network_isolation, run_all, run_tests
+from mftmerge.evaluate.sandbox import Limits, network_isolation, run_all, run_tests
 
 QUICK = Limits(seconds=5, cpu_seconds=1, file_megabytes=1)
 
@@ -103,7 +103,7 @@ def test_a_network_namespace_alone_is_enough() -> None:
     import subprocess
     import sys
 
-    child = Path(__file__).parent.parent / "mftmerge" / "sandbox_child.py"
+    child = Path(__file__).parent.parent / "mftmerge" / "evaluate" / "sandbox_child.py"
     probe = (
         f"import runpy, socket; c = runpy.run_path({str(child)!r}); assert c['leave_network']()\n"
         "try: socket.create_connection(('127.0.0.1', 9), 1)\n"

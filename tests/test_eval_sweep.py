@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mftmerge import sweep, sweep_plan
 from mftmerge.cli import main
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.mask import Mask
+from mftmerge.masks.mask import Mask
+from mftmerge.sweep import run as sweep
+from mftmerge.sweep.plan import load_plan
 
 
 def run(*arguments: object) -> int:
@@ -84,23 +85,23 @@ def test_a_stopped_sweep_continues_and_more_seeds_are_added(
 
     monkeypatch.setattr(sweep, "train_mask", counted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+        sweep.run_sweep(load_plan(kitchen.path), kitchen.out)
     first = kitchen.results.read_bytes()
     kitchen.results.write_bytes(first + b'{"kind": "run", "id": "cut o')  # a crash in the middle of a line
     calls.clear()
-    result = sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+    result = sweep.run_sweep(load_plan(kitchen.path), kitchen.out)
     assert len(calls) == 1
     assert kitchen.results.read_bytes().startswith(first)
     assert len(result.runs) == 4
 
     calls.clear()
     kitchen.path.write_text(json.dumps(kitchen.plan | {"seeds": [0, 1, 2], "grid": {"lr": [0.001]}}))
-    assert len(sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out).runs) == 3
+    assert len(sweep.run_sweep(load_plan(kitchen.path), kitchen.out).runs) == 3
     assert [s.seed for s in calls] == [2]
 
     kitchen.path.write_text(json.dumps(kitchen.plan | {"test": {"near": "rows.jsonl[13:16]"}}))
     with pytest.raises(BadInput, match="another model or other rows"):
-        sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+        sweep.run_sweep(load_plan(kitchen.path), kitchen.out)
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
@@ -108,7 +109,7 @@ def test_rows_used_for_two_purposes_are_refused(kitchen: SimpleNamespace, part: 
     turns = [{"role": "user", "content": "say  13"}, {"role": "assistant", "content": "13 and 14\nand 15"}]
     hidden = kitchen.path.parent / "hidden.jsonl"  # test row 13 in another shape and spacing
     hidden.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n" + json.dumps({"messages": turns}))
-    plan = sweep_plan.load_plan(kitchen.path).model_copy(update={part: str(hidden)})
+    plan = load_plan(kitchen.path).model_copy(update={part: str(hidden)})
     with pytest.raises(BadInput, match=f"{part} and test near share rows .* row 2 of test near"):
         sweep.run_sweep(plan, kitchen.out)
     assert not kitchen.out.exists()
@@ -137,7 +138,7 @@ def test_a_run_that_fails_is_recorded_and_the_rest_goes_on(
         return real(*args, **options)
 
     monkeypatch.setattr(sweep, "train_mask", failing)
-    result = sweep.run_sweep(sweep_plan.load_plan(kitchen.path), kitchen.out)
+    result = sweep.run_sweep(load_plan(kitchen.path), kitchen.out)
     assert result.chosen == {"lr": 0.1}
     assert [line["failed"] for line in result.runs[:2]] == ["step 1: gradient is not finite"] * 2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mftmerge.mask import Mask
+from mftmerge.masks.mask import Mask
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

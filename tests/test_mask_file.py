@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mftmerge import maskwriter
 from mftmerge.cli import main
-from mftmerge.combine import OPERATIONS, combine, combine_files
 from mftmerge.errors import BadInput
-from mftmerge.inspecting import inspect, layer_of, module_of
-from mftmerge.mask import Mask, MaskInfo, Parent
-from mftmerge.maskheader import BLOCK
+from mftmerge.masks import writer
+from mftmerge.masks.combine import OPERATIONS, combine, combine_files
+from mftmerge.masks.header import BLOCK
+from mftmerge.masks.inspecting import inspect, layer_of, module_of
+from mftmerge.masks.mask import Mask, MaskInfo, Parent
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -164,7 +164,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     for name in ("pwrite", "fsync", "replace"):
         with monkeypatch.context() as patched:
-            patched.setattr(maskwriter.os, name, full)
+            patched.setattr(writer.os, name, full)
             with pytest.raises(OSError, match="No space"):
                 random_mask(2).save(path)
         assert path.read_bytes() == before
@@ -335,7 +335,7 @@ import numpy
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()
-from mftmerge.combine import combine_files
+from mftmerge.masks.combine import combine_files
 op, density, *paths = sys.argv[1:]
 combine_files(op, paths[:-1], paths[-1], density=None if density == "none" else density)
 print(peak() - before)

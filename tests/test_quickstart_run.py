@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask
+from mftmerge.evaluate.results import GridResult
+from mftmerge.masks.mask import Mask
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan, full_plan, tiny_plan
 from mftmerge.quickstart.run import quickstart
-from mftmerge.results import GridResult
 
 ROWS = {
     "base",

@@ -34,7 +34,7 @@ def command(
     \b
     mftmerge apply general.mask --model HuggingFaceTB/SmolLM2-135M-Instruct -o masked
     """
-    from mftmerge.apply import apply_mask
+    from mftmerge.models.apply import apply_mask
 
     if not mask.is_file():
         raise BadInput(f"{mask}: no such mask file")

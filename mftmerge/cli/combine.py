@@ -38,8 +38,8 @@ def command(
     Example:
       mftmerge combine code.mask math.mask --op vote -o general.mask
     """
-    from mftmerge.combine import combine_files
     from mftmerge.errors import BadInput
+    from mftmerge.masks.combine import combine_files
 
     options: dict[str, Any] = {"threshold": threshold, "allow_different_init": allow_different_init}
     if weights is not None:

@@ -21,13 +21,13 @@ def command(
     Example:
       mftmerge compare code.mask math.mask --plot overlap.png
     """
-    from mftmerge.compare import compare
-    from mftmerge.mask import Mask
+    from mftmerge.masks.compare import compare
+    from mftmerge.masks.mask import Mask
 
     names = [p.name if [q.name for q in masks].count(p.name) == 1 else str(p) for p in masks]
     found = compare([Mask.load(p) for p in masks], names)
     if plot is not None:
-        from mftmerge import plots
+        from mftmerge.masks import plots
 
         plots.save(plots.overlap(found), plot)
     if as_json:

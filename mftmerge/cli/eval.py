@@ -64,7 +64,7 @@ def command(
 
     from rich.console import Console
 
-    from mftmerge.evalfiles import Measures, evaluate_files
+    from mftmerge.evaluate.files import Measures, evaluate_files
 
     console = Console(stderr=True)
     with console.status("starting") as status:

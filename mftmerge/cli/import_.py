@@ -24,8 +24,8 @@ def command(
     Example:
       mftmerge import masks.pt --model ./fft-model -o code.mask
     """
-    from mftmerge.foreign import import_mask
-    from mftmerge.maskwriter import refuse_existing
+    from mftmerge.masks.foreign import import_mask
+    from mftmerge.masks.writer import refuse_existing
 
     refuse_existing(out, overwrite)
     mask, notes = import_mask(source, model)

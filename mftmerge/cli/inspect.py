@@ -18,11 +18,11 @@ def command(
     Example:
       mftmerge inspect code.mask --plot code.png
     """
-    from mftmerge import inspecting
+    from mftmerge.masks import inspecting
 
     found = inspecting.inspect(mask)
     if plot is not None:
-        from mftmerge import plots
+        from mftmerge.masks import plots
 
         plots.save(plots.density_by_layer(found), plot)
     if as_json:
@@ -49,7 +49,7 @@ def _table(found: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mftmerge.inspecting import Inspection, Share
+    from mftmerge.masks.inspecting import Inspection, Share
 
     assert isinstance(found, Inspection)
     modules, layers, cells = found.table()
@@ -66,7 +66,7 @@ def _table(found: object) -> None:
 
 
 def _cell(share: object) -> str:
-    from mftmerge.inspecting import Share
+    from mftmerge.masks.inspecting import Share
 
     assert isinstance(share, Share)
     return f"{share.density:.3f}" if share.size else ""

@@ -40,16 +40,18 @@ def command(
 
     from rich.console import Console
 
-    from mftmerge import sweep, sweep_plan, sweep_report
+    from mftmerge.sweep.plan import describe, load_plan, plan_runs
+    from mftmerge.sweep.report import show, write_markdown
+    from mftmerge.sweep.run import RESULTS, run_sweep
 
-    wanted = sweep_plan.load_plan(plan)
+    wanted = load_plan(plan)
     if dry_run:
-        for run in sweep_plan.plan_runs(wanted):
-            print(f"{sweep_plan.describe(run.combination)}, seed {run.settings.seed}")
+        for run in plan_runs(wanted):
+            print(f"{describe(run.combination)}, seed {run.settings.seed}")
         return
     with Console(stderr=True).status("starting") as status:
-        result = sweep.run_sweep(wanted, out, progress=status.update)
+        result = run_sweep(wanted, out, progress=status.update)
     if markdown is not None:
-        sweep_report.write_markdown(result, markdown, overwrite=overwrite)
-    sweep_report.show(result, Console())
-    print(f"{out / sweep.RESULTS}: {len(result.runs)} runs")
+        write_markdown(result, markdown, overwrite=overwrite)
+    show(result, Console())
+    print(f"{out / RESULTS}: {len(result.runs)} runs")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mftmerge.evaluate.results import GridResult
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan
-from mftmerge.results import GridResult
 
 
 def page(found: GridResult, plan: Plan) -> str:

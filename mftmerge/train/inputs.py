@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from mftmerge import data as rows_of
-from mftmerge.checkpoint import resolve
 from mftmerge.errors import BadInput
+from mftmerge.models.checkpoint import resolve
 from mftmerge.train import memory, sharding, targets
 from mftmerge.train.settings import TrainSettings
 

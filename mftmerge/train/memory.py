@@ -33,7 +33,7 @@ def estimate(path: Path, layers: str | None, modules: str, dtype: str, tokens: i
     4 bytes or of 8 bits and a 256th of a float32. Working room: three float32 copies of the largest masked tensor for
     the cut, and the logits of one batch of `tokens` tokens with their gradient.
     """
-    from mftmerge.checkpoint import Checkpoint
+    from mftmerge.models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
     entries = [checkpoint.entry(n) for n in checkpoint.names]

@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
-from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.mask import Mask, MaskInfo
+from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.models.checkpoint import Checkpoint, resolve
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer
@@ -124,7 +124,7 @@ class _Run:
 
     def losses(self) -> Any:
         """Losses of the validation rows under the weights that are in the model now: shape (rows, 2)."""
-        from mftmerge.evaluate import row_losses
+        from mftmerge.evaluate.loss import row_losses
 
         return row_losses(self.model, self.valid)
 
@@ -291,7 +291,7 @@ class _Run:
     def _result(
         self, best: Any, losses: dict[str, Any], first: Mapping[str, torch.Tensor], seconds: float
     ) -> TrainResult:
-        from mftmerge.evaluate import paired
+        from mftmerge.evaluate.loss import paired
 
         comparison: dict[str, Any] = {}
         for name in losses:
@@ -308,7 +308,7 @@ class _Run:
         )
 
     def _mask(self, best: Any, first: Mapping[str, torch.Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
-        from mftmerge import naming
+        from mftmerge.models import naming
 
         checkpoint = self._checkpoint()
 

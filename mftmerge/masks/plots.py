@@ -13,8 +13,8 @@ from mftmerge.errors import BadInput
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mftmerge.compare import Comparison
-    from mftmerge.inspecting import Inspection
+    from mftmerge.masks.compare import Comparison
+    from mftmerge.masks.inspecting import Inspection
 
 KINDS = (".png", ".svg", ".pdf")
 

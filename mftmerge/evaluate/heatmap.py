@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mftmerge import pairing
 from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
+from mftmerge.evaluate import pairing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mftmerge.results import GridResult
+    from mftmerge.evaluate.results import GridResult
 
 
 def heat_map(result: GridResult, path: str | Path | None = None) -> Figure:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mftmerge.results import markdown_table, rich_table, write_whole
-from mftmerge.sweep import SweepResult, validation_mean
-from mftmerge.sweep_plan import describe
+from mftmerge.evaluate.results import markdown_table, rich_table, write_whole
+from mftmerge.sweep.plan import describe
+from mftmerge.sweep.run import SweepResult, validation_mean
 
 if TYPE_CHECKING:
     from rich.console import Console

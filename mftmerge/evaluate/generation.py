@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mftmerge import sandbox
 from mftmerge.data import Row
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import length_batches
-from mftmerge.pairing import Values
+from mftmerge.evaluate import sandbox
+from mftmerge.evaluate.loss import length_batches
+from mftmerge.evaluate.pairing import Values
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)

@@ -16,12 +16,13 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from mftmerge import bits, maskwriter
-from mftmerge.bits import Words
-from mftmerge.combination import Combination
-from mftmerge.mask import PIECE, Mask, MaskInfo, Parent
-from mftmerge.maskheader import BLOCK
-from mftmerge.operations import OPERATIONS
+from mftmerge.masks import bits
+from mftmerge.masks.bits import Words
+from mftmerge.masks.combination import Combination
+from mftmerge.masks.header import BLOCK
+from mftmerge.masks.mask import PIECE, Mask, MaskInfo, Parent
+from mftmerge.masks.operations import OPERATIONS
+from mftmerge.masks.writer import MaskWriter, compress, refuse_existing
 
 __all__ = ["OPERATIONS", "CombineReport", "InputReport", "combine", "combine_files"]
 
@@ -125,7 +126,7 @@ class _Run:
                 parts.append(packed)
             else:
                 self.sink.write(name, a // 8, packed)
-        return total, maskwriter.compress(np.concatenate(parts)) if parts else None
+        return total, compress(np.concatenate(parts)) if parts else None
 
     def _ranked(self, name: str, density: float | str) -> None:
         """A tensor that is cut to an exact density."""
@@ -184,7 +185,7 @@ class _Blocks:
         if self.archive and not last and length < BLOCK:  # pieces divide a block
             return
         whole = np.concatenate(self.parts)
-        yield self.start, maskwriter.compress(whole) if self.archive else whole
+        yield self.start, compress(whole) if self.archive else whole
         self.start, self.parts = self.start + length, []
 
 
@@ -301,13 +302,13 @@ def combine_files(
 
     Raises BadInput (also where an input's bits do not have their check sum) and leaves no output behind.
     """
-    maskwriter.refuse_existing(Path(out), overwrite)
+    refuse_existing(Path(out), overwrite)
     labels = names or [Path(p).name for p in paths]
     combination = Combination(
         op, [Mask.load(p) for p in paths], labels, density=density, uncovered=uncovered, **options
     )
     info = _describe(combination)
-    writer = maskwriter.MaskWriter(out, combination.shapes, archive=archive, info=info, overwrite=overwrite)
+    writer = MaskWriter(out, combination.shapes, archive=archive, info=info, overwrite=overwrite)
     with writer:
         run = _Run(combination, writer, archive)
         run.all()

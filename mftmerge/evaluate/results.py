@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge import pairing
 from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
-from mftmerge.pairing import PairedDifference, Values
+from mftmerge.evaluate import pairing
+from mftmerge.evaluate.pairing import PairedDifference, Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -205,7 +205,7 @@ class GridResult:
 
     def plot(self, path: str | Path | None = None, *, overwrite: bool = False) -> Figure:
         """Heat map of the differences from the reference row (blue is better); `path`: a .png or .svg to write."""
-        from mftmerge.heatmap import heat_map
+        from mftmerge.evaluate.heatmap import heat_map
 
         if path is not None:
             refuse_existing(path, overwrite)

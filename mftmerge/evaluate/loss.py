@@ -17,15 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from mftmerge.data import IGNORE, Tokens, digest
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.live import attach
-from mftmerge.mask import Mask
-from mftmerge.pairing import PairedDifference, Values, bootstrap, mean, paired
+from mftmerge.evaluate.pairing import PairedDifference, Values, bootstrap, mean, paired
+from mftmerge.evaluate.results import LOSS, GridResult
+from mftmerge.masks.mask import Mask
+from mftmerge.models.live import attach
 from mftmerge.prefix import PrefixCache, logits_at
-from mftmerge.results import LOSS, GridResult
 from mftmerge.train.targets import decoder_layers
 
 if TYPE_CHECKING:
-    from mftmerge.generation import Marks
+    from mftmerge.evaluate.generation import Marks
 
 __all__ = ["GridResult", "PairedDifference", "Scorer", "bootstrap", "grid", "mean", "paired", "row_losses"]
 

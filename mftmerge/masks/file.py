@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mftmerge import bits, maskheader
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask, Scores
-from mftmerge.maskheader import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.masks import bits, header
+from mftmerge.masks.header import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.masks.mask import Mask, Scores
 
 SIDECAR_KEY = "mftmerge_scores"
 SCORE_PIECE = 1 << 18  # float32 scores that are handled at a time
@@ -37,7 +37,7 @@ def open_container(path: str | Path) -> tuple[int, bytes, int, int]:
             raise BadInput(f"{path}: not a file; give the path of a .mask file")
         start = os.pread(fd, 8, 0)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(status.st_size - 8, maskheader.LARGEST_HEADER):
+        if len(start) < 8 or not 2 <= length <= min(status.st_size - 8, header.LARGEST_HEADER):
             raise BadInput(f"{path}: not a .mask file, or cut short ({status.st_size} bytes)")
         text = os.pread(fd, length, 8)
         if len(text) != length or text[:1] != b"{":
@@ -56,7 +56,7 @@ class MaskFile:
         self._fd, text, self._data, length = open_container(path)
         weakref.finalize(self, os.close, self._fd)
         try:
-            self.header: Header = maskheader.parse(text, length)
+            self.header: Header = header.parse(text, length)
         except BadInput as e:
             raise BadInput(f"{path}: {e}") from None
         self.shapes = {n: e.shape for n, e in self.header.entries.items()}
@@ -171,7 +171,7 @@ class MaskFile:
         fd, text, data, length = open_container(path)
         weakref.finalize(self, os.close, fd)
         try:
-            metadata, found = maskheader.parse_container(text, length)
+            metadata, found = header.parse_container(text, length)
         except BadInput as e:
             raise BadInput(f"{path}: {e}") from None
         if metadata.get(SIDECAR_KEY) != self.header.digest:

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from mftmerge import bits, maskheader
 from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.mask import Mask, MaskInfo, Scores
-from mftmerge.maskfile import SCORE_PIECE, SIDECAR_KEY
-from mftmerge.maskheader import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.masks import bits, header
+from mftmerge.masks.file import SCORE_PIECE, SIDECAR_KEY
+from mftmerge.masks.header import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.masks.mask import Mask, MaskInfo, Scores
 
 
 def compress(piece: bits.Packed) -> bytes:
@@ -64,9 +64,9 @@ class MaskWriter:
             raw = bits.nbytes(entry.size)
             entry.stop = place = place + raw + (raw // 100 + 1024 * (raw // BLOCK + 1) if archive else 0)
             self.header.entries[name] = entry
-        longest = len(maskheader.render(self.header)) + 8 * len(self.names)  # a density may round to more digits
+        longest = len(header.render(self.header)) + 8 * len(self.names)  # a density may round to more digits
         self._room = -(-longest // 64) * 64
-        if self._room > maskheader.LARGEST_HEADER:
+        if self._room > header.LARGEST_HEADER:
             raise MftmergeError(f"{path}: {len(self.names)} tensors need a header above 100 MB; split the mask")
         self._lengths: dict[str, list[int]] = {}
         self._fd = -1
@@ -124,7 +124,7 @@ class MaskWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if kind is None:
-                text = maskheader.render(self.header).ljust(self._room)
+                text = header.render(self.header).ljust(self._room)
                 self._put(-8 - self._room, self._room.to_bytes(8, "little") + text)
                 os.fsync(self._fd)
                 os.replace(self._temporary, self.path)

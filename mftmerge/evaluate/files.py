@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import data as rows_of
-from mftmerge import evaluate, generation, harness, matching
-from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask
-from mftmerge.results import GridResult
+from mftmerge.evaluate import generation, harness, loss
+from mftmerge.evaluate.results import GridResult
+from mftmerge.masks.mask import Mask
+from mftmerge.models import matching
+from mftmerge.models.checkpoint import Checkpoint, resolve
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _one_model(
     others: dict[str, Callable[[Any], Any]] = {}
     if measures.lm_eval:
         others[harness.EXTRA] = lambda m: harness.run(m, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)
-    result = evaluate.grid(
+    result = loss.grid(
         model,
         masks,
         tokens,
@@ -154,7 +155,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
     return model.eval(), tokenizer
 
 
-def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> evaluate.Scorer | None:
+def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> loss.Scorer | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
     if not exact and not run_tests:
