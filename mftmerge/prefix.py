@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mftmerge.data import IGNORE, Tokens
+from mftmerge.models.layers import decoder_layers
 
 log = logging.getLogger(__name__)
 SHARE = 0.4  # of the free memory that states may fill
@@ -38,8 +39,6 @@ class PrefixCache:
     def __init__(
         self, model: Any, first_layer: int, *, directory: str | Path | None = None, budget: int | None = None
     ) -> None:
-        from mftmerge.train.targets import decoder_layers
-
         self.model, self.first_layer = model, first_layer
         self._layers = list(decoder_layers(model)[1])
         self._store: _Memory | _File = _File(Path(directory)) if directory is not None else _Memory()

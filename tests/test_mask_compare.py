@@ -61,12 +61,13 @@ def test_masks_from_a_common_start() -> None:
 
 def test_the_untrained_mask_of_a_seed_is_drawn_again() -> None:
     """As the trainer draws it; a digest of other scores is not believed."""
-    from mftmerge.train import scores
+    from mftmerge.seeded import normal_scores
+    from mftmerge.train.scores import digest as digest_of
 
     name = NAME.format(0)
-    drawn = {name: scores.normal_scores(name, (32, 50), 5)}
+    drawn = {name: normal_scores(name, (32, 50), 5)}
     kept = {name: keep_top(drawn[name].numpy(), 160, "abs").reshape(32, 50)}
-    for digest, known in ((scores.digest(drawn), True), ("0" * 32, False)):
+    for digest, known in ((digest_of(drawn), True), ("0" * 32, False)):
         info = MaskInfo(0.9, training={"init": "normal", "seed": 5, "selection": "abs", "init_digest": digest})
         mask = Mask.from_bools(kept, info)
         begun = untrained(mask)

@@ -20,9 +20,9 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate.pairing import PairedDifference, Values, bootstrap, mean, paired
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.masks.mask import Mask
+from mftmerge.models.layers import decoder_layers
 from mftmerge.models.live import attach
 from mftmerge.prefix import PrefixCache, logits_at
-from mftmerge.train.targets import decoder_layers
 
 if TYPE_CHECKING:
     from mftmerge.evaluate.generation import Marks

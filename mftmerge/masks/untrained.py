@@ -50,10 +50,10 @@ def untrained(mask: Mask) -> Mask | None:
 
 def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | None:
     """Normal scores from the seed, None unless they have the digest that was recorded (fused tensors do not)."""
-    from mftmerge.train import scores
+    from mftmerge.seeded import normal_scores
 
     def draw(name: str) -> Scores:
-        drawn: Scores = scores.normal_scores(name, mask.shape(name), training["seed"]).numpy()
+        drawn: Scores = normal_scores(name, mask.shape(name), training["seed"]).numpy()
         return drawn
 
     h = hashlib.blake2b(digest_size=16)

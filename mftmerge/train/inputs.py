@@ -17,7 +17,8 @@ import torch
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.models.checkpoint import resolve
-from mftmerge.train import memory, sharding, targets
+from mftmerge.models.layers import decoder_layers
+from mftmerge.train import memory, sharding
 from mftmerge.train.settings import TrainSettings
 
 
@@ -99,7 +100,7 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bo
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         if shard:
-            sharding.shard(loaded, targets.decoder_layers(loaded)[1])
+            sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
             loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     elif shard:

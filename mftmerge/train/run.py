@@ -15,9 +15,11 @@ import torch
 from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
+from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.masks.mask import Mask, MaskInfo
 from mftmerge.models.checkpoint import Checkpoint, resolve
+from mftmerge.models.layers import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer
@@ -88,7 +90,8 @@ def train_mask(
             if out is not None and inputs.is_main():
                 result.mask.save(out)
                 used = chosen.to_yaml(model=reference, data=inputs.named(data))
-                Path(f"{out}.yaml").write_text(used, encoding="utf-8")
+                with replacing(f"{out}.yaml") as temporary:
+                    temporary.write_text(used, encoding="utf-8")
     return result
 
 
@@ -205,7 +208,7 @@ class _Run:
         """Compile each trained layer by itself: one graph for all of them, and hooks around it stay as they are."""
         if not self.settings.compile:
             return []
-        layers = list(targets.decoder_layers(self.model)[1])[self.layers[0] :]
+        layers = list(decoder_layers(self.model)[1])[self.layers[0] :]
         for layer in layers:
             layer.compile()
         return layers

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mftmerge.errors import BadInput
+from mftmerge.seeded import SIGMA, normal_scores
 from mftmerge.train.sharding import whole
 from mftmerge.train.targets import Target
 
-SIGMA = 0.02  # standard deviation of the paper's initial scores
 MEAN = SIGMA * math.sqrt(2 / math.pi)  # mean of |N(0, sigma)|
 INITS = ("magnitude", "normal", "taylor")
 
@@ -62,16 +62,6 @@ def initial(
             values = (weight.cpu() - dropped[t.name].cpu() if dropped else weight.cpu()).float().abs()
         out[t.name] = _scaled(values, t.blocks)
     return out
-
-
-def normal_scores(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """The float32 scores N(0, 0.02) of one tensor, on the CPU.
-
-    Each tensor draws from its own generator: the same numbers whatever else is covered, however it is sharded.
-    """
-    key = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(tuple(shape)).normal_(0, SIGMA, generator=generator)
 
 
 def _scaled(values: Tensor, blocks: int) -> Tensor:
