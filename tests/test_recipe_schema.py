@@ -12,7 +12,7 @@ from recipe_kitchen import make_kitchen
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
 from mftmerge.masks.mask import Mask
-from mftmerge.recipe.catalogue import METHODS, table
+from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.importing import import_recipe
 from mftmerge.recipe.plan import plan
 from mftmerge.recipe.schema import Reference, json_schema, load_recipe
@@ -184,10 +184,6 @@ def test_json_schema_names_every_key() -> None:
         body = next((b for b in part.get("anyOf", []) if "properties" in b), part)
         assert body.get("additionalProperties") is False or name == "Reference", name
     assert json.loads((RECIPES / "recipe.schema.json").read_text()) == schema
-
-
-def test_documented_methods_are_those_there_are() -> None:
-    assert table() in (RECIPES.parent / "docs/recipes.md").read_text()
 
 
 def test_import_removes_what_mergekit_ignores(kitchen: Path, tmp_path: Path) -> None:

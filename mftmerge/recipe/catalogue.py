@@ -145,22 +145,69 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def table() -> str:
-    """The methods as a table in Markdown, as it stands in docs/recipes.md (a test compares them)."""
-    rows = ["| method | base model | models | parameters |", "|---|---|---|---|"]
-    for name, method in METHODS.items():
-        besides = method.base != "ignored" and method.non_base != (None, None)
-        low, high = method.non_base if besides else method.inputs
-        count = str(low) if low == high else f"{low} or more"
-        counted = " besides the base" if besides else ", the base included" if method.base == "required" else ""
-        base = "one more input" if method.base == "ignored" else method.base
-        parameters = [_described(key, p) for key, p in method.parameters.items()]
-        label = f"`{name}`" + (" (ours)" if method.ours else "")
-        rows.append(f"| {label} | {base} | {count}{counted} | {'; '.join(parameters) or 'none'} |")
-    return "\n".join(rows)
+# A line on each method and parameter, for the reference (docs/recipe-reference.md). A test asks for all of them.
+ABOUT: dict[str, str] = {
+    "linear": "The weighted average of the models.",
+    "passthrough": "One model's tensors as they are; with `slices:`, layers of several models one after another.",
+    "task_arithmetic": "The base plus the weighted sum of the task vectors (model minus base).",
+    "ties": "As task arithmetic over each model's largest changes, without those against the elected sign.",
+    "dare_ties": "As `ties`, but the changes that stay are drawn at random and enlarged.",
+    "dare_linear": "As task arithmetic over changes that are drawn at random and enlarged.",
+    "breadcrumbs": "As task arithmetic without the largest and the smallest changes.",
+    "breadcrumbs_ties": "As `ties` without the largest and the smallest changes.",
+    "della": "As `dare_ties`, where larger changes are drawn with a higher probability.",
+    "della_linear": "As `dare_linear`, where larger changes are drawn with a higher probability.",
+    "slerp": "A point on the arc between two models.",
+    "nearswap": "The base, moved to the other model where the two are close.",
+    "arcee_fusion": "The base plus the other model's most important changes.",
+    "nuslerp": "As `slerp` with a weight for each model; with a base, between the task vectors.",
+    "multislerp": "A weighted mean on the sphere of any number of models; with a base, of the task vectors.",
+    "karcher": "The mean of the models' directions on the sphere, found step by step.",
+    "model_stock": "The base and the models' average, mixed by the angle between the task vectors.",
+    "sce": "Task vectors where they vary most between models, weighted by their size, without minority signs.",
+    "ram": "Changes of one model alone as they are, changes of several averaged.",
+    "ramplus_tl": "As `ram`, with the changes of one model alone enlarged.",
+    "masked": "One model with its mask. With a base and `on: delta`, dropped weights return to the base.",
+    "consensus": "The sum of weighted task vectors where at least `k` tasks want it (TALL masks, arXiv 2405.07813).",
+    "localize_and_stitch": "Each model's changes inside its region, averaged where regions overlap (arXiv 2408.13656).",
+    "emr": "One unified task vector; with `task`, one model rebuilt from it by a mask and a scale (arXiv 2405.17461).",
+}
+# By parameter, or by "method.parameter" where a method means something of its own.
+MEANING: dict[str, str] = {
+    "weight": "share of the model, or factor of its task vector",
+    "normalize": "divide by the sum of the weights",
+    "scale": "factor on the tensor",
+    "int8_mask": "mergekit keeps its sign masks in 8 bits; saves memory",
+    "rescale": "enlarge what sparsification keeps, to the sum of magnitudes before it",
+    "lambda": "factor on the merged task vector",
+    "density": "share of each task vector that is kept",
+    "gamma": "share of the largest changes that is removed",
+    "epsilon": "a change up to this counts as none",
+    "della.epsilon": "half the range of the probabilities of keeping, around `density`",
+    "della_linear.epsilon": "as for `della`",
+    "t": "0 is the base, 1 the other model",
+    "nearswap.t": "how close a weight must be: the other model's share is t over the distance, at most 1",
+    "nuslerp_row_wise": "rows are the vectors, not columns; needs `nuslerp_flatten: false`",
+    "nuslerp_flatten": "the whole tensor is one vector",
+    "normalize_weights": "divide the weights by their sum",
+    "eps": "keeps divisions finite",
+    "max_iter": "steps at most",
+    "tol": "change at which it stops",
+    "filter_wise": "a mixing weight for each row, not one for the tensor",
+    "select_topk": "share of positions with the highest variance that is kept",
+    "r": "how much changes of one model alone are enlarged",
+    "alpha": "upper limit of the ratio of shared to unique changes that enlarges them",
+    "mask": "a .mask file; `mask:` on the model does the same and takes operations",
+    "missing": "keep: a tensor that the mask does not cover stays as it is; error: refuse it",
+    "tall_lambda": "a task wants a weight where its change is at least this times the sum of the others' changes",
+    "k": "tasks that must want a weight",
+    "localize_and_stitch.density": "share of the model's largest changes in each tensor that is its region",
+    "localize_and_stitch.mask": "the model's region; set by `mask:` on the model",
+    "task": "rebuild this model; at most one may say true",
+}
 
 
-def _described(key: str, parameter: Parameter) -> str:
-    default = "" if parameter.default == REQUIRED else f" = {str(parameter.default).lower()}"
-    required = ", required" if parameter.default == REQUIRED else ""
-    return f"`{key}` {parameter.kind}{'' if parameter.scope == 'shared' else ' for each model'}{default}{required}"
+def meaning(method: str, parameter: str) -> str:
+    """What a parameter of a method means. KeyError for one that nobody described."""
+    own = f"{method}.{parameter}"
+    return MEANING[own] if own in MEANING else MEANING[parameter]

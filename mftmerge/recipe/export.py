@@ -20,6 +20,7 @@ from mftmerge.models.checkpoint import Checkpoint
 from mftmerge.models.writer import OutputDirectory
 from mftmerge.recipe.build import Options, build_into, needed
 from mftmerge.recipe.card import slug
+from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
 from mftmerge.recipe.locate import absolute, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Recipe, Reference, load_recipe
@@ -27,7 +28,20 @@ from mftmerge.recipe.sizes import entries_of, expected, given, stored
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
 
+BAKED = ("localize_and_stitch", "emr")  # methods of ours that no stock method computes
 PUSH_DOWN = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties")
+
+
+def stock_form(method: str) -> str:
+    """What a merge method becomes in an export, for the reference."""
+    if not METHODS[method].ours:
+        return "the method itself"
+    if method in BAKED:
+        return "the result itself, passed through"
+    return {
+        "masked": "`passthrough` of a masked checkpoint: equal bits",
+        "consensus": "its mask computed, then `task_arithmetic` over localised checkpoints: equal values",
+    }[method]
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ class Exporter:
 
     def why_baked(self, document: Document) -> str | None:
         """Why a document has no exact stock form; None when it has one."""
-        if document.merge_method in ("localize_and_stitch", "emr"):
+        if document.merge_method in BAKED:
             return f"stock mergekit has no method that computes {document.merge_method}"
         if document.merge_method == "consensus" and not document.models:
             return "consensus over slices has no stock form"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -14,13 +14,15 @@ class Strict(BaseModel):
 
 
 class Reference(Strict):
-    """A model: `path[@revision][+lora[@revision]]`, or a mapping with the same parts."""
+    """A model: `path[@revision][+lora[@revision]]`, a mapping `{model: path[@revision], lora: ...}`, or these keys."""
 
-    path: str
-    revision: str | None = None
-    lora: str | None = None
-    lora_revision: str | None = None
-    override_architecture: str | None = None
+    path: str = Field(description="A directory, looked up beside the recipe, then here; or a hub id, owner/name.")
+    revision: str | None = Field(default=None, description="Commit, branch or tag on the hub.")
+    lora: str | None = Field(default=None, description="A LoRA adapter that is merged into the model first.")
+    lora_revision: str | None = Field(default=None, description="The adapter's commit, branch or tag.")
+    override_architecture: str | None = Field(
+        default=None, description="Read the model as this transformers class, not as the one that its config names."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -37,7 +37,9 @@ class MaskExpression(Strict):
         default=None, description="One weight an input, for a weighted vote or score."
     )
     density: float | None = Field(default=None, description="Project the result to exactly this share of kept weights.")
-    uncovered: str | None = Field(default=None, description="What a mask says of a tensor it does not cover.")
+    uncovered: str | None = Field(
+        default=None, description="A mask on a tensor that it does not cover: abstain (the default), or keep all of it."
+    )
     allow_different_init: bool | None = Field(
         default=None, description="score: also add masks that started from different scores."
     )
@@ -118,7 +120,7 @@ Parameters = dict[str, Setting]
 class ModelInput(Strict):
     """One model of `models:`."""
 
-    model: Reference
+    model: Reference = Field(description="The model, a hub id, or the name of an earlier document.")
     parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for this model.")
     mask: MaskUse | None = Field(default=None, description="Mask applied to this model while it is read.")
 
@@ -126,7 +128,7 @@ class ModelInput(Strict):
 class SliceInput(ModelInput):
     """One source of a slice: layers [first, after-last) of a model."""
 
-    layer_range: tuple[int, int]
+    layer_range: tuple[int, int] = Field(description="[first, after-last] layer that is taken, counted from 0.")
 
     @model_validator(mode="after")
     def _check(self) -> SliceInput:
@@ -138,8 +140,8 @@ class SliceInput(ModelInput):
 class BaseInput(Strict):
     """`base_model:`, a model reference, or a mapping with `model:` and `mask:`."""
 
-    model: Reference
-    mask: MaskUse | None = None
+    model: Reference = Field(description="The base model.")
+    mask: MaskUse | None = Field(default=None, description="Mask applied to the base model while it is read.")
 
     @model_validator(mode="before")
     @classmethod
@@ -154,18 +156,20 @@ class BaseInput(Strict):
 class OutputSlice(Strict):
     """Layers of the output, merged from equally many layers of each source."""
 
-    sources: tuple[SliceInput, ...] = Field(min_length=1)
-    base_model: BaseInput | None = None
-    residual_weight: float | None = None
-    parameters: Parameters | None = None
+    sources: tuple[SliceInput, ...] = Field(min_length=1, description="The layers that are merged into this slice.")
+    base_model: BaseInput | None = Field(
+        default=None, description="Base of this slice, one of its sources; default: the document's."
+    )
+    residual_weight: float | None = Field(default=None, description="Accepted as mergekit does, which ignores it.")
+    parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for this slice.")
 
 
 class Module(Strict):
     """One module (text, vision, ...) of a model with several."""
 
-    slices: tuple[OutputSlice, ...] | None = None
-    models: tuple[ModelInput, ...] | None = None
-    parameters: Parameters | None = None
+    slices: tuple[OutputSlice, ...] | None = Field(default=None, description="The module's layers, slice by slice.")
+    models: tuple[ModelInput, ...] | None = Field(default=None, description="Whole models that are merged into it.")
+    parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for this module.")
 
     @model_validator(mode="after")
     def _check(self) -> Module:
@@ -177,40 +181,52 @@ class Module(Strict):
 class TokenSource(Strict):
     """Where a token's embedding comes from: zeros, or one token of one model."""
 
-    kind: Literal["zero", "model_token"]
-    model: Reference | None = None
-    token_id: int | None = None
-    token: str | None = None
+    kind: Literal["zero", "model_token"] = Field(description="Zeros, or one token of a model.")
+    model: Reference | None = Field(default=None, description="model_token: the model whose embedding it is.")
+    token_id: int | None = Field(default=None, description="model_token: the token's number there.")
+    token: str | None = Field(default=None, description="model_token: the token's text there, instead of its number.")
 
 
 class TokenSetting(Strict):
-    source: TokenSource | Reference | None = None
-    force: bool = False
+    """How one token of the output is embedded."""
+
+    source: TokenSource | Reference | None = Field(
+        default=None, description="Where its embedding comes from: a model, or a token source."
+    )
+    force: bool = Field(default=False, description="Use that embedding also for models that have one of their own.")
 
 
 class Tokenizer(Strict):
     """Tokenizer of the output and how embeddings are aligned, as in mergekit."""
 
-    source: str = "union"
-    tokens: dict[str, TokenSetting] | None = None
-    pad_to_multiple_of: int | None = None
+    source: str = Field(default="union", description="union, base, or the model whose tokenizer it is.")
+    tokens: dict[str, TokenSetting] | None = Field(default=None, description="Settings of single tokens, by text.")
+    pad_to_multiple_of: int | None = Field(default=None, description="Round the number of embeddings up to this.")
 
 
 class Document(Strict):
     """One merge: mergekit's keys, and `masks:`, `mask:`."""
 
     name: str | None = Field(default=None, description="Name by which later documents use this merge as a model.")
-    merge_method: str = Field(description="Merge method; see docs/recipes.md for each method's parameters.")
-    base_model: BaseInput | None = None
-    models: tuple[ModelInput, ...] | None = None
-    slices: tuple[OutputSlice, ...] | None = None
-    modules: dict[str, Module] | None = None
+    merge_method: str = Field(description="One of the merge methods; docs/recipe-reference.md has their parameters.")
+    base_model: BaseInput | None = Field(
+        default=None, description="The model that task vectors are taken from; for the others one more input."
+    )
+    models: tuple[ModelInput, ...] | None = Field(default=None, description="Whole models to merge.")
+    slices: tuple[OutputSlice, ...] | None = Field(default=None, description="The output's layers, slice by slice.")
+    modules: dict[str, Module] | None = Field(
+        default=None, description="The output's modules (text, vision, ...) by name, each with models: or slices:."
+    )
     parameters: Parameters | None = Field(default=None, description="Parameters of the merge method for all models.")
     dtype: DType | None = Field(default=None, description="dtype of the arithmetic.")
     out_dtype: DType | None = Field(default=None, description="dtype of the stored result.")
-    tokenizer_source: str | None = None
-    tokenizer: Tokenizer | None = None
-    chat_template: str | None = None
+    tokenizer_source: str | None = Field(
+        default=None, description="union, base, or a model: the short form of tokenizer:."
+    )
+    tokenizer: Tokenizer | None = Field(default=None, description="The output's tokenizer and embeddings.")
+    chat_template: str | None = Field(
+        default=None, description="auto, the name of one of mergekit's templates, or a Jinja template."
+    )
     masks: dict[str, MaskExpression] | None = Field(default=None, description="Named masks, for use in mask: and of:.")
     mask: MaskUse | None = Field(default=None, description="Mask applied to the result while it is written.")
 
