@@ -106,6 +106,31 @@ def test_step_0_is_kept_and_said_when_nothing_is_gained(base: Path) -> None:
     assert len(result.history) < 6
 
 
+def test_a_run_goes_on_from_another_masks_scores(base: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.mask", tmp_path / "second.mask"
+    train_mask(base, ROWS, first, layers="2-3", steps=4, scores=True)
+    train_mask(base, ROWS, second, layers="3", steps=0, start=str(first), scores=True)
+    one, two = Mask.load(first), Mask.load(second)
+    assert two.names == tuple(n for n in one.names if ".layers.3." in n)
+    for name in two.names:
+        np.testing.assert_array_equal(two.initial_scores(name), one.scores(name))
+        np.testing.assert_array_equal(two.kept(name), one.kept(name))
+
+
+def test_a_start_that_does_not_fit_is_named(base: Path, tmp_path: Path) -> None:
+    bare, scored = tmp_path / "bare.mask", tmp_path / "scored.mask"
+    train_mask(base, ROWS, bare, layers="3", steps=0)
+    train_mask(base, ROWS, scored, layers="3", steps=0, scores=True)
+    for start, settings, message in (
+        (bare, {"layers": "3"}, "carries no scores to start from"),
+        (scored, {"layers": "2-3"}, "has no scores for model.layers.2."),
+        (scored, {"layers": "3", "init": "normal"}, "was trained with init magnitude"),
+        (tmp_path / "absent.mask", {"layers": "3"}, "absent.mask"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            train_mask(base, ROWS, None, steps=1, start=str(start), **settings)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -28,6 +28,7 @@ def command(
     init: str = typer.Option(
         None, "--init", help="Scores start from magnitude (default), normal (the paper's) or taylor."
     ),
+    start: str = typer.Option(None, "--start", help="Go on from the scores of this mask (--scores) instead."),
     seed: int = typer.Option(None, "--seed", help="Of the data order and of normal scores [42]."),
     steps: int = typer.Option(None, "--steps", help="Optimiser steps [60]."),
     batch_size: int = typer.Option(None, "--batch-size", help="Rows in a forward pass, on each device [8]."),

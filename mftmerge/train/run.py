@@ -249,6 +249,9 @@ class _Run:
         return {t.name: theirs[t.name] for t in self.targets}
 
     def _initial_scores(self, dropped: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        if self.settings.start is not None:
+            signed = scores.is_signed(self.settings.init)
+            return scores.of_mask(self.settings.start, self.model, self.targets, signed=signed)
         evidence = self._evidence(dropped) if self.settings.init == "taylor" else None
         return scores.initial(
             self.targets, self.settings.init, seed=self.settings.seed, dropped=dropped, evidence=evidence

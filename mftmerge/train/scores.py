@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mftmerge.errors import BadInput
+from mftmerge.masks.mask import Mask
+from mftmerge.models import naming
 from mftmerge.seeded import SIGMA, normal_scores
 from mftmerge.train.sharding import whole
 from mftmerge.train.targets import Target
@@ -62,6 +65,25 @@ def initial(
             values = (weight.cpu() - dropped[t.name].cpu() if dropped else weight.cpu()).float().abs()
         out[t.name] = _scaled(values, t.blocks)
     return out
+
+
+def of_mask(path: str | Path, model: nn.Module, targets: Sequence[Target], *, signed: bool) -> dict[str, Tensor]:
+    """The scores that a mask file carries, to go on training from them: float32 by parameter name, on the CPU.
+
+    signed: how the run that goes on ranks scores. Raises BadInput for a mask without scores, with scores that are
+    ranked in another way, or that does not cover a target.
+    """
+    mask = Mask.load(path)
+    if not mask.has_scores:
+        raise BadInput(f"{path}: carries no scores to start from; train it with --scores")
+    rule = "signed" if signed else "abs"
+    if mask.info.training.get("selection", rule) != rule:
+        raise BadInput(f"{path}: was trained with init {mask.info.training.get('init')}; give that init with --start")
+    found = naming.to_parameters(model, {n: torch.from_numpy(mask.scores(n).copy()) for n in mask.names})
+    absent = [t.name for t in targets if t.name not in found]
+    if absent:
+        raise BadInput(f"{path}: has no scores for {absent[0]}; choose --layers and --modules that it covers")
+    return {t.name: found[t.name] for t in targets}
 
 
 def _scaled(values: Tensor, blocks: int) -> Tensor:
