@@ -1,0 +1,43 @@
+"""`mftmerge report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def command(
+    directory: Path = typer.Argument(..., metavar="DIR", help="Directory with masks and results, at any depth."),
+    out: Path = typer.Option(None, "--out", "-o", help="The page; DIR/report.html by default."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing page."),
+    as_json: bool = typer.Option(False, "--json", help="Also print what is on the page as JSON."),
+) -> None:
+    """Write one self-contained HTML page about the masks and results in a directory.
+
+    It shows every .mask file, results of `mftmerge eval --json` and `mftmerge sweep`: what each mask is, gains with
+    standard errors, densities, overlaps against two baselines, family trees and settings. The page needs no network
+    and no other file. A file that cannot be read is named on the page, and the rest is shown.
+
+    \b
+    Example:
+      mftmerge report . -o report.html
+    """
+    import sys
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from mftmerge.report.html import visible
+    from mftmerge.report.page import write_report
+
+    with Console(stderr=True).status("starting") as status:
+        report = write_report(directory, out, overwrite=overwrite, say=lambda what: status.update(Text(visible(what))))
+    for name, problem in report.found.problems:
+        print(visible(f"mftmerge: note: {name}: {problem}".replace("\n", " ")), file=sys.stderr)
+    if as_json:
+        import json
+
+        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        return
+    print(f"{report.path}: {report.summary()}")

@@ -1,0 +1,78 @@
+"""Density by layer and module, as tables whose cells are coloured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mftmerge.masks.inspecting import Share
+from mftmerge.report.blocks import Cell, Section, details, heat, note, table
+from mftmerge.report.collect import Collection, MaskHere
+from mftmerge.report.html import Html, el, join
+
+EVEN = 1e-3  # densities that differ by less look alike: small matrices cannot have any density exactly
+
+
+def density_section(found: Collection) -> Section | None:
+    """Density of each mask by layer and by module, and of each matrix where they differ."""
+    if not found.masks:
+        return None
+    layers = {m.name: {_layer(k): s for k, s in m.found.by_layer().items()} for m in found.masks}
+    modules = {m.name: m.found.by_module() for m in found.masks}
+    parts = [
+        _densities("Density by layer, over all its covered matrices", layers, found.masks, "layer"),
+        _densities("Density by module, over all layers", modules, found.masks, "module"),
+        note("The share of weights kept; the stronger the colour, the more is pruned."),
+    ]
+    even = [m for m in found.masks if _is_even(m)]
+    for mask in found.masks:
+        if mask not in even:
+            parts.append(details(join([el("b", mask.name), ": density of each module in each layer"]), _matrix(mask)))
+    if even:
+        parts.append(note(f"The same density in every matrix, within {EVEN}: ", ", ".join(m.name for m in even), "."))
+    return Section("density", "Density", join(parts))
+
+
+def _layer(number: int | None) -> str:
+    return "other" if number is None else str(number)
+
+
+def _is_even(mask: MaskHere) -> bool:
+    densities = [s.density for s in mask.found.tensors.values() if s.size]
+    return not densities or max(densities) - min(densities) < EVEN
+
+
+def _densities(caption: str, shares: dict[str, dict[str, Share]], masks: Sequence[MaskHere], kind: str) -> Html:
+    every = list(dict.fromkeys(k for own in shares.values() for k in own))
+    if kind == "layer":
+        every.sort(key=lambda k: (not k.isdigit(), int(k) if k.isdigit() else 0))
+    span = _span([s for own in shares.values() for s in own.values()])
+    totals = {m.name: m.found.total for m in masks}
+    rows = [
+        [name, f"{totals[name].density:.4f}", *(_share(own.get(k), span) for k in every)]
+        for name, own in shares.items()
+    ]
+    return table(caption, [["mask", "all", *(f"{kind} {k}" if k.isdigit() else k for k in every)]], rows, "heatmap")
+
+
+def _matrix(mask: MaskHere) -> Html:
+    modules, layers, cells = mask.found.table()
+    span = _span(list(cells.values()))
+    rows = [[module, *(_share(cells.get((module, n)), span) for n in layers)] for module in modules]
+    return table(
+        f"{mask.name}: density",
+        [["module", *(f"layer {n}" if n is not None else "other" for n in layers)]],
+        rows,
+        "heatmap",
+    )
+
+
+def _span(shares: Sequence[Share]) -> tuple[float, float]:
+    pruned = [1 - s.density for s in shares if s.size]
+    low, high = min(pruned, default=0.0), max(pruned, default=0.0)
+    return (low, high) if high - low > EVEN else (0.0, 1.0)
+
+
+def _share(share: Share | None, span: tuple[float, float]) -> Cell | str:
+    if share is None or not share.size:
+        return ""
+    return heat(1 - share.density, f"{share.density:.4f}", *span, title=f"{share.kept:,} of {share.size:,} kept")

@@ -1,0 +1,216 @@
+"""Results of evaluations and sweeps: gains with their standard errors, in words, numbers and colours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mftmerge.evaluate import pairing
+from mftmerge.evaluate.results import LOSS, GridResult
+from mftmerge.report.blocks import Cell, Section, note, table, whisker
+from mftmerge.report.collect import Collection, MaskHere, ResultHere
+from mftmerge.report.html import Html, el, join
+from mftmerge.report.numbers import measured
+from mftmerge.report.sweeps import SweepHere
+
+VERDICTS = ("gain", "within noise", "no gain", "worse", "identical")
+STYLES = {"gain": "good", "worse": "bad"}
+MOST_RESAMPLES = 10_000
+LEGEND = (
+    "Difference from the reference row ± one paired standard error over rows. Gain and worse: beyond two standard "
+    "errors. Within noise: the wanted direction, but could be chance. No gain: not even that."
+)
+
+
+def verdict_style(verdict: str) -> str:
+    """The class of a verdict's cells."""
+    return STYLES.get(verdict, "even")
+
+
+def results_sections(found: Collection) -> list[Section]:
+    """One section for all evaluations, one for all sweeps; none for what is not there."""
+    sections = []
+    if found.results:
+        body = join(_result(found, here, len(found.results) > 1) for here in found.results)
+        sections.append(Section("gains", "Gains", body))
+    if found.sweeps:
+        sections.append(Section("sweeps", "Sweeps", join(map(_sweep, found.sweeps))))
+    return sections
+
+
+def mask_gains(found: Collection, mask: MaskHere) -> list[tuple[str, str, str]]:
+    """What the results say about a mask: (domain, difference ± error, verdict), from the first one that has it."""
+    for here in found.results:
+        result = here.result
+        for row, facts in result.models.items():
+            if facts.get("mask") == mask.found.digest and row != result.reference:
+                return [
+                    (domain if metric == LOSS else f"{domain} {metric}", _signed(result, row, domain, metric), word)
+                    for domain, metric in result.metrics
+                    if (row, domain, metric) in result.cells
+                    for word in [result.verdict(row, domain, metric)]
+                ]
+    return []
+
+
+def _signed(result: GridResult, row: str, domain: str, metric: str) -> str:
+    difference = result.difference(row, domain, metric)
+    return f"{measured(difference.mean, metric, sign=True)} ± {measured(difference.standard_error, metric)}"
+
+
+def _result(found: Collection, here: ResultHere, several: bool) -> Html:
+    result = here.result
+    names = {m.found.digest: i for i, m in enumerate(found.masks)}
+    heads: list[list[Any]] = [["model", Cell("density", "n", rows=2)], []]
+    for domain, metric in result.metrics:
+        rows = result.domains[domain].get("rows")
+        unit = "nats per token, lower is better" if metric == LOSS else "share of rows, higher is better"
+        title = join([el("b", domain), el("span", f"{unit}{f'; {rows} rows' if rows is not None else ''}", cls="sub")])
+        heads[0].append(Cell(title, "group", span=4))
+        value = Cell("loss" if metric == LOSS else metric, "n first")
+        heads[1] += [value, "difference ± error", Cell("± 2 errors", "pic"), Cell("verdict", "word")]
+    body = [[_model(row, facts, names), _density(facts), *_cells(result, row)] for row, facts in result.models.items()]
+    parts: list[Any] = [el("h3", here.path) if several else None, _counts(result)]
+    parts.append(table(f"{here.path}: each model on each domain, against {result.reference}", heads, body, "grid"))
+    parts.append(note(LEGEND, " The picture: the difference, and two standard errors on either side; lower is left."))
+    if result.harness:
+        parts.append(_harness(result))
+    said = result.remarks()
+    parts.append(el("ul", *(el("li", sentence) for sentence in said), cls="note") if said else None)
+    if here.contained:
+        parts.append(note("Holds all that is in ", ", ".join(here.contained), "."))
+    return join(parts)
+
+
+def _counts(result: GridResult) -> Html:
+    """For each column, how many rows gained and how many did not."""
+    lines = []
+    for domain, metric in result.metrics:
+        rows = [r for r in result.models if r != result.reference and (r, domain, metric) in result.cells]
+        counted = Counter(result.verdict(row, domain, metric) for row in rows)
+        words = [
+            el("span", f"{counted[word]} {word}", cls=f"chip {verdict_style(word)}")
+            for word in VERDICTS
+            if counted[word]
+        ]
+        lines.append(el("li", el("b", domain if metric == LOSS else f"{domain} {metric}"), " ", join(words, " ")))
+    return el("ul", *lines, cls="counts")
+
+
+def _model(row: str, facts: dict[str, Any], names: dict[str, int]) -> Html:
+    number = names.get(str(facts.get("mask")))
+    return el("span", row) if number is None else el("a", row, href=f"#mask-{number}")
+
+
+def _density(facts: dict[str, Any]) -> str:
+    return f"{facts['density']:.4f}" if "density" in facts else ""
+
+
+def _cells(result: GridResult, row: str) -> list[Cell]:
+    cells: list[Cell] = []
+    for domain, metric in result.metrics:
+        if (row, domain, metric) not in result.cells:
+            cells.append(Cell("not measured", "even n first", span=4))
+            continue
+        value = Cell(measured(result.mean(row, domain, metric), metric), "n first")
+        if row == result.reference:
+            cells += [value, Cell("reference", "even", span=3)]
+            continue
+        difference, word = result.difference(row, domain, metric), result.verdict(row, domain, metric)
+        span = _span(result, domain, metric)
+        style = verdict_style(word)
+        strength = abs(difference.mean) / span if span and style != "even" else None
+        shown = join([_signed(result, row, domain, metric), _interval(result, row, domain, metric)])
+        cells += [
+            value,
+            Cell(shown, f"n {style}", strength),
+            Cell(whisker(difference.mean, min(difference.standard_error, 1e9), span, style), "pic"),
+            Cell(word, f"word {style}"),
+        ]
+    return cells
+
+
+def _span(result: GridResult, domain: str, metric: str) -> float:
+    """The axis of a column: its farthest point, with the bar where that is finite."""
+    differences = [
+        result.difference(row, domain, metric) for row in result.models if (row, domain, metric) in result.cells
+    ]
+    return max(abs(d.mean) + (2 * d.standard_error if d.standard_error < 1e9 else 0) for d in differences)
+
+
+def _interval(result: GridResult, row: str, domain: str, metric: str) -> Html | None:
+    if not result.resamples:
+        return None
+    low, high = pairing.bootstrap(
+        result.values(row, domain, metric),
+        result.values(result.reference, domain, metric),
+        resamples=min(result.resamples, MOST_RESAMPLES),
+    )
+    return el("span", f"95 % {measured(low, metric, sign=True)} to {measured(high, metric, sign=True)}", cls="sub")
+
+
+def _harness(result: GridResult) -> Html:
+    """Tasks of lm-evaluation-harness as plain numbers."""
+    columns: list[tuple[str, str]] = []
+    numbers: dict[tuple[str, str, str], float] = {}
+    for row, tasks in result.harness.items():
+        for task, metrics in (tasks if isinstance(tasks, dict) else {}).items():
+            for metric, value in (metrics if isinstance(metrics, dict) else {}).items():
+                if isinstance(value, int | float):
+                    numbers[row, task, metric] = value
+                    if "_stderr" not in metric and (task, metric) not in columns:
+                        columns.append((task, metric))
+    body = []
+    for row in result.harness:
+        cells = [row]
+        for task, metric in columns:
+            name, comma, kind = metric.partition(",")
+            measured_here = numbers.get((row, task, metric))
+            error = numbers.get((row, task, f"{name}_stderr{comma}{kind}"))
+            said = "" if error is None else f" ± {error:.4f}"
+            cells.append("" if measured_here is None else f"{measured_here:.4f}{said}")
+        body.append(cells)
+    heads = [["model", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)]]
+    return table("lm-evaluation-harness: value ± its standard error, not paired", heads, body)
+
+
+def _sweep(sweep: SweepHere) -> Html:
+    heads = [["settings", "seeds", "validation loss", "± over seeds", "base", Cell("remark", "word")]]
+    body = [
+        [
+            c.settings,
+            str(c.seeds),
+            *(measured(x, LOSS) if x == x else "" for x in (c.mask, c.deviation, c.base)),
+            _remark(c),
+        ]
+        for c in sweep.combinations
+    ]
+    tried = table(f"{sweep.path}: settings tried; losses in nats per token on validation rows", heads, body)
+    if not sweep.tests:
+        return join([tried, note("No choice was made yet: the sweep is not finished.")])
+    tests = [_test(line) for line in sweep.tests]
+    heads = [["row", Cell("domain"), "loss", "difference ± error", Cell("verdict", "word")]]
+    return join(
+        [tried, table("The chosen settings on test rows, against the base", heads, tests, "grid"), note(LEGEND)]
+    )
+
+
+def _remark(combination: Any) -> Cell:
+    if combination.failed:
+        return Cell(f"failed: {combination.failed}", "word bad")
+    return Cell("chosen", "word") if combination.chosen else Cell("", "word")
+
+
+def _test(line: dict[str, Any]) -> list[Any]:
+    word, error = str(line.get("verdict")), line.get("standard_error")
+    style = verdict_style(word)
+    if line.get("row") == "base":
+        return ["base", Cell(line.get("domain")), measured(line["loss"], LOSS), Cell("reference", "even n"), Cell("")]
+    shown = f"{measured(line['difference'], LOSS, sign=True)} ± {'unknown' if error is None else f'{error:.4f}'}"
+    return [
+        line.get("row"),
+        Cell(line.get("domain")),
+        measured(line["loss"], LOSS),
+        Cell(shown, f"n {style}", 0.6 if style != "even" else None),
+        Cell(word, f"word {style}"),
+    ]
