@@ -7,16 +7,14 @@ base's fingerprints checked; its peak resident memory is compared with that of a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from apply_speed import cpu_model, make_checkpoint, make_mask
+from apply_speed import make_checkpoint, make_mask
+from common import machine, write
 
 LIMIT = 32.0
 PEAK = (
@@ -55,11 +53,7 @@ def main() -> None:
             print("ok" if worst <= LIMIT else "MISSED", flush=True)
     if not options.quick:
         result = {"limit MB": LIMIT, "interpreter MB": round(interpreter, 1), "MB above it": rows}
-        result |= {"cpu": cpu_model(), "cores": os.cpu_count(), "numpy": np.__version__}
-        result["python"] = platform.python_version()
-        out = Path(__file__).parent / "results" / "apply_memory.json"
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write("apply_memory", result | machine() | {"numpy": np.__version__})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from common import machine, write
 from safetensors.numpy import save_file
 
 from mftmerge import Mask, MaskInfo, apply_mask
@@ -80,11 +80,6 @@ def measure(
     return seconds, processor
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-
-
 def run_on(where: Path, layers: int, hidden: int, rounds: int, durable: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=where) as folder:
         root = Path(folder)
@@ -134,12 +129,10 @@ def main() -> None:
         for case, ratio in one["throughput against cp"].items():  # type: ignore[attr-defined]
             verdict = "ok" if ratio >= TARGET else "MISSED"
             print(f"{name:6} {case:28} {ratio:5.2f}x cp (target {TARGET}) {verdict}")
-    results |= {"target": TARGET, "cpu": cpu_model(), "cores": os.cpu_count(), "numpy": np.__version__}
-    results |= {"python": platform.python_version(), "load average": round(os.getloadavg()[0], 1)}
+    results |= {"target": TARGET, **machine(), "numpy": np.__version__}
+    results["load average"] = round(os.getloadavg()[0], 1)
     if not options.quick:
-        out = Path(__file__).parent / "results" / "apply_speed.json"
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write("apply_speed", results)
 
 
 if __name__ == "__main__":

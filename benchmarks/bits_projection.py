@@ -7,7 +7,8 @@ of the vote counts of the whole tensor (lexsort with scores). Both give the same
 from __future__ import annotations
 
 import numpy as np
-from mask_common import interleaved, plain, quick, random_packed, record
+from common import interleaved
+from mask_common import plain, quick, random_packed, record
 
 from mftmerge.masks import bits
 from mftmerge.masks.combine import combine

@@ -6,7 +6,8 @@ Both sides work a stretch at a time with the same piece size, so that neither pa
 from __future__ import annotations
 
 import numpy as np
-from mask_common import at_least, interleaved, plain, quick, random_packed, record
+from common import interleaved
+from mask_common import at_least, plain, quick, random_packed, record
 
 from mftmerge.masks import bits
 

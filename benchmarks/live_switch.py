@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -20,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from apply_speed import cpu_model
+from common import machine, write
 
 from mftmerge import Mask, attach
 from mftmerge.models.checkpoint import Checkpoint
@@ -95,12 +92,9 @@ def main() -> None:
                 "k": k,
             }
     results |= {"checkpoint MB": round(size / 1e6, 1), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    results |= {"transformers": transformers.__version__, "cpu": cpu_model(), "cores": os.cpu_count()}
-    results["python"] = platform.python_version()
+    results |= {"transformers": transformers.__version__, **machine()}
     if not options.quick:
-        out = Path(__file__).parent / "results" / "live_switch.json"
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        write("live_switch", results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from mask_common import at_least, interleaved, plain, quick, random_mask, record
+from common import interleaved
+from mask_common import at_least, plain, quick, random_mask, record
 
 from mftmerge.masks.combine import combine_files
 
@@ -57,7 +58,7 @@ def measure(folder: Path, where: str, sync: bool, size: int, rounds: int) -> lis
         "vote 2 of 3": lambda: combine_files("vote", masks[:3], out, threshold=2),
         "vote 3 of 5": lambda: combine_files("vote", masks, out, threshold=3),
     }
-    seconds = interleaved(sides, rounds, forget)
+    seconds = interleaved(sides, rounds, before=forget)
     rows: list[dict[str, object]] = [plain(f"{where}: cp", seconds["cp"], "s")]
     rows += [plain(f"{where}: floor of {n} against cp", seconds["cp"] / seconds[f"floor of {n}"], "x") for n in (2, 5)]
     targets = {"union of 2": 0.85, "vote 2 of 3": 0.5, "vote 3 of 5": 0.5}

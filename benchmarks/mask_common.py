@@ -1,22 +1,16 @@
-"""What the benchmarks of bits and masks share: interleaved timing, and a record of the result."""
+"""What the benchmarks of bits and masks share: random masks, and results against targets."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import machine, write
 
 from mftmerge.masks.mask import Mask, MaskInfo
-
-Side = Callable[[], object]
 
 
 def quick() -> bool:
@@ -26,43 +20,16 @@ def quick() -> bool:
     return bool(parser.parse_args().quick)
 
 
-def interleaved(sides: dict[str, Side], rounds: int, before: Side = lambda: None) -> dict[str, float]:
-    """Median seconds of each side, all sides once a round so that a busy machine hits them alike."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, side in sides.items():
-            before()
-            start = time.perf_counter()
-            side()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def record(file: str, claim: str, rows: list[dict[str, Any]]) -> None:
-    """Print each row against its target and write all of it to `results/<name>.json`."""
+    """Print each row against its target and, without --quick, write all of it to `results/<name>.json`."""
     for row in rows:
         met = "" if "target" not in row else "  met" if row["met"] else "  NOT MET"
         target = f"  (target {row['target']})" if "target" in row else ""
         print(f"{row['case']}: {row['value']:.3g} {row['unit']}{target}{met}")
-    out = Path(__file__).parent / "results" / f"{Path(file).stem}.json"
-    out.parent.mkdir(exist_ok=True)
-    machine: dict[str, Any] = {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-    machine["busy"] = [round(load, 1) for load in os.getloadavg()]  # processes that ran or waited: 1, 5, 15 minutes
-    out.write_text(json.dumps({"claim": claim, "machine": machine, "rows": rows}, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    about = machine() | {"numpy": np.__version__}
+    about["busy"] = [round(load, 1) for load in os.getloadavg()]  # processes that ran or waited: 1, 5, 15 minutes
+    if not quick():
+        write(Path(file).stem, {"claim": claim, "machine": about, "rows": rows})
 
 
 def at_least(case: str, value: float, target: float, unit: str = "x") -> dict[str, Any]:

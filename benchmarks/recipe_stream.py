@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import yaml
+from common import RESULTS, machine, write
 
 from mftmerge.masks.mask import Mask
 from mftmerge.models.checkpoint import Checkpoint
 from mftmerge.recipe.arrival import ArrivalWriter
 
-RESULTS = Path(__file__).parent / "results" / "recipe_stream.json"
 TARGETS = {"linear": (2, 5), "task_arithmetic": (2, 5), "ties": (5, 1), "masked": (2, 5)}
 
 
@@ -171,27 +170,22 @@ def main() -> None:
             models / "a.mask"
         )
         nbytes = sum(e.nbytes for e in checkpoint)
-        found = {} if arguments.quick or not RESULTS.exists() else json.loads(RESULTS.read_text())["cases"]
+        last = RESULTS / "recipe_stream.json"
+        found = {} if arguments.quick or not last.exists() else json.loads(last.read_text())["cases"]
         for case in arguments.case or TARGETS:
             work = Path(folder) / case
             work.mkdir()
             found[case] = run_case(case, work, models, 1 if arguments.quick else arguments.repeats)
             shutil.rmtree(work)
             print(case, json.dumps(found[case]), flush=True)
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
     about = {
         "checkpoint bytes": nbytes,
-        "cpu": cpu,
-        "python": platform.python_version(),
+        **machine(),
         "versions": {p: version(p) for p in ("torch", "numpy", "mergekit")},
         "cases": found,
     }
     if not arguments.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(about, indent=2) + "\n")
+        write("recipe_stream", about)
 
 
 if __name__ == "__main__":

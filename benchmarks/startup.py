@@ -5,13 +5,12 @@ Interleaved with a bare interpreter and with `import torch`, whole processes, me
 
 from __future__ import annotations
 
+import functools
 import json
-import platform
-import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
+
+from common import interleaved, machine, write
 
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -23,14 +22,9 @@ COMMANDS = {
 
 def main() -> None:
     rounds = 3 if "--quick" in sys.argv else 11
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for round_ in range(rounds + 1):
-        for name, command in COMMANDS.items():
-            started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            if round_:  # the first round warms the disk cache
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
+    seconds = interleaved({name: functools.partial(run, command) for name, command in COMMANDS.items()}, rounds)
+    medians = {name: round(value, 4) for name, value in seconds.items()}
     result = {
         "medians_s": medians,
         "target_s": 0.3,
@@ -38,13 +32,11 @@ def main() -> None:
         "help_over_bare_interpreter": round(medians["help"] / medians["python"], 2),
         "import_torch_over_help": round(medians["import_torch"] / medians["help"], 2),
         "rounds": rounds,
-        "python": platform.python_version(),
+        **machine(),
     }
     print(json.dumps(result, indent=1))
     if "--quick" not in sys.argv:
-        out = Path(__file__).parent / "results" / "startup.json"
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write("startup", result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from train_common import finish, interleave
+from common import interleaved
+from train_common import finish
 
 from mftmerge.train import scores
 from mftmerge.train.optimizer import MaskOptimizer
@@ -44,8 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     made = {f"{bits} bits": updater(bits) for bits in (32, 8)}
     ways = {name: update for name, (update, _) in made.items()}
-    interleave(ways, 2)
-    seconds = interleave(ways, rounds, time.thread_time)
+    seconds = interleaved(ways, rounds, clock=time.thread_time, warm=2)
     ratios = {
         "bytes of scores and moments, 8 / 32 bits": made["8 bits"][1] / made["32 bits"][1],
         "time of an update, 8 / 32 bits": seconds["8 bits"] / seconds["32 bits"],

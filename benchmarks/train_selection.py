@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 import torch
-from train_common import finish, interleave
+from common import interleaved
+from train_common import finish
 
 from mftmerge.train import selection
 
@@ -35,7 +36,7 @@ def main() -> None:
     }
     found = {name: way() for name, way in ways.items() if name != "abs"}
     assert len(set(found.values())) == 1, found
-    seconds = interleave(ways, rounds=3, clock=time.thread_time)
+    seconds = interleaved(ways, 3, clock=time.thread_time, warm=0)  # warm from the check above
     ratios = {f"{name} / ours": seconds[name] / seconds["ours"] for name in ways if name not in ("ours",)}
     finish("train_selection", {"scores": size, "dropped": dropped}, seconds, ratios, {"sort / ours": (">=", TARGET)})
 

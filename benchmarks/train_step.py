@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import interleaved
 from torch.nn.utils import parametrize
-from train_common import finish, interleave
+from train_common import finish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mftmerge.train import scores, targets
@@ -176,8 +177,7 @@ def measure(
     for kind in kinds:
         ways[f"{kind} pass"], ways[f"{kind} update"] = stepper(kind, *case)
     clock = time.perf_counter if case[-1] == "cuda" else time.thread_time
-    interleave(ways, 1)  # first touch of memory, kernels chosen
-    found = interleave(ways, rounds, clock)
+    found = interleaved(ways, rounds, clock=clock)  # the warm round touches memory first and chooses kernels
     total = {k: found[f"{k} pass"] + found[f"{k} update"] for k in kinds}
     seconds |= {f"{key} {name}": value for name, value in found.items()}
     ratios[f"{key} pass, mask / fft"] = found["mask pass"] / found["fft pass"]

@@ -1,0 +1,58 @@
+"""What all benchmarks share: interleaved timing, what the numbers depend on, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    before: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: int = 1,
+) -> dict[str, float]:
+    """Median seconds of each way. The ways take turns, so that a change of the machine's load meets all of them.
+
+    before: runs ahead of each turn and is not timed. clock: `time.thread_time` for work on one thread, which does not
+    count what other programs do meanwhile. warm: rounds ahead of those that count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(warm + rounds):
+        for name, way in ways.items():
+            before()
+            start = clock()
+            way()
+            if turn >= warm:
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on (no host name, no path)."""
+    return {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(name: str, result: Mapping[str, Any]) -> None:
+    """Write a result to `results/<name>.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
