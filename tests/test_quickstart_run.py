@@ -91,9 +91,10 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_broken_record_is_bad_input(tmp_path: Path) -> None:
-    (tmp_path / "quickstart.json").write_text("{}")
-    with pytest.raises(BadInput, match="not a quickstart's record"):
-        quickstart(tmp_path, tiny_plan())
+    for text in ("{}", "[]", '{"plan": 1, "seconds": {}, "peak_memory_bytes": 0}', "cut o"):
+        (tmp_path / "quickstart.json").write_text(text)
+        with pytest.raises(BadInput, match="not a quickstart's record"):
+            quickstart(tmp_path, tiny_plan())
 
 
 def test_an_absent_model_is_bad_input(tmp_path: Path) -> None:

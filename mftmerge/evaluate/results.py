@@ -223,7 +223,7 @@ def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:
     if path is not None:
         refuse_existing(path, overwrite)
         with replacing(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     return text
 
 
