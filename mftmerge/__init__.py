@@ -15,10 +15,12 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
     from mftmerge.masks.mask import Mask as Mask
     from mftmerge.masks.mask import MaskInfo as MaskInfo
     from mftmerge.masks.mask import Parent as Parent
+    from mftmerge.masks.operations import operation as operation
     from mftmerge.models.apply import apply_mask as apply_mask
     from mftmerge.models.live import attach as attach
     from mftmerge.recipe.build import build as build_recipe  # noqa: F401
     from mftmerge.recipe.export import export as export_recipe  # noqa: F401
+    from mftmerge.recipe.extend import merge_method as merge_method
     from mftmerge.train.optimizer import MaskOptimizer as MaskOptimizer
     from mftmerge.train.run import train_mask as train_mask
     from mftmerge.train.settings import TrainSettings as TrainSettings
@@ -42,6 +44,8 @@ _PUBLIC = {
     "combine_masks": "masks.combine:combine",
     "evaluate_grid": "evaluate.loss:grid",
     "export_recipe": "recipe.export:export",
+    "merge_method": "recipe.extend:merge_method",
+    "operation": "masks.operations:operation",
     "train_mask": "train.run:train_mask",
 }
 

@@ -27,6 +27,9 @@ def command(
     allow_different_init: bool = typer.Option(
         False, "--allow-different-init", help="score: add masks that started from different scores."
     ),
+    settings: list[str] = typer.Option(
+        [], "--set", help="NAME=VALUE: an option of an operation of another package. May be repeated."
+    ),
     archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
@@ -42,6 +45,11 @@ def command(
     from mftmerge.masks.combine import combine_files
 
     options: dict[str, Any] = {"threshold": threshold, "allow_different_init": allow_different_init}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise BadInput(f"--set {setting}: give NAME=VALUE, such as rate=0.5")
+        options[name] = _scalar(value)
     if weights is not None:
         try:
             options["weights"] = tuple(float(w) for w in weights.replace(",", " ").split())
@@ -71,3 +79,14 @@ def command(
     for note in report.notes:
         print(f"note: {note}")
     print(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
+
+
+def _scalar(text: str) -> bool | int | float | str:
+    """A value as YAML reads it, so that an option means the same in a recipe."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return found if isinstance(found, bool | int | float) else text

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mftmerge import plugins
 from mftmerge.errors import BadInput
 from mftmerge.masks import bits
 from mftmerge.masks.bits import Words
@@ -63,23 +64,36 @@ def operation(
     ballots: Callable[[Sequence[Words]], list[Words]] | None = _as_they_are,
     effect: Literal["grows", "shrinks"] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a typed function under its own name. The keyword arguments are the fields of `Operation`."""
+    """Register a typed function under its own name. The keyword arguments are the fields of `Operation`.
+
+    Raises BadInput where another module has an operation of that name.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(function).parameters.values()
         options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         name = function.__name__
+        owner = OPERATIONS[name].function.__module__ if name in OPERATIONS else None
+        plugins.free(name, function.__module__, owner, "operation")
         OPERATIONS[name] = Operation(name, function, options, most, ordered, ballots, effect)
         return function
 
     return register
 
 
+def lookup(name: str) -> Operation | None:
+    """The operation of that name, from this program or a plug-in."""
+    if name not in OPERATIONS:
+        plugins.load()
+    return OPERATIONS.get(name)
+
+
 def find(name: str) -> Operation:
     """The operation of that name. Raises BadInput with the names that there are."""
-    if name not in OPERATIONS:
+    found = lookup(name)
+    if found is None:
         raise BadInput(f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}")
-    return OPERATIONS[name]
+    return found
 
 
 @operation(effect="grows")

@@ -7,9 +7,11 @@ this table lets a recipe be checked at once. A test compares it with mergekit's 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from mftmerge import plugins
 
 REQUIRED = "required"
 Kind = Literal["float", "int", "bool", "str"]
@@ -27,7 +29,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: what it needs. `ours`: registered by mftmerge, so stock mergekit does not have it."""
+    """A merge method: what it needs. `ours`: registered by mftmerge, so stock mergekit does not have it.
+
+    function: of a method that was added by `extend.merge_method`.
+    """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
     base: Literal["optional", "required", "ignored"] = "ignored"
@@ -36,6 +41,7 @@ class Method:
     random: bool = False
     ours: bool = False
     mask_as_parameter: bool = False
+    function: Callable[..., Any] | None = None
 
 
 def _shared(kind: Kind, default: bool | int | float | str | None = REQUIRED) -> Parameter:
@@ -134,6 +140,13 @@ METHODS: dict[str, Method] = {
         ours=True,
     ),
 }
+
+
+def lookup(name: str) -> Method | None:
+    """The method of that name, from this program, mergekit or a plug-in."""
+    if name not in METHODS:
+        plugins.load()
+    return METHODS.get(name)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, suggestion
+from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, lookup, suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem
 from mftmerge.recipe.schema import (
     Document,
@@ -78,7 +78,7 @@ def _check_names(documents: Checked) -> Iterator[Problem]:
 
 
 def _check_document(document: Document) -> Iterator[tuple[Location, str]]:
-    method = METHODS.get(document.merge_method)
+    method = lookup(document.merge_method)
     if method is None:
         yield (
             ("merge_method",),
@@ -255,11 +255,12 @@ def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
 
 def _check_expression(expression: MaskExpression, where: Location) -> Iterator[tuple[Location, str]]:
     if expression.op is not None:
-        from mftmerge.masks.combine import OPERATIONS
+        from mftmerge.masks import operations
 
-        operation = OPERATIONS.get(expression.op)
+        operation = operations.lookup(expression.op)
         if operation is None:
-            yield (*where, "op"), f"unknown operation {expression.op!r}{suggestion(expression.op, OPERATIONS)}"
+            close = suggestion(expression.op, operations.OPERATIONS)
+            yield (*where, "op"), f"unknown operation {expression.op!r}{close}"
         else:
             for option in expression.options():
                 if option not in (*operation.options, "density", "uncovered"):

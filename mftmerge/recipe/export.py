@@ -36,7 +36,7 @@ def stock_form(method: str) -> str:
     """What a merge method becomes in an export, for the reference."""
     if not METHODS[method].ours:
         return "the method itself"
-    if method in BAKED:
+    if method in BAKED or METHODS[method].function:
         return "the result itself, passed through"
     return {
         "masked": "`passthrough` of a masked checkpoint: equal bits",
@@ -179,7 +179,7 @@ class Exporter:
 
     def why_baked(self, document: Document) -> str | None:
         """Why a document has no exact stock form; None when it has one."""
-        if document.merge_method in BAKED:
+        if document.merge_method in BAKED or METHODS[document.merge_method].function:
             return f"stock mergekit has no method that computes {document.merge_method}"
         if document.merge_method == "consensus" and not document.models:
             return "consensus over slices has no stock form"

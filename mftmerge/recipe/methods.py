@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.masks.mask import Mask
 from mftmerge.recipe.catalogue import METHODS, REQUIRED
 
@@ -158,6 +158,25 @@ PAPERS = {
 }
 
 
+def _of_tensors(name: str) -> Callable[..., Tensor]:
+    """The implementation of a method that was added from outside: its function sees tensors and lists, not groups."""
+
+    def implementation(group: Any, **values: Any) -> Tensor:
+        method = METHODS[name]  # looked up here: a notebook may define its method again
+        assert method.function is not None
+        tensors = [entry.tensor for entry in group.non_base]
+        for key, parameter in method.parameters.items():
+            if parameter.scope == "non_base":
+                values[key] = [values[key][entry.id] for entry in group.non_base]
+        merged = method.function(group.base.tensor if group.base else None, tensors, **values)
+        if not isinstance(merged, Tensor) or merged.shape != tensors[0].shape:
+            found = tuple(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
+            raise MftmergeError(f"merge method {name} gave {found} for a tensor of shape {tuple(tensors[0].shape)}")
+        return merged.to(tensors[0].dtype)
+
+    return implementation
+
+
 def register() -> None:
     """Make the methods known to mergekit in this process (once; later calls do nothing)."""
     from mergekit.merge_methods import registered_methods
@@ -174,7 +193,8 @@ def register() -> None:
 
     known = {m.spec.name for m in registered_methods()}
     kinds: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
-    for name, implementation in IMPLEMENTATIONS.items():
+    added = {name: _of_tensors(name) for name, method in METHODS.items() if method.function}
+    for name, implementation in (IMPLEMENTATIONS | added).items():
         if name in known:
             continue
         method = METHODS[name]

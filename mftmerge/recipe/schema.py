@@ -43,6 +43,9 @@ class MaskExpression(Strict):
     allow_different_init: bool | None = Field(
         default=None, description="score: also add masks that started from different scores."
     )
+    set: dict[str, bool | int | float | str] | None = Field(
+        default=None, description="Options of an operation of another package, by name."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -59,14 +62,14 @@ class MaskExpression(Strict):
             raise ValueError("a mask needs either file: or op:")
         if self.op is not None and not self.of:
             raise ValueError(f"op: {self.op} needs of: with the masks that it combines")
-        if self.op is None and (stray := sorted({"of", *self.options()} & self.model_fields_set)):
+        if self.op is None and (stray := sorted({"of", "set", *self.options()} & self.model_fields_set)):
             raise ValueError(f"{stray[0]}: belongs to an operation; add op:")
         return self
 
     def options(self) -> dict[str, Any]:
         """The operation's options that are set, as `combine.combine` takes them."""
         named = ("threshold", "weights", "density", "uncovered", "allow_different_init")
-        return {name: value for name in named if (value := getattr(self, name)) is not None}
+        return {name: value for name in named if (value := getattr(self, name)) is not None} | (self.set or {})
 
 
 class MaskUse(MaskExpression):
