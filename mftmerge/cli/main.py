@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -11,9 +12,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mftmerge.errors import MftmergeError
+from mftmerge.errors import MftmergeError, shown
 
 INTERRUPTED = 130
+BAD_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the user's, not the disk's
+LONGEST = 2000  # characters of an error; a hostile value in the middle of it is cut
 UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.ClickException, reached by a public name
 
 # Command -> (module with a typer function `command`, line in `mftmerge --help`). Order is the order of the help page.
@@ -97,11 +100,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as e:
-        _fail(str(e), 2 if isinstance(e, FileNotFoundError | IsADirectoryError | NotADirectoryError) else 1, debug)
+        what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+        _fail(what, 2 if e.errno in BAD_PATH else 1, debug)
+    except Exception as e:
+        _fail(f"unexpected {type(e).__name__}: {e}; run again with --debug and report it", 1, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"mftmerge: error: {message}", file=sys.stderr)
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+    print(f"mftmerge: error: {shown(message)}", file=sys.stderr)
     sys.exit(code)

@@ -32,7 +32,7 @@ def import_mask(source: str | Path, model: str | None = None) -> tuple[Mask, lis
     source = Path(source)
     if not source.is_file():
         raise BadInput(f"{source}: no such file")
-    base = Checkpoint.open(resolve(model)) if model else None
+    base = Checkpoint.open(resolve(model)) if model is not None else None
     packed: dict[str, bits.Packed] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     renamed = 0

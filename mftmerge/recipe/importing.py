@@ -16,6 +16,7 @@ from mftmerge.recipe.check import check_documents, references
 from mftmerge.recipe.lines import Lines, load_documents, report
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document, problem_of
+from mftmerge.yamltext import read_text
 
 HEADER = "# Imported from {name} by mftmerge. Add masks: to a model or to the result with mask:.\n"
 
@@ -36,11 +37,10 @@ def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportRe
     Raises BadInput for what mergekit itself would refuse.
     """
     config = Path(config)
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{config}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    text = read_text(config)
     parsed, problems = load_documents(config, text)
+    if not parsed:
+        raise BadInput(f"{config}: there is nothing in it")
     notes: list[str] = [f"line {p.line}: {p.message}" for p in problems]
     documents, checked = [], []
     for data, lines in parsed:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mftmerge import yamltext
 from mftmerge.errors import BadInput
 
 Location = tuple[str | int, ...]
@@ -51,22 +52,14 @@ def load_documents(path: Path, text: str) -> tuple[list[tuple[Any, Lines]], list
     Raises BadInput when the text is not YAML.
     """
     problems: list[Problem] = []
-    documents: list[tuple[Any, Lines]] = []
-    loader = yaml.SafeLoader(text)
-    try:
-        while loader.check_node():
-            node: Any = loader.get_node()
-            lines = Lines()
-            problems += _visit(node, (), lines)
-            documents.append((loader.construct_document(node), lines))
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        raise BadInput(f"{path}: line {mark.line + 1 if mark else '?'}: not valid YAML: {e.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as e:  # an unhashable key is a TypeError
-        raise BadInput(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    finally:
-        loader.dispose()
-    return documents, problems
+    lines: list[Lines] = []
+
+    def visit(node: yaml.Node) -> None:
+        lines.append(Lines())
+        problems.extend(_visit(node, (), lines[-1]))
+
+    values = yamltext.documents(path, text, visit)
+    return list(zip(values, lines, strict=True)), problems
 
 
 def _visit(node: yaml.Node, path: Location, lines: Lines) -> Iterator[Problem]:

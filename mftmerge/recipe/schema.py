@@ -17,6 +17,7 @@ from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
 from mftmerge.recipe.reference import Reference, Strict
+from mftmerge.yamltext import read_text
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64")  # the names that mergekit 0.1.5 knows
 DType = Literal["float32", "float16", "bfloat16", "float64", "int64"]
@@ -296,10 +297,7 @@ def load_recipe(path: str | Path, *, files: bool = True) -> Recipe:
     from mftmerge.recipe.check import check_documents, check_files
 
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: cannot be read as a recipe ({getattr(e, 'strerror', None) or e})") from None
+    text = read_text(path)
     parsed, problems = load_documents(path, text)
     documents: list[tuple[Document, Lines]] = []
     salvaged: list[tuple[Document, Lines]] = []  # documents whose only fault of form is an unknown key

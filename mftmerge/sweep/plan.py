@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.train.settings import TrainSettings
+from mftmerge.yamltext import read_document
 
 FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base")  # one value for a whole sweep
 Sources = str | list[str]
@@ -53,13 +54,8 @@ def load_plan(path: str | Path) -> SweepPlan:
 
     Raises BadInput for unknown or missing entries and for settings that training does not know.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise BadInput(f"{path}: cannot be read as YAML ({' '.join(str(e).split())})") from None
+    given = read_document(path)
     if not isinstance(given, dict):
         raise BadInput(f"{path}: a sweep is a mapping with model, train, validation and test")
     try:

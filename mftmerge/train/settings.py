@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mftmerge.errors import BadInput
+from mftmerge.yamltext import read_document
 
 # A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
 # rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
@@ -33,6 +34,7 @@ class TrainSettings(BaseModel):
 
     # The scores
     init: Literal["magnitude", "normal", "taylor"] = Field("magnitude", description="where the scores start")
+    start: str | None = Field(None, description="a mask with scores to go on from, instead of init's scores")
     seed: int = Field(42, ge=0, description="of the data order and of normal scores")
     keep_warmup: int = Field(0, ge=0, description="steps over which the share kept falls from 1 to keep")
     scores: bool = Field(False, description="store final and initial scores in the mask, for score arithmetic")
@@ -97,12 +99,7 @@ class TrainSettings(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> dict[str, Any]:
         """The values in a YAML file of settings. Raises BadInput unless it is a mapping of known names."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise BadInput(f"{path}: cannot read settings ({' '.join(str(e).split())})") from None
+        values = read_document(Path(path)) or {}
         if not isinstance(values, dict):
             raise BadInput(f"{path}: settings must be a mapping such as 'keep: 0.9'")
         try:
