@@ -177,8 +177,9 @@ def _named(directory: Path, found: dict[str, Inspection], sweeps: list[SweepHere
     for sweep in sweeps:
         folder = Path(sweep.path).parent
         notes |= {(folder / mask).as_posix(): said for mask, said in sweep.masks.items()}
+    settings = {path: _settings(directory / path) for path in found}
     by_digest: dict[str, list[str]] = {}
-    for path in sorted(found, key=lambda p: (p.count("/"), p)):
+    for path in sorted(found, key=lambda p: (not settings[p], p.count("/"), p)):  # the original before its copies
         by_digest.setdefault(found[path].digest, []).append(path)
     stems = [Path(paths[0]).stem for paths in by_digest.values()]
     masks = []
@@ -186,7 +187,7 @@ def _named(directory: Path, found: dict[str, Inspection], sweeps: list[SweepHere
         first, stem = paths[0], Path(paths[0]).stem
         name = stem if stems.count(stem) == 1 else first.removesuffix(".mask")
         note = next((notes[p] for p in paths if p in notes), "")
-        masks.append(MaskHere(name, first, tuple(paths[1:]), found[first], _settings(directory / first), note))
+        masks.append(MaskHere(name, first, tuple(paths[1:]), found[first], settings[first], note))
     order = ("trained", "combined", "other", "untrained")
     return sorted(masks, key=lambda m: (order.index(m.kind), m.path))
 
