@@ -28,13 +28,13 @@ def command(
     from rich.console import Console
     from rich.text import Text
 
-    from mftmerge.report.html import visible
+    from mftmerge.errors import shown
     from mftmerge.report.page import write_report
 
     with Console(stderr=True).status("starting") as status:
-        report = write_report(directory, out, overwrite=overwrite, say=lambda what: status.update(Text(visible(what))))
+        report = write_report(directory, out, overwrite=overwrite, say=lambda what: status.update(Text(shown(what))))
     for name, problem in report.found.problems:
-        print(visible(f"mftmerge: note: {name}: {problem}".replace("\n", " ")), file=sys.stderr)
+        print(shown(f"mftmerge: note: {name}: {problem}"), file=sys.stderr)
     if as_json:
         import json
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
 from mftmerge.masks.inspecting import Inspection, inspect
 from mftmerge.report.sweeps import SweepHere, read_sweep
+from mftmerge.yamltext import read_document
 
 RESULT_KEYS = ("models", "domains", "cells", "reference", "versions", "resamples", "extra")
-LARGEST_SETTINGS = 1 << 16  # bytes of a settings file beside a mask
+LARGEST_RESULT = 1 << 28  # bytes; a larger JSON file is data, not a result
 UNREADABLE = (BadInput, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -112,8 +112,9 @@ def _files(directory: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     for root, inside, names in os.walk(directory):
         inside[:] = sorted(d for d in inside if not d.startswith(".") and not d.endswith(".run"))
         for name in sorted(names):
-            if name.endswith(suffixes) and not name.startswith("."):
-                yield Path(root, name)
+            path = Path(root, name)
+            if name.endswith(suffixes) and not name.startswith(".") and not path.is_fifo():
+                yield path
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -131,6 +132,8 @@ def _read_mask(path: Path) -> Inspection:
 
 def _read_result(path: Path) -> GridResult | None:
     """The JSON of an evaluation, checked; None for another JSON file."""
+    if path.stat().st_size > LARGEST_RESULT:
+        return None
     raw = path.read_bytes()
     if not all(f'"{key}"'.encode() in raw for key in RESULT_KEYS):
         return None
@@ -196,10 +199,8 @@ def _settings(mask: Path) -> dict[str, Any]:
     """Plain values of the settings file that training leaves beside a mask; nothing where it cannot be read."""
     path = mask.with_name(f"{mask.name}.yaml")
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_SETTINGS:
-            return {}
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        given = read_document(path)
+    except (BadInput, OSError):
         return {}
     return {str(k): v for k, v in given.items() if is_plain(v)} if isinstance(given, dict) else {}
 
