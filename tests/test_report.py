@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -364,6 +366,15 @@ def test_json_says_what_the_page_says_and_torch_stays_out(here: Path) -> None:
     assert said["problems"] == []
     (here / "summary.json").write_text(done.stdout)
     assert write_report(here, overwrite=True).found.problems == [], "its own summary is no broken result"
+
+
+def test_the_picture_of_the_readme_is_what_its_program_draws() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    drawn = runpy.run_path(str(docs / "picture.py"))["picture"]()
+    assert drawn == (docs / "picture.svg").read_text(encoding="utf-8"), "run docs/picture.py"
+    root = xml.etree.ElementTree.fromstring(drawn)
+    assert root.tag.endswith("svg")
+    assert "url(" not in drawn
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
