@@ -194,6 +194,26 @@ def test_score_adds_evidence_and_cuts_once() -> None:
     assert sorted(np.flatnonzero(result.kept("w"))) == sorted(expected)
 
 
+def test_elected_evidence_has_the_sign_of_the_sum() -> None:
+    before = np.zeros(8, np.float32)
+    first = np.float32([3, -3, 1, 1, 0, 2, -5, 4])
+    second = np.float32(
+        [-1, 1, 2, -4, 0, 0, -1, -4]
+    )  # opposed, opposed, agreed, outvoted, nothing, alone, agreed, even
+    info = MaskInfo(keep=0.5, training={"init_digest": "same", "selection": "signed"})
+    masks = [Mask.from_bools({"w": np.ones(8, np.bool_)}, info, {"w": s}, {"w": before}) for s in (first, second)]
+    expected = [3, -3, 3, -4, 0, 2, -6, 0]
+    options = {"density": "0.5", "elect": True}
+    assert combine("score", masks, **options).kept("w").tolist() == [True, False, True, False, False, True, False, True]
+    scores = [first, second], [before, before]
+    np.testing.assert_array_equal(OPERATIONS["score"].function(*scores, elect=True), expected)
+    np.testing.assert_array_equal(OPERATIONS["score"].function(*scores), first + second)
+    doubled = OPERATIONS["score"].function(*scores, weights=[1, 4], elect=True)
+    np.testing.assert_array_equal(doubled, [-4, 4, 9, -16, 0, 2, -9, -16])
+    with pytest.raises(BadInput, match="before training"):
+        combine("score", [scored(np.random.default_rng(0), False)[0]] * 2, elect=True)
+
+
 def test_score_without_initial_scores_scales_the_weights_to_one() -> None:
     rng = np.random.default_rng(0)
     made = [scored(rng, False) for _ in range(2)]

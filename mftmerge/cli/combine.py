@@ -24,6 +24,9 @@ def command(
     uncovered: str = typer.Option(
         "abstain", help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it."
     ),
+    elect: bool = typer.Option(
+        False, "--elect", help="score: at each weight add only the evidence that has the sign of the sum."
+    ),
     allow_different_init: bool = typer.Option(
         False, "--allow-different-init", help="score: add masks that started from different scores."
     ),
@@ -44,7 +47,7 @@ def command(
     from mftmerge.errors import BadInput
     from mftmerge.masks.combine import combine_files
 
-    options: dict[str, Any] = {"threshold": threshold, "allow_different_init": allow_different_init}
+    options: dict[str, Any] = {"threshold": threshold, "elect": elect, "allow_different_init": allow_different_init}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:

@@ -146,26 +146,37 @@ def complement(masks: Sequence[Words]) -> Words:
 
 @operation(ballots=None)
 def score(
-    scores: Sequence[Scores], initial: Sequence[Scores], *, weights: Weights = None, allow_different_init: bool = False
+    scores: Sequence[Scores],
+    initial: Sequence[Scores],
+    *,
+    weights: Weights = None,
+    elect: bool = False,
+    allow_different_init: bool = False,
 ) -> Scores:
     """Adds the evidence of masks that carry scores and cuts once per tensor at the density: task arithmetic on scores.
 
     With S0 the scores before training and S_d those of mask d after it: S0 + sum_d w_d (S_d - S0), weights 1 unless
     given. Where no mask carries S0 the weights are scaled to sum to 1, for then S0 cancels.
     weights: one number a mask, negative ones subtract its evidence.
+    elect: at each weight add only the evidence that has the sign of the sum, as TIES merging (arXiv 2306.01708) does
+    with task vectors: what most evidence asks for is not weakened by the rest.
     allow_different_init: also add masks that started from different scores.
     """
     given = [1.0] * len(scores) if weights is None else [float(w) for w in weights]
     total = math.fsum(given)
+    if not initial and elect:
+        raise BadInput("elect needs the scores before training (::init), which these masks do not carry; leave it out")
     if not initial and abs(total) < 1e-9:
         raise BadInput("weights sum to 0: without the scores before training (::init) they must not; change one")
-    result = np.zeros(scores[0].shape, np.float64)
-    for d, (weight, after) in enumerate(zip(given, scores, strict=True)):
-        if initial:
-            result += weight * (after.astype(np.float64) - initial[d])
-        else:
-            result += weight / total * after.astype(np.float64)
-    return (result + initial[0] if initial else result).astype(np.float32)
+    if not initial:
+        parts = [w / total * after.astype(np.float64) for w, after in zip(given, scores, strict=True)]
+        return np.sum(parts, axis=0, dtype=np.float64).astype(np.float32)
+    parts = [w * (s.astype(np.float64) - s0) for w, s, s0 in zip(given, scores, initial, strict=True)]
+    added = np.sum(parts, axis=0, dtype=np.float64)
+    if elect:
+        sign = np.sign(added)
+        added = np.sum([np.where(np.sign(part) == sign, part, 0) for part in parts], axis=0)
+    return (added + initial[0]).astype(np.float32)
 
 
 def votes_needed(threshold: Threshold, masks: int, total: Fraction) -> int:

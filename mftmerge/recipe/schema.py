@@ -41,6 +41,9 @@ class MaskExpression(Strict):
     uncovered: str | None = Field(
         default=None, description="A mask on a tensor that it does not cover: abstain (the default), or keep all of it."
     )
+    elect: bool | None = Field(
+        default=None, description="score: at each weight add only the evidence that has the sign of the sum."
+    )
     allow_different_init: bool | None = Field(
         default=None, description="score: also add masks that started from different scores."
     )
@@ -69,7 +72,7 @@ class MaskExpression(Strict):
 
     def options(self) -> dict[str, Any]:
         """The operation's options that are set, as `combine.combine` takes them."""
-        named = ("threshold", "weights", "density", "uncovered", "allow_different_init")
+        named = ("threshold", "weights", "density", "uncovered", "elect", "allow_different_init")
         return {name: value for name in named if (value := getattr(self, name)) is not None} | (self.set or {})
 
 
