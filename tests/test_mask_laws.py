@@ -197,9 +197,7 @@ def test_score_adds_evidence_and_cuts_once() -> None:
 def test_elected_evidence_has_the_sign_of_the_sum() -> None:
     before = np.zeros(8, np.float32)
     first = np.float32([3, -3, 1, 1, 0, 2, -5, 4])
-    second = np.float32(
-        [-1, 1, 2, -4, 0, 0, -1, -4]
-    )  # opposed, opposed, agreed, outvoted, nothing, alone, agreed, even
+    second = np.float32([-1, 1, 2, -4, 0, 0, -1, -4])  # opposed twice, agreed, outvoted, none, one, agreed, even
     info = MaskInfo(keep=0.5, training={"init_digest": "same", "selection": "signed"})
     masks = [Mask.from_bools({"w": np.ones(8, np.bool_)}, info, {"w": s}, {"w": before}) for s in (first, second)]
     expected = [3, -3, 3, -4, 0, 2, -6, 0]

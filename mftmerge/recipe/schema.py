@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
-from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
 from mftmerge.recipe.reference import Reference, Strict
