@@ -15,6 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,9 @@ def _read(source: str | Path, split: str | None) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.is_file():
         if path.suffix == ".parquet":
-            from datasets import Dataset
-
-            yield from _numbered(path, Dataset.from_parquet(str(path)))
-        elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
-            yield from _numbered(path, _json(path.read_text(encoding="utf-8"), str(path)))
+            yield from _numbered(path, _parquet(path))
+        elif path.suffix == ".json" and _text(path).lstrip().startswith("["):
+            yield from _numbered(path, _json(_text(path), str(path)))
         else:
             yield from _lines(path)
     elif path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or path.is_dir():
@@ -62,16 +61,36 @@ def _read(source: str | Path, split: str | None) -> Iterator[tuple[str, Any]]:
         yield from _numbered(path, _hub(str(source), split or "train"))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    found = False
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     try:
-        with path.open(encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    found = True
-                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
+        return parquet.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as e:
+        raise BadInput(f"{path}: not a readable Parquet file ({(str(e).splitlines() or ['damaged'])[0]})") from None
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text ({e.reason}); rows are JSON, one object a line") from None
+
+
+def _text(path: Path) -> str:
+    with _utf8(path):
+        return path.read_text(encoding="utf-8")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    found = False
+    with _utf8(path), path.open(encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                found = True
+                yield f"{path}:{number}", _json(line, f"{path}:{number}")
     if not found:
         raise BadInput(f"{path}: no rows in this file")
 
@@ -82,9 +101,16 @@ def _numbered(path: Path, rows: Any) -> Iterator[tuple[str, Any]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON and no text
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except json.JSONDecodeError as e:
         raise BadInput(f"{where}: not JSON ({e.msg})") from None
+    except RecursionError:
+        raise BadInput(f"{where}: nested too deeply to be rows") from None
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: half of a surrogate pair, which is no character; mend or remove the row") from None
 
 
 def _hub(name: str, split: str) -> Any:

@@ -143,16 +143,17 @@ def _one_model(
 def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mftmerge.models.loading import load_causal_lm, load_tokenizer
+
+    path = resolve(path)
+    model = load_causal_lm(path, dtype=dtype)
+    tokenizer = load_tokenizer(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise BadInput(f"{path}: cannot be loaded as a causal language model with its tokenizer ({reason})") from None
-    return model.eval(), tokenizer
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, ValueError) as e:
+        raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from None
 
 
 def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> loss.Scorer | None:

@@ -142,7 +142,9 @@ def ties_embeddings(checkpoint: Checkpoint) -> bool:
         config = json.loads(safe_file(checkpoint.path, "config.json").read_bytes())
     except ValueError:
         raise BadInput(f"{checkpoint.path}: config.json is not readable JSON") from None
-    inner = config.get("text_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise BadInput(f"{checkpoint.path}: config.json is a {type(config).__name__}, not a JSON object")
+    inner = config.get("text_config")
     return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in (config, inner))
 
 

@@ -18,6 +18,7 @@ from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.models.checkpoint import resolve
 from mftmerge.models.layers import decoder_layers
+from mftmerge.models.loading import check_directory, load_causal_lm, load_tokenizer
 from mftmerge.train import memory, sharding
 from mftmerge.train.settings import TrainSettings
 
@@ -88,17 +89,16 @@ def logging_place(log_to: str, out: str | Path | None) -> dict[str, str]:
 
 def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bool = False) -> tuple[Any, Any, str]:
     """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
         path = resolve(model)
+        check_directory(path)
         if settings.check_memory and not shard:  # a rank needs less than one process would
             tokens = settings.batch_size * settings.max_length
             need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens, settings.adam_bits)
             memory.require(need, reference, settings.dtype)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        loaded: Any = load_causal_lm(path, dtype=dtype)
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
@@ -108,10 +108,9 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bo
     else:
         path, loaded = Path(reference), model
     if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as e:
-            raise BadInput(f"{reference or 'model'}: no tokenizer found ({str(e).splitlines()[0]}); give one") from None
+        if not reference:
+            raise BadInput("the model does not say where its tokenizer is; give tokenizer")
+        tokenizer = load_tokenizer(path)
     return loaded, tokenizer, reference
 
 

@@ -20,6 +20,7 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.masks.mask import Mask, MaskInfo
 from mftmerge.models.checkpoint import Checkpoint, resolve
 from mftmerge.models.layers import decoder_layers
+from mftmerge.models.loading import load_causal_lm
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer
@@ -238,9 +239,7 @@ class _Run:
         """The base model's values of the covered parameters, for a mask over the difference."""
         if self.settings.base is None:
             return None
-        from transformers import AutoModelForCausalLM
-
-        other = AutoModelForCausalLM.from_pretrained(resolve(self.settings.base), dtype=self.model.dtype)
+        other = load_causal_lm(resolve(self.settings.base), dtype=self.model.dtype)
         theirs = {n: p.detach() for n, p in other.named_parameters()}
         for t in self.targets:
             found = theirs.get(t.name)
