@@ -11,8 +11,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +244,17 @@ def settings() -> str:
     return rows(["setting", "type", "default", "meaning"], lines)
 
 
-TABLES = {"docs/training.md": {"settings": settings}}
+def scale() -> dict[str, Callable[[], str]]:
+    """The tables of docs/scale.md, which a benchmark computes."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from scale import TABLES as tables
+    finally:
+        sys.path.pop(0)
+    return tables
+
+
+TABLES = {"docs/training.md": {"settings": settings}, "docs/scale.md": scale()}
 
 if __name__ == "__main__":
     main()

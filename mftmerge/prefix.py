@@ -186,7 +186,7 @@ class _Memory:
         return self._rows.get(key)
 
     def put(self, key: bytes, states: Tensor) -> None:
-        self._rows[key] = states
+        self._rows[key] = states.cpu()  # the computer's memory, whose size the budget is a share of
         self.used += states.nbytes
 
 

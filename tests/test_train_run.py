@@ -262,16 +262,34 @@ def test_wrong_places_are_named(base: Path, tmp_path: Path) -> None:
 def test_a_model_too_large_is_refused_before_loading(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mftmerge.train import memory
 
-    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available", lambda *, on_gpu: 1 << 20)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(BadInput, match=r"needs about \d+ MiB .* and 1 MiB is free"):
+    with pytest.raises(BadInput, match=r"needs about \d+ MiB .* and 1 MiB is free; use .*--gradient-checkpointing"):
         train_mask(base, ROWS)
-    need = memory.estimate(base, "2-3", "attn,mlp", "float32", 100)
-    covered = 86_016
-    assert need.training == covered * (4 + 4 + 12)
-    small = memory.estimate(base, "2-3", "attn,mlp", "float32", 100, adam_bits=8)
-    assert small.training == covered * (4 + 4 + 4 + 2 + 8 / 256)
-    assert need.weights == sum(Checkpoint.open(base).entry(n).size for n in Checkpoint.open(base).names) * 4
+
+
+def test_the_memory_that_a_run_needs(base: Path) -> None:
+    from mftmerge.train import memory
+
+    def need(**settings: object) -> memory.Need:
+        common = {"layers": "2-3", "dtype": "float32", "batch_size": 2, "max_length": 50}
+        return memory.estimate(base, TrainSettings.make({**common, **settings}))
+
+    checkpoint, covered = Checkpoint.open(base), 86_016
+    vocabulary, hidden = checkpoint.entry("model.embed_tokens.weight").shape
+    queries, inner = hidden, checkpoint.entry("model.layers.0.mlp.up_proj.weight").shape[0]
+    assert need().weights == 4 * sum(checkpoint.entry(n).size for n in checkpoint.names)
+    assert need().training == covered * (4 + 4 + 12)
+    assert need(adam_bits=8).training == covered * (4 + 4 + 4 + 2 + 8 / 256)
+    assert (need().host, need(scores=True).host) == (covered * 6, covered * 14)
+    assert need().logits == 100 * vocabulary * 16
+    # what a layer keeps of a token: inputs of two norms, attention, gate, activation and up; then inputs of matrices
+    plain = 4 * (2 * hidden + 4 * queries + 3 * inner)
+    learning = plain + 4 * (2 * hidden + queries + inner)
+    assert need().activations == 100 * 2 * learning
+    assert need(layers="1-2").activations == 100 * (2 * learning + plain)  # gradients pass layer 3 as well
+    assert need(gradient_checkpointing=True).activations == 100 * (2 * 4 * hidden + learning)
+    assert need().device == need().weights + need().training + need().activations + need().logits
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(base: Path, tmp_path: Path) -> None:

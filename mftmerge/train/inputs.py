@@ -94,9 +94,7 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bo
         path = resolve(model)
         check_directory(path)
         if settings.check_memory and not shard:  # a rank needs less than one process would
-            tokens = settings.batch_size * settings.max_length
-            need = memory.estimate(path, settings.layers, settings.modules, settings.dtype, tokens, settings.adam_bits)
-            memory.require(need, reference, settings.dtype)
+            memory.require(memory.estimate(path, settings), reference, settings)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded: Any = load_causal_lm(path, dtype=dtype)
         if shard:

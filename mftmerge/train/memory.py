@@ -1,56 +1,131 @@
-"""How much memory a run needs, from the checkpoint's headers alone, before anything is loaded."""
+"""How much memory a run needs, from the checkpoint's headers and configuration alone, before anything is loaded."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mftmerge.errors import BadInput
+from mftmerge.train.settings import TrainSettings
 
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 GIB = 1 << 30
+Tensor = tuple[str, tuple[int, ...], str]  # name, shape, dtype as safetensors writes it
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: weights of the model, what training adds for the masked weights, and working room."""
+    """Bytes, of one process.
+
+    On the device that trains: weights of the whole model; training, what each masked weight adds; activations and
+    logits of one forward and backward pass; step, the working room of the optimiser's step, when those are gone.
+    host: what is kept in the computer's memory beside it.
+    """
 
     weights: int
     training: int
-    working: int
+    activations: int
+    logits: int
+    step: int
+    host: int
 
     @property
-    def total(self) -> int:
+    def working(self) -> int:
+        return max(self.activations + self.logits, self.step)
+
+    @property
+    def device(self) -> int:
         return self.weights + self.training + self.working
 
 
-def estimate(path: Path, layers: str | None, modules: str, dtype: str, tokens: int, adam_bits: int = 32) -> Need:
-    """What training the masks of a checkpoint needs.
-
-    For each masked weight: its original and its gradient in the weights' dtype, the float32 score and two moments, of
-    4 bytes or of 8 bits and a 256th of a float32. Working room: three float32 copies of the largest masked tensor for
-    the cut, and the logits of one batch of `tokens` tokens with their gradient.
-    """
+def estimate(path: Path, settings: TrainSettings) -> Need:
+    """What training a mask over the checkpoint in `path` needs."""
     from mftmerge.models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
     entries = [checkpoint.entry(n) for n in checkpoint.names]
-    fixed = {"float32": 4, "bfloat16": 2}.get(dtype)
-    sizes = {e.name: fixed or BYTES.get(e.dtype, 1) for e in entries}
-    numbers = {e.name: _layer(e.name) for e in entries}
-    count = 1 + max((n for n in numbers.values() if n is not None), default=-1)
-    covered = [e for e in entries if len(e.shape) >= 2 and numbers[e.name] in _chosen(layers, count)]
-    if modules in ("attn", "mlp"):  # other choices are counted as the whole layers: never too little
-        covered = [e for e in covered if ("att" in e.name) == (modules == "attn")]
-    moments = 8 if adam_bits == 32 else 2 + 8 / 256
-    vocabulary = max((e.shape[0] for e in entries if len(e.shape) == 2), default=0)
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = {}
+    return need([(e.name, e.shape, e.dtype) for e in entries], config, settings)
+
+
+def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSettings) -> Need:
+    """What training needs, from the tensors of a checkpoint and its config.json.
+
+    For each masked weight: its original and its gradient in the weights' dtype, the float32 score, and two moments of 4
+    bytes, or of 8 bits and a 256th of a float32. In the computer's memory: the float32 scores before training, the best
+    mask and the one that is compared with it as booleans, and, with `scores`, the best scores and their copy.
+    """
+    fixed = {"float32": 4, "bfloat16": 2}.get(settings.dtype)
+    sizes = {name: fixed or BYTES.get(dtype, 1) for name, _, dtype in tensors}
+    covered, first, count = _covered(tensors, settings)
+    weights = sum(math.prod(shape) * sizes[name] for name, shape, _ in tensors)
+    moments = 8 if settings.adam_bits == 32 else 2 + 8 / 256
+    training = host = 0.0
+    for name, shape in covered:
+        width = 2 * sizes[name] + 4 + moments
+        width += sizes[name] * (bool(settings.base) + 6 * settings.control)  # the control: originals, moments, states
+        training += math.prod(shape) * width
+        host += math.prod(shape) * (6 + 8 * settings.scores)
+    item = max((sizes[name] for name, _ in covered), default=4)
+    tokens = settings.batch_size * settings.max_length
+    names = {name for name, _ in covered}
+    layers = [any(_layer(n) == i for n in names) for i in range(first, count)]
+    vocabulary = max((shape[0] for _, shape, _ in tensors if len(shape) == 2), default=0)
     return Need(
-        weights=sum(e.size * sizes[e.name] for e in entries),
-        training=math.ceil(sum(e.size * (2 * sizes[e.name] + 4 + moments) for e in covered)),
-        working=12 * max((e.size for e in covered), default=0) + 8 * vocabulary * tokens,
+        weights=weights,
+        training=math.ceil(training),
+        activations=tokens * _per_token(_text(config), layers, item, settings.gradient_checkpointing),
+        logits=tokens * vocabulary * (2 * item + 8),
+        step=16 * max((math.prod(shape) for _, shape in covered), default=0),
+        host=math.ceil(host) + (weights if settings.base else 0),
     )
+
+
+def _per_token(config: Mapping[str, Any], masked: Sequence[bool], item: int, checkpointing: bool) -> int:
+    """Bytes that a backward pass finds of each token: of the layers from the first masked one on.
+
+    masked: for each of these layers, whether its matrices learn; a matrix that does keeps its input. Counted for a
+    Llama block with fused attention: float32 inputs of two norms, queries, keys, values and output of the attention,
+    gate, its activation and up. With gradient checkpointing a layer keeps its input only, and one layer at a time more.
+    """
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    queries = heads * int(config.get("head_dim") or hidden // heads)
+    inner = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or config.get("n_inner") or 0)
+    inner = (inner or 4 * hidden) * int(config.get("num_experts_per_tok") or 1)
+    plain = 8 * hidden + item * (4 * queries + 3 * inner)
+    learning = plain + item * (2 * hidden + queries + inner)
+    sizes = [learning if m else plain for m in masked]
+    if not checkpointing:
+        return sum(sizes)
+    return len(sizes) * item * hidden + max(sizes, default=0)
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _covered(tensors: Sequence[Tensor], settings: TrainSettings) -> tuple[list[tuple[str, tuple[int, ...]]], int, int]:
+    """The masked tensors (name, shape), the first masked layer, and the number of layers."""
+    from mftmerge.train.targets import parse_layers
+
+    numbers = {name: _layer(name) for name, _, _ in tensors}
+    count = 1 + max((n for n in numbers.values() if n is not None), default=-1)
+    chosen = set(parse_layers(settings.layers, count)) if count else set()
+    covered = [(name, shape) for name, shape, _ in tensors if len(shape) >= 2 and numbers[name] in chosen]
+    if settings.modules in ("attn", "mlp"):  # other choices are counted as the whole layers: never too little
+        covered = [(name, shape) for name, shape in covered if ("att" in name) == (settings.modules == "attn")]
+    return covered, min(chosen, default=0), count
 
 
 def _layer(name: str) -> int | None:
@@ -58,31 +133,48 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _chosen(layers: str | None, count: int) -> set[int]:
-    from mftmerge.train.targets import parse_layers
-
-    return set(parse_layers(layers, count)) if count else set()
-
-
-def require(need: Need, model: str, dtype: str) -> None:
-    """Raise BadInput when the memory that is free now is less than what is needed."""
-    free = available()
-    if need.total > free:
-        smaller = "" if dtype == "bfloat16" else "--dtype bfloat16, "
-        raise BadInput(
-            f"{model}: training needs about {_gib(need.total)} (weights {_gib(need.weights)}, scores and moments "
-            f"{_gib(need.training)}, working room {_gib(need.working)}) and {_gib(free)} is free; use {smaller}fewer "
-            "--layers or a smaller --batch-size (or --no-check-memory to try)"
-        )
-
-
-def available() -> int:
-    """Bytes free on the device that trains."""
-    import psutil  # type: ignore[import-untyped]
+def require(need: Need, model: str, settings: TrainSettings) -> None:
+    """Raise BadInput when the memory that is free now is less than what is needed, on the device or beside it."""
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+    on_gpu = torch.cuda.is_available()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of them holds all of it
+    # A model is loaded into the computer's memory first, when the rest is not there yet.
+    beside = processes * (max(need.weights, need.host) if on_gpu else need.device + need.host)
+    for where, needed, free in (
+        *([("on the GPU ", need.device, available(on_gpu=True))] if on_gpu else []),
+        ("of the computer's memory " if on_gpu else "", beside, available(on_gpu=False)),
+    ):
+        if needed > free:
+            each = f" for {processes} processes" if processes > 1 else ""
+            raise BadInput(
+                f"{model}: training needs about {_gib(needed)} {where}(of one process: weights {_gib(need.weights)}, "
+                f"scores and moments {_gib(need.training)}, working room {_gib(need.working)}, beside the device "
+                f"{_gib(need.host)}){each} and {_gib(free)} is free; use {', '.join(_remedies(settings))} "
+                "(or --no-check-memory to try)"
+            )
+
+
+def _remedies(settings: TrainSettings) -> list[str]:
+    """What makes a run smaller, of what its settings do not have yet."""
+    possible = {
+        "--dtype bfloat16": settings.dtype != "bfloat16",
+        "--gradient-checkpointing": not settings.gradient_checkpointing,
+        "--adam-bits 8": settings.adam_bits == 32,
+        "fewer --layers": True,
+        "a smaller --batch-size": settings.batch_size > 1,
+    }
+    return [name for name, use in possible.items() if use]
+
+
+def available(*, on_gpu: bool) -> int:
+    """Bytes free on this process's GPU, or in the computer's memory."""
+    if on_gpu:
+        import torch
+
+        return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
+    import psutil  # type: ignore[import-untyped]
+
     return int(psutil.virtual_memory().available)
 
 
