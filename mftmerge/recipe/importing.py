@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mftmerge.errors import BadInput
-from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.catalogue import METHODS, lookup
 from mftmerge.recipe.check import check_documents, references
 from mftmerge.recipe.lines import Lines, load_documents, report
 from mftmerge.recipe.locate import local
@@ -81,7 +81,7 @@ def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[s
 
 def known_parameters(document: Document) -> set[str]:
     """Names of the parameters of the document's method (all that exist when the method is not known)."""
-    method = METHODS.get(document.merge_method)
+    method = lookup(document.merge_method)
     return set(method.parameters) if method else {n for m in METHODS.values() for n in m.parameters}
 
 

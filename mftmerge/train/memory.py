@@ -62,7 +62,8 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
 
     For each masked weight: its original and its gradient in the weights' dtype, the float32 score, and two moments of 4
     bytes, or of 8 bits and a 256th of a float32. In the computer's memory: the float32 scores before training, the best
-    mask and the one that is compared with it as booleans, and, with `scores`, the best scores and their copy.
+    mask and the one that is compared with it as booleans, and, with `scores`, the best scores and their copy. Batches
+    are taken as full and as labelled throughout; of logits the backward pass holds three float32 copies.
     """
     fixed = {"float32": 4, "bfloat16": 2}.get(settings.dtype)
     sizes = {name: fixed or BYTES.get(dtype, 1) for name, _, dtype in tensors}
@@ -84,7 +85,7 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
         weights=weights,
         training=math.ceil(training),
         activations=tokens * _per_token(_text(config), layers, item, settings.gradient_checkpointing),
-        logits=tokens * vocabulary * (2 * item + 8),
+        logits=tokens * vocabulary * 12,
         step=16 * max((math.prod(shape) for _, shape in covered), default=0),
         host=math.ceil(host) + (weights if settings.base else 0),
     )
@@ -147,11 +148,13 @@ def require(need: Need, model: str, settings: TrainSettings) -> None:
     ):
         if needed > free:
             each = f" for {processes} processes" if processes > 1 else ""
+            parts = (
+                f"weights {_gib(need.weights)}, scores and moments {_gib(need.training)}, {settings.batch_size} rows "
+                f"of {settings.max_length} tokens {_gib(need.working)}, beside the device {_gib(need.host)}"
+            )
             raise BadInput(
-                f"{model}: training needs about {_gib(needed)} {where}(of one process: weights {_gib(need.weights)}, "
-                f"scores and moments {_gib(need.training)}, working room {_gib(need.working)}, beside the device "
-                f"{_gib(need.host)}){each} and {_gib(free)} is free; use {', '.join(_remedies(settings))} "
-                "(or --no-check-memory to try)"
+                f"{model}: training needs about {_gib(needed)} {where}(of one process: {parts}){each} and {_gib(free)} "
+                f"is free; use {', '.join(_remedies(settings))} (or --no-check-memory to try)"
             )
 
 
@@ -163,6 +166,7 @@ def _remedies(settings: TrainSettings) -> list[str]:
         "--adam-bits 8": settings.adam_bits == 32,
         "fewer --layers": True,
         "a smaller --batch-size": settings.batch_size > 1,
+        "a smaller --max-length": True,
     }
     return [name for name, use in possible.items() if use]
 
