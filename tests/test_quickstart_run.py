@@ -31,7 +31,7 @@ ROWS = {
 
 
 def check(directory: Path) -> GridResult:
-    """What every quickstart leaves: masks, checkpoints that generate, a recipe, a table, two pictures."""
+    """What every quickstart leaves: masks, checkpoints that generate, a recipe, a table, two pictures, a report."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for name in (*DOMAINS, *COMBINATIONS, "random", "magnitude"):
@@ -45,6 +45,7 @@ def check(directory: Path) -> GridResult:
     for name in ("density.png", "overlap.png"):
         assert (directory / name).read_bytes()[:4] == b"\x89PNG"
     assert "| base |" in (directory / "results.md").read_text()
+    assert "intersection of python, arithmetic" in (directory / "report.html").read_text()
     for checkpoint in ("built", "applied"):
         model = AutoModelForCausalLM.from_pretrained(directory / checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(directory / checkpoint)

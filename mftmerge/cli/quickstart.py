@@ -40,4 +40,4 @@ def command(
 
     console = Console()
     found.show(console)
-    console.print(f"\n{directory}: model, data, masks, applied, recipe.yml, built, results.json, results.md, pictures")
+    console.print(f"\n{directory}: model, data, masks, applied, recipe.yml, built, results.*, pictures, report.html")

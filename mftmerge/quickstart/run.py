@@ -258,11 +258,12 @@ class _Run:
         found.to_json(self.at.row("built"))
 
     def results(self) -> GridResult:
-        """Merge the measurements; write JSON, Markdown and two pictures."""
+        """Merge the measurements; write JSON, Markdown, two pictures and the report."""
         from mftmerge.masks import plots
         from mftmerge.masks.compare import compare
         from mftmerge.masks.inspecting import inspect
         from mftmerge.masks.mask import Mask
+        from mftmerge.report.page import write_report
 
         found = GridResult.from_json(self.at.row("masks"))
         for name in ("built", *(f"weights-{domain}" for domain in DOMAINS)):
@@ -274,6 +275,7 @@ class _Run:
         masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
         plots.save(plots.density_by_layer(inspect(self.at.mask("intersection"))), self.at.root / "density.png")
         plots.save(plots.overlap(compare(list(masks.values()), list(masks))), self.at.root / "overlap.png")
+        write_report(self.at.root, overwrite=True)
         return found
 
     def combine(self) -> None:
