@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mftmerge.errors import BadInput
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -18,3 +20,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raise BadInput for an output that is there and may not be replaced, is a directory, or has none to be in.
+
+    Called before the work as well, so that hours of it do not end in a misspelt path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: is a directory; give the name of a file")
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path}: exists already; give another path or --overwrite")
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: there is no directory {path.parent}; make it first")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +20,15 @@ from mftmerge.models.checkpoint import Checkpoint
 HEAVY = ("torch", "transformers", "mergekit", "matplotlib", "datasets", "trl", "numpy")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own; the last line of stdout names the heavy modules that it imported."""
     code = (
         "import sys, atexit\n"
         f"atexit.register(lambda: print('imported', [m for m in {HEAVY} if m in sys.modules]))\n"
         "from mftmerge.cli import main\nmain()"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
@@ -90,3 +93,54 @@ def test_apply_reports_as_json(tmp_path: Path, tiny: Callable[..., Path]) -> Non
     report = json.loads(done.stdout.rsplit("imported", 1)[0])
     assert (report["tensors"], report["covered"], report["dropped"]) == (1, kept.size, shape[1])
     assert not Checkpoint.open(tmp_path / "out").read(name)[0].any()
+
+
+def complete(line: str, directory: Path, shell: str = "bash") -> list[str]:
+    """What Tab offers at the end of a line; the last entry names the heavy modules that were imported for it."""
+    words = line.split(" ")
+    environment = {
+        "_MFTMERGE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+        "_TYPER_COMPLETE_ARGS": line,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = run(env=os.environ | environment, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_an_operation(tmp_path: Path, shell: str) -> None:
+    offered = complete("mftmerge combine --op v", tmp_path, shell)
+    assert "vote" in offered[0]
+    assert "union" not in offered[0]
+    assert "torch" not in offered[-1]
+
+
+def test_completion_of_commands_and_options(tmp_path: Path) -> None:
+    assert complete("mftmerge co", tmp_path) == ["combine", "compare", "imported []"]
+    assert "--threshold" in complete("mftmerge combine --th", tmp_path)
+    assert complete("mftmerge build a.yml --executor st", tmp_path) == ["stream", "imported []"]
+
+
+def test_completion_of_files_by_their_ending(tmp_path: Path) -> None:
+    for name in ("math.mask", "math.jsonl", "math.yml", ".hidden.mask"):
+        (tmp_path / name).touch()
+    assert complete("mftmerge inspect m", tmp_path) == ["math.mask", "imported []"]
+    assert complete("mftmerge combine math.mask ", tmp_path) == ["math.mask", "imported []"]
+    assert complete("mftmerge train --data m", tmp_path) == ["math.jsonl", "imported []"]
+    (tmp_path / "masks").mkdir()  # where a directory fits too, the shell's own completion of files goes on
+    assert complete("mftmerge inspect m", tmp_path)[0] == ""
+
+
+@pytest.mark.parametrize(("shell", "word"), [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete --")])
+def test_completion_is_shown_and_installed(tmp_path: Path, shell: str, word: str) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = run("--show-completion", shell, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert word in shown.stdout
+    assert "_MFTMERGE_COMPLETE=complete_" in shown.stdout
+    installed = run("--install-completion", shell, env=environment)
+    assert installed.returncode == 0, installed.stderr
+    assert any("mftmerge" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())

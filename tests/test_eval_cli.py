@@ -45,7 +45,7 @@ def kitchen(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_whole_command(kitchen: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = ["--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png"]
+    outputs = ["--out", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png"]
     arguments = ["--model", f"fft={kitchen.model}", "--mask", kitchen.a, "--mask", f"second={kitchen.b}"]
     arguments += ["--data", kitchen.here / "math.jsonl", f"py={kitchen.here / 'code.jsonl'}", "--bootstrap", 50]
     answers = ["--exact", "math=number", "--run-tests", "--max-new-tokens", 4]

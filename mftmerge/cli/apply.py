@@ -6,12 +6,14 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.completing import MASKS, files
 from mftmerge.cli.progress import bytes_bar
+from mftmerge.cli.reporting import print_json
 from mftmerge.errors import BadInput
 
 
 def command(
-    mask: Path = typer.Argument(..., help="The .mask file."),
+    mask: Path = typer.Argument(..., help="The .mask file.", autocompletion=files(*MASKS)),
     model: str = typer.Option(..., "--model", "-m", help="Checkpoint directory or hub id that the mask is applied to."),
     out: Path = typer.Option(..., "--out", "-o", help="Directory to write."),
     base: str = typer.Option(None, "--base", help="Apply to the delta: dropped weights get this checkpoint's values."),
@@ -53,9 +55,8 @@ def command(
         )
     if as_json:
         import dataclasses
-        import json
 
-        print(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+        print_json(dataclasses.asdict(report))
         return
     share = report.dropped / report.covered if report.covered else 0.0
     dropped = f"{report.dropped:,} of {report.covered:,} weights dropped ({share:.2%})"

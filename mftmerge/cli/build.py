@@ -7,9 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.reporting import print_json
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a mergekit YAML plus masks.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a mergekit YAML plus masks.", autocompletion=files(*YAML))],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the built model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")] = False,
@@ -30,7 +35,6 @@ def command(
       mftmerge build recipes/masked_task_arithmetic.yml --dry-run
     """
     import dataclasses
-    import json
     import sys
 
     from mftmerge.errors import BadInput
@@ -39,8 +43,13 @@ def command(
 
     if dry_run:
         planned = plan(recipe, executor=executor)
-        print(json.dumps(dataclasses.asdict(planned), default=str, indent=2) if as_json else planned.text())
+        if as_json:
+            print_json(dataclasses.asdict(planned))
+        else:
+            print(planned.text())
         return
+    if device.partition(":")[0] not in DEVICES:
+        raise BadInput(f"--device {device}: give one of {', '.join(DEVICES)}, such as cuda or cuda:1")
     if out is None:
         raise BadInput("no output directory; give -o DIR, or --dry-run to see the plan")
     from mftmerge.cli.progress import bytes_bar
@@ -50,7 +59,7 @@ def command(
     for warning in report.warnings:
         print(f"warning: {recipe}: {warning}", file=sys.stderr)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), default=str, indent=2))
+        print_json(dataclasses.asdict(report))
     else:
         print(
             f"{report.out}: {report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"

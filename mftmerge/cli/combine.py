@@ -7,12 +7,20 @@ from typing import Any
 
 import typer
 
+from mftmerge.cli.completing import MASKS, choices, files, operations
+from mftmerge.cli.reporting import print_json
+
 
 def command(
-    masks: list[Path] = typer.Argument(help="Mask files, in the order that --weights and difference refer to."),
+    masks: list[Path] = typer.Argument(
+        help="Mask files, in the order that --weights and difference refer to.", autocompletion=files(*MASKS)
+    ),
     out: Path = typer.Option(..., "--out", "-o", help="The mask file to write."),
     op: str = typer.Option(
-        "vote", "--op", help="union, intersection, vote, difference, xor, complement or score (see docs/operations.md)."
+        "vote",
+        "--op",
+        help="union, intersection, vote, difference, xor, complement or score (see docs/operations.md).",
+        autocompletion=operations,
     ),
     threshold: str | None = typer.Option(
         None, help="vote: a count such as 2, or a share such as 0.5 (the default: half or more keep)."
@@ -22,7 +30,9 @@ def command(
         None, help="Keep exactly this share of every tensor: by votes, then scores, then position."
     ),
     uncovered: str = typer.Option(
-        "abstain", help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it."
+        "abstain",
+        help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it.",
+        autocompletion=choices("abstain", "keep"),
     ),
     elect: bool = typer.Option(
         False, "--elect", help="score: at each weight add only the evidence that has the sign of the sum."
@@ -69,9 +79,7 @@ def command(
         **options,
     )
     if as_json:
-        import json
-
-        print(json.dumps(report.to_json(), indent=2))
+        print_json(report.to_json())
         return
     width = max(len(i.name) for i in report.inputs)
     for i in report.inputs:

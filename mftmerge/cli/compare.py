@@ -6,9 +6,12 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.completing import MASKS, files
+from mftmerge.cli.reporting import print_json
+
 
 def command(
-    masks: list[Path] = typer.Argument(help="Two or more mask files."),
+    masks: list[Path] = typer.Argument(help="Two or more mask files.", autocompletion=files(*MASKS)),
     as_json: bool = typer.Option(False, "--json", help="Print everything, with the values by layer, as JSON."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a picture: overlap of the pairs, and by layer."),
 ) -> None:
@@ -31,9 +34,7 @@ def command(
 
         plots.save(plots.overlap(found), plot)
     if as_json:
-        import json
-
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
         return
     from rich.console import Console
     from rich.table import Table

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.completing import MASKS, ROWS, files
 from mftmerge.errors import BadInput
 
 
@@ -13,9 +14,16 @@ def command(
     models: list[str] = typer.Option(
         ..., "--model", "-m", metavar="[NAME=]MODEL", help="Checkpoint directory or hub id; may be repeated."
     ),
-    masks: list[str] = typer.Option([], "--mask", metavar="[NAME=]FILE", help="A .mask file; may be repeated."),
+    masks: list[str] = typer.Option(
+        [], "--mask", metavar="[NAME=]FILE", help="A .mask file; may be repeated.", autocompletion=files(*MASKS)
+    ),
     data: list[str] = typer.Option(
-        ..., "--data", "-d", metavar="[NAME=]FILE", help="Rows of one domain: JSONL, JSON, Parquet or a hub id."
+        ...,
+        "--data",
+        "-d",
+        metavar="[NAME=]FILE",
+        help="Rows of one domain: JSONL, JSON, Parquet or a hub id.",
+        autocompletion=files(*ROWS),
     ),
     more: list[str] = typer.Argument(None, metavar="[NAME=FILE]...", help="Further domains after --data."),
     reference: str = typer.Option(
@@ -36,10 +44,11 @@ def command(
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
-    json: Path = typer.Option(None, "--json", help="Write everything, each row's measurement included."),
+    out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON, each row's measurement included."),
     markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
     plot: Path = typer.Option(None, "--plot", help="Write a heat map of the differences (.png, .svg, .pdf)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace existing output files."),
+    as_json: bool = typer.Option(False, "--json", help="Print what --out writes, in place of the table."),
 ) -> None:
     """Compare models and masks on held-out rows of several domains.
 
@@ -49,10 +58,15 @@ def command(
     \b
     mftmerge eval --model fft --mask math.mask --mask code.mask --data math=math.jsonl --data code=code.jsonl
     """
+    from mftmerge.atomic import refuse_existing
+    from mftmerge.masks.plots import check
+
     domains = _named([*data, *(more or [])], "--data")
-    for path in (json, markdown, plot):
-        if path is not None and path.exists() and not overwrite:
-            raise BadInput(f"{path}: exists already; give another path or --overwrite")
+    for path in (out, markdown, plot):
+        if path is not None:
+            refuse_existing(path, overwrite)
+    if plot is not None:
+        check(plot)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise BadInput(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
     rules = {}
@@ -88,12 +102,15 @@ def command(
             device=device,
             progress=lambda what: status.update(what),
         )
-    if json:
-        result.to_json(json, overwrite=overwrite)
+    if out:
+        result.to_json(out, overwrite=overwrite)
     if markdown:
         result.to_markdown(markdown, overwrite=overwrite)
     if plot:
         result.plot(plot, overwrite=overwrite)
+    if as_json:
+        print(result.to_json(), end="")
+        return
     result.show(Console())
 
 

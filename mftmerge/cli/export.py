@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.reporting import print_json
+
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a mergekit YAML plus masks.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a mergekit YAML plus masks.", autocompletion=files(*YAML))],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for config.yml and its checkpoints.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Run stock mergekit on the export and compare every tensor.")
@@ -27,7 +30,6 @@ def command(
       mftmerge export recipes/vote_mask_on_merge.yml -o exported --verify
     """
     import dataclasses
-    import json
     import sys
 
     from mftmerge.recipe.export import export
@@ -36,7 +38,7 @@ def command(
     for warning in report.warnings:
         print(f"warning: {recipe}: {warning}", file=sys.stderr)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), default=str, indent=2))
+        print_json(dataclasses.asdict(report))
         return
     print(f"{report.out}: {report.nbytes / 1e6:.1f} MB")
     for form in report.forms:

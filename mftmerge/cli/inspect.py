@@ -6,9 +6,12 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.completing import MASKS, files
+from mftmerge.cli.reporting import print_json
+
 
 def command(
-    mask: Path = typer.Argument(help="The mask file."),
+    mask: Path = typer.Argument(help="The mask file.", autocompletion=files(*MASKS)),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a picture of the density by layer and module."),
 ) -> None:
@@ -26,9 +29,7 @@ def command(
 
         plots.save(plots.density_by_layer(found), plot)
     if as_json:
-        import json
-
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
         return
     kind = "archived" if found.archive else "raw"
     print(f"{mask}: {len(found.tensors)} tensors, {found.total.size:,} weights, density {found.total.density:.4f}")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +20,7 @@ from mftmerge.errors import MftmergeError, shown
 
 INTERRUPTED = 130
 BAD_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the user's, not the disk's
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 LONGEST = 2000  # characters of an error; a hostile value in the middle of it is cut
 UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.ClickException, reached by a public name
 
@@ -84,6 +89,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program; errors become one line on stderr and exit code 2 (bad input) or 1 (failure)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
+    with _stoppable():
+        _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> None:
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="mftmerge", standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
@@ -104,6 +114,22 @@ def main(argv: list[str] | None = None) -> None:
         _fail(what, 2 if e.errno in BAD_PATH else 1, debug)
     except Exception as e:
         _fail(f"unexpected {type(e).__name__}: {e}; run again with --debug and report it", 1, debug)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a polite kill (SIGTERM, a closed terminal) end the program as an error does: half-written files go away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [number for number in STOPS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, lambda n, _: _fail(f"stopped by {signal.Signals(n).name}", 128 + n, False))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.reporting import print_json
 from mftmerge.errors import BadInput
 
 
 def command(
-    plan: Path = typer.Argument(..., metavar="SWEEP.YML", help="The sweep file, as above."),
+    plan: Path = typer.Argument(
+        ..., metavar="SWEEP.YML", help="The sweep file, as above.", autocompletion=files(*YAML)
+    ),
     out: Path = typer.Option(..., "--out", "-o", help="Directory for results.jsonl and masks/; continued if there."),
     markdown: Path = typer.Option(None, "--markdown", help="Write both tables as Markdown."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing Markdown file."),
     dry_run: bool = typer.Option(False, "--dry-run", help="List the runs and stop."),
+    as_json: bool = typer.Option(False, "--json", help="Print the runs, the choice and the test results as JSON."),
 ) -> None:
     """Train a mask for every combination of settings and every seed; choose on validation rows, report on test rows.
 
@@ -35,8 +40,10 @@ def command(
     """
     if not plan.is_file():
         raise BadInput(f"{plan}: no such sweep file")
-    if markdown is not None and markdown.exists() and not overwrite:
-        raise BadInput(f"{markdown}: exists already; give another path or --overwrite")
+    if markdown is not None:
+        from mftmerge.atomic import refuse_existing
+
+        refuse_existing(markdown, overwrite)
 
     from rich.console import Console
 
@@ -46,12 +53,19 @@ def command(
 
     wanted = load_plan(plan)
     if dry_run:
-        for run in plan_runs(wanted):
+        runs = plan_runs(wanted)
+        if as_json:
+            print_json([{"combination": r.combination, "seed": r.settings.seed} for r in runs])
+            return
+        for run in runs:
             print(f"{describe(run.combination)}, seed {run.settings.seed}")
         return
     with Console(stderr=True).status("starting") as status:
         result = run_sweep(wanted, out, progress=status.update)
     if markdown is not None:
         write_markdown(result, markdown, overwrite=overwrite)
+    if as_json:
+        print_json({"out": str(out), **result.to_json()})
+        return
     show(result, Console())
     print(f"{out / RESULTS}: {len(result.runs)} runs")

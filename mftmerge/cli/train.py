@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from mftmerge.cli.completing import ROWS, YAML, choices, files
+from mftmerge.cli.reporting import print_json
 from mftmerge.errors import BadInput
 
 
 def command(
     model: str = typer.Option(None, "--model", "-m", help="The fine-tuned base model: checkpoint directory or hub id."),
     data: list[str] = typer.Option(
-        [], "--data", "-d", help="Rows: .jsonl, .json, .parquet or a hub id. May be repeated."
+        [],
+        "--data",
+        "-d",
+        help="Rows: .jsonl, .json, .parquet or a hub id. May be repeated.",
+        autocompletion=files(*ROWS),
     ),
     out: Path = typer.Option(None, "--out", "-o", help="The .mask file to write."),
-    config: Path = typer.Option(None, "--config", help="YAML file of settings; options given here win over it."),
+    config: Path = typer.Option(
+        None, "--config", help="YAML file of settings; options given here win over it.", autocompletion=files(*YAML)
+    ),
     eval_data: str = typer.Option(
-        None, "--eval-data", help="Rows to validate on. Default: a share of the data held out."
+        None,
+        "--eval-data",
+        help="Rows to validate on. Default: a share of the data held out.",
+        autocompletion=files(*ROWS),
     ),
     keep: float = typer.Option(None, "--keep", help="Share of weights kept in each matrix [0.9]."),
     layers: str = typer.Option(None, "--layers", help="Decoder layers, such as 26-29 [the last four]."),
     modules: str = typer.Option(None, "--modules", help="attn, mlp, names such as q_proj, or a regular expression."),
     init: str = typer.Option(
-        None, "--init", help="Scores start from magnitude (default), normal (the paper's) or taylor."
+        None,
+        "--init",
+        help="Scores start from magnitude (default), normal (the paper's) or taylor.",
+        autocompletion=choices("magnitude", "normal", "taylor"),
     ),
     start: str = typer.Option(None, "--start", help="Go on from the scores of this mask (--scores) instead."),
     seed: int = typer.Option(None, "--seed", help="Of the data order and of normal scores [42]."),
@@ -102,7 +115,7 @@ def command(
     if not main:
         return
     if as_json:
-        print(json.dumps(_summary(result, str(run["out"]))))
+        print_json(_summary(result, str(run["out"])))
     else:
         what = f"{len(result.mask.names)} tensors, density {result.mask.density():.4f}"
         print(f"{run['out']}: {what}, {result.seconds:.0f} s")

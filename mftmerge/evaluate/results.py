@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.atomic import replacing
+from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import PairedDifference, Values
@@ -210,12 +210,6 @@ class GridResult:
         if path is not None:
             refuse_existing(path, overwrite)
         return heat_map(self, path)
-
-
-def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise BadInput when the output is there already and may not be replaced."""
-    if Path(path).exists() and not overwrite:
-        raise BadInput(f"{path}: exists already; give another path or --overwrite")
 
 
 def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:

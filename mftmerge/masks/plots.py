@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.atomic import replacing
+from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
 
 if TYPE_CHECKING:
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 KINDS = (".png", ".svg", ".pdf")
 
 
+def check(path: str | Path) -> None:
+    """Raise BadInput where a picture cannot be written: another ending than .png, .svg or .pdf, or no directory."""
+    if Path(path).suffix.lower() not in KINDS:
+        raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
+    refuse_existing(path, overwrite=True)
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as .png, .svg or .pdf, whole or not at all. Raises BadInput for another ending."""
+    check(path)
     path = Path(path)
-    if path.suffix.lower() not in KINDS:
-        raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, bbox_inches="tight")
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mftmerge.atomic import replacing
+from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.masks import bits, header
 from mftmerge.masks.file import SCORE_PIECE, SIDECAR_KEY
@@ -137,16 +137,6 @@ class MaskWriter:
             os.close(self._fd)
         self._fd = -1
         self._temporary.unlink(missing_ok=True)
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """BadInput where an output exists and may not be replaced, or has no directory to be in."""
-    if path.is_dir():
-        raise BadInput(f"{path}: is a directory; give the name of a .mask file")
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path}: exists; give --overwrite to replace it")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
 
 
 def sync_directory(path: Path) -> None:

@@ -97,10 +97,7 @@ def build(
     """
     recipe = load_recipe(recipe_path)
     out = Path(out).absolute()
-    for document in recipe.documents:
-        for _, reference in references(document):
-            if (used := local(reference.path, recipe.folder)) and out.exists() and used.samefile(out):
-                raise BadInput(f"{out}: is itself an input of the recipe; choose another output directory")
+    refuse_own_input(recipe, out)
     started = time.monotonic()
     with OutputDirectory(out, lambda: "build", overwrite=overwrite) as output:
         built = build_into(recipe, output.path, name=out.name, options=Options(executor, seed, device, progress))
@@ -202,3 +199,11 @@ def _step(
             )
     built.sizes = sizes
     built.executors.append(chosen)
+
+
+def refuse_own_input(recipe: Recipe, out: Path) -> None:
+    """Raise BadInput when the output, which --overwrite would replace, is a model that the recipe reads."""
+    for document in recipe.documents:
+        for _, reference in references(document):
+            if (used := local(reference.path, recipe.folder)) and out.exists() and used.samefile(out):
+                raise BadInput(f"{out}: is itself an input of the recipe; choose another output directory")

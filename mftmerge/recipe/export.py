@@ -18,7 +18,7 @@ from mftmerge.masks.mask import Mask
 from mftmerge.models.apply import apply_mask, companion_files
 from mftmerge.models.checkpoint import Checkpoint
 from mftmerge.models.writer import OutputDirectory
-from mftmerge.recipe.build import Options, build_into, needed
+from mftmerge.recipe.build import Options, build_into, needed, refuse_own_input
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
@@ -73,6 +73,7 @@ def export(
     """
     recipe = load_recipe(recipe_path)
     out = Path(out).absolute()
+    refuse_own_input(recipe, out)
     with OutputDirectory(out, lambda: "export", overwrite=overwrite) as output:
         exporter = Exporter(recipe, output.path, out, notify or (lambda _: None))
         exporter.run()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import __version__
-from mftmerge.atomic import replacing
+from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
-from mftmerge.evaluate.results import finite, refuse_existing
+from mftmerge.evaluate.results import finite
 from mftmerge.masks.compare import Comparison
 from mftmerge.masks.header import info_json
 from mftmerge.masks.inspecting import layer_of

@@ -43,6 +43,10 @@ class SweepResult:
     chosen: dict[str, Any]
     test: GridResult
 
+    def to_json(self) -> dict[str, Any]:
+        """Runs, choice and test results as plain JSON values; the last as `mftmerge eval --json` prints them."""
+        return {"runs": self.runs, "chosen": self.chosen, "test": json.loads(self.test.to_json())}
+
 
 class Results:
     """The lines of `results.jsonl`; a line that a crash cut off is dropped."""

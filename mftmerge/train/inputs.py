@@ -39,7 +39,7 @@ class Output:
 
     @contextmanager
     def directory(self) -> Iterator[Path]:
-        """`<out>.run`, removed when the block ends well; a temporary directory without an output."""
+        """`<out>.run`, removed when the block ends well or left no checkpoint; a temporary one without an output."""
         if self.path is None:
             with tempfile.TemporaryDirectory() as d:
                 yield Path(d)
@@ -48,7 +48,12 @@ class Output:
         if path.exists() and not self.resume and is_main():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if is_main() and not any(path.glob("checkpoint-*")):  # nothing that --resume could continue
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         if is_main():
             shutil.rmtree(path, ignore_errors=True)
 

@@ -21,7 +21,7 @@ LR_CAP = 1e-3  # of the default learning rate: runs of less than 25 steps travel
 class TrainSettings(BaseModel):
     """Settings of `train_mask`."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     # What is masked
     keep: float = Field(0.9, gt=0, le=1, description="share of weights kept in each matrix")

@@ -1,0 +1,38 @@
+"""What several commands print about their result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mftmerge.masks.mask import Mask
+
+
+def print_json(value: Any) -> None:
+    """A report as the one JSON document on stdout; numbers that JSON does not have (NaN, infinities) become null."""
+    import json
+
+    print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def new_mask(mask: Mask, out: Path, notes: Sequence[str], as_json: bool) -> None:
+    """A mask that was written to `out`: tensors, weights, density and notes, for people or as JSON."""
+    facts = {"tensors": len(mask.names), "weights": sum(map(mask.size, mask.names)), "density": mask.density()}
+    if as_json:
+        whole = {"out": str(out), "bytes": out.stat().st_size, "digest": mask.digest, **facts, "notes": list(notes)}
+        print_json(whole)
+        return
+    print(f"{out}: {facts['tensors']} tensors, {facts['weights']:,} weights, density {facts['density']:.4f}")
+    for note in notes:
+        print(f"note: {note}")
