@@ -179,6 +179,13 @@ def speeds() -> str:
     )
 
 
+def measured_table() -> str:
+    """Peak memory of small runs against the estimate, as `--measure` found it."""
+    found = json.loads((RESULTS / "scale.json").read_text())["peak memory of a run"]
+    rows = [[name, *(str(run[key]) for key in ("measured MB", "estimated MB", "ratio"))] for name, run in found.items()]
+    return table(["run", "measured, MB", "estimated, MB", "ratio"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "training": training_table,
     "activations": activations_table,
@@ -186,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "time": time_table,
     "files": files_table,
     "speeds": speeds,
+    "measured": measured_table,
 }
 
 

@@ -228,7 +228,7 @@ def _budget(directory: str | Path | None) -> int:
     import psutil  # type: ignore[import-untyped]
 
     free = psutil.virtual_memory().available if directory is None else shutil.disk_usage(Path(directory).parent).free
-    return int(SHARE * free)
+    return int(SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # processes of one launcher share it
 
 
 @contextmanager

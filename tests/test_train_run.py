@@ -283,6 +283,8 @@ def test_the_memory_that_a_run_needs(base: Path) -> None:
     assert need().weights == 4 * sum(checkpoint.entry(n).size for n in checkpoint.names)
     assert need().training == covered * (4 + 4 + 12)
     assert need(adam_bits=8).training == covered * (4 + 4 + 4 + 2 + 8 / 256)
+    assert need(control=True).training == covered * (4 + 4 + 12 + 6 * 4)
+    assert need(control=True, dtype="bfloat16").training == covered * (2 + 2 + 12 + 2 + 12)
     assert (need().host, need(scores=True).host) == (covered * 6, covered * 14)
     assert need().logits == 100 * vocabulary * 12
     # what a layer keeps of a token: inputs of two norms, attention, gate, activation and up; then inputs of matrices

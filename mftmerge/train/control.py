@@ -7,6 +7,7 @@ best validated state likewise. The random and the smallest-magnitude mask prune 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ def run_controls(
         )
         out[name] = losses()
         masked.restore()
+        del masked, start  # scores and moments: they would be there beside those of the next
     lowest = math.inf
     for rate in rates:
         with trained_weights(
@@ -113,6 +115,8 @@ def run_controls(
         ) as best:
             if best.loss < lowest:
                 lowest, out["weights"] = best.loss, best.rows
+        del best
+        gc.collect()  # the trainer refers to itself; its optimiser would be there beside the next one
     return out
 
 

@@ -72,8 +72,9 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
     moments = 8 if settings.adam_bits == 32 else 2 + 8 / 256
     training = host = 0.0
     for name, shape in covered:
-        width = 2 * sizes[name] + 4 + moments
-        width += sizes[name] * (bool(settings.base) + 6 * settings.control)  # the control: originals, moments, states
+        width = sizes[name] * (2 + bool(settings.base)) + 4 + moments
+        if settings.control:  # masks that nobody trained; then the weights' originals, moments and validated states
+            width += max(sizes[name] + 12, 6 * sizes[name])
         training += math.prod(shape) * width
         host += math.prod(shape) * (6 + 8 * settings.scores)
     item = max((sizes[name] for name, _ in covered), default=4)
