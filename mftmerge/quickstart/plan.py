@@ -32,7 +32,7 @@ class Plan:
     steps: int = 40
     batch_size: int = 8
     max_length: int = 384
-    weight_rates: tuple[float, ...] = (1e-4, 3e-4)
+    weight_rates: tuple[float, ...] = (3e-4, 1e-3)
     seed: int = 0
 
     def facts(self) -> dict[str, Any]:
