@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from mftmerge.cli.reporting import print_json
+
 
 def command(
     directory: Path = typer.Argument(..., metavar="DIR", help="Directory with masks and results, at any depth."),
@@ -15,7 +17,7 @@ def command(
 ) -> None:
     """Write one self-contained HTML page about the masks and results in a directory.
 
-    It shows every .mask file, results of `mftmerge eval --json` and `mftmerge sweep`: what each mask is, gains with
+    It shows every .mask file, results of `mftmerge eval --out` and `mftmerge sweep`: what each mask is, gains with
     standard errors, densities, overlaps against two baselines, family trees and settings. The page needs no network
     and no other file. A file that cannot be read is named on the page, and the rest is shown.
 
@@ -36,8 +38,6 @@ def command(
     for name, problem in report.found.problems:
         print(shown(f"mftmerge: note: {name}: {problem}"), file=sys.stderr)
     if as_json:
-        import json
-
-        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        print_json(report.to_json())
         return
     print(f"{report.path}: {report.summary()}")

@@ -102,7 +102,7 @@ def collect(directory: str | Path, say: Callable[[str], None] = lambda text: Non
         raise BadInput(
             f"{directory}: no mask or result that can be read ({wrong})"
             if wrong
-            else f"{directory}: holds no .mask file and no results of `mftmerge eval --json` or `mftmerge sweep`"
+            else f"{directory}: holds no .mask file and no results of `mftmerge eval --out` or `mftmerge sweep`"
         )
     return found
 
