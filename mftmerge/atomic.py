@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, MftmergeError
 
 
 @contextmanager
@@ -18,6 +18,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        if e.filename in (None, str(temporary)):  # a write that failed does not say where
+            raise MftmergeError(f"{path}: cannot be written ({e.strerror or e})") from e
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

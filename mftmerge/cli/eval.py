@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from mftmerge.cli.completing import MASKS, ROWS, files
+from mftmerge.cli.reporting import quiet
 from mftmerge.errors import BadInput
 
 
@@ -81,6 +82,7 @@ def command(
     from mftmerge.evaluate.files import Measures, evaluate_files
 
     console = Console(stderr=True)
+    quiet()
     with console.status("starting") as status:
         result = evaluate_files(
             _named(models, "--model"),

@@ -36,3 +36,17 @@ def new_mask(mask: Mask, out: Path, notes: Sequence[str], as_json: bool) -> None
     print(f"{out}: {facts['tensors']} tensors, {facts['weights']:,} weights, density {facts['density']:.4f}")
     for note in notes:
         print(f"note: {note}")
+
+
+def quiet() -> None:
+    """Leave the terminal to our own lines."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from mftmerge.cli.completing import YAML, files
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
 
 
@@ -60,6 +60,7 @@ def command(
         for run in runs:
             print(f"{describe(run.combination)}, seed {run.settings.seed}")
         return
+    quiet()
     with Console(stderr=True).status("starting") as status:
         result = run_sweep(wanted, out, progress=status.update)
     if markdown is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from mftmerge.cli.completing import ROWS, YAML, choices, files
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
 
 
@@ -91,7 +91,7 @@ def command(
     for name in ("model", "data", "out"):
         if not run.get(name):
             raise BadInput(f"--{name} is missing; give it here or in --config")
-    _quiet()
+    quiet()
     from mftmerge.train import inputs
     from mftmerge.train.run import train_mask
 
@@ -146,20 +146,6 @@ def _settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     from mftmerge.train.settings import RUN_KEYS
 
     return {k: values.pop(k) for k in RUN_KEYS if k in values}, values
-
-
-def _quiet() -> None:
-    """Leave the terminal to our own lines."""
-    import logging
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
 
 def _summary(result: Any, out: str) -> dict[str, Any]:

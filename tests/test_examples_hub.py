@@ -1,0 +1,69 @@
+"""The example that keeps masks on the Hub, against a stand-in for the Hub on localhost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import Hub, hub
+from huggingface_hub import ModelCard
+
+from mftmerge.masks.mask import Mask
+from mftmerge.models.checkpoint import Checkpoint
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "mask_on_hub.py"
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def server() -> Iterator[Hub]:
+    with hub() as found:
+        yield found
+
+
+def run(server: Hub, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The example in a process of its own: huggingface_hub reads its environment when it is imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, str(EXAMPLE), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_mask_goes_to_the_hub_and_comes_back(server: Hub, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny("llama", layers=2)
+    kept = np.random.default_rng(0).random(Checkpoint.open(model).entry(NAME).shape) < 0.9
+    mask = Mask.from_bools({NAME: kept})
+    mask.save(tmp_path / "code.mask")
+    arguments = ("upload", tmp_path / "code.mask", "me/code-mask", "org/base", "code", "loss=1.9 (base 2.1)")
+    done = run(server, tmp_path / "home", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "/me/code-mask/commit/" in done.stdout
+    files = server.repositories["me/code-mask"]
+    assert set(files) == {"README.md", "general.mask"}
+    assert server.large == {"general.mask"}, "the mask is binary; its card is text"
+    assert files["general.mask"] == (tmp_path / "code.mask").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("org/base", "mftmerge")
+    assert {"mftmerge", "code"} <= set(card.data.tags)
+    assert f"{mask.density():.1%}" in card.text
+    assert "| loss | 1.9 (base 2.1) |" in card.text
+
+    done = run(server, tmp_path / "home", "apply", "me/code-mask", model, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    written = Checkpoint.open(tmp_path / "out").read(NAME)
+    assert np.array_equal(written, np.where(kept, Checkpoint.open(model).read(NAME), 0))
+    assert any(method == "GET" and "/resolve/" in path for method, path in server.calls), "it was downloaded"
+
+    assert run(server, tmp_path / "home", *arguments).returncode == 0, "a second upload is a second commit"
+
+
+def test_a_mask_that_is_not_there(server: Hub, tmp_path: Path) -> None:
+    done = run(server, tmp_path / "home", "apply", "me/absent", "model", tmp_path / "out")
+    assert done.returncode != 0
+    assert "me/absent" in done.stderr
+    assert not (tmp_path / "out").exists()
