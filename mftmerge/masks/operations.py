@@ -170,7 +170,7 @@ def score(
         raise BadInput("weights sum to 0: without the scores before training (::init) they must not; change one")
     if not initial:
         parts = [w / total * after.astype(np.float64) for w, after in zip(given, scores, strict=True)]
-        return np.sum(parts, axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.sum(parts, axis=0, dtype=np.float64), np.float32)
     parts = [w * (s.astype(np.float64) - s0) for w, s, s0 in zip(given, scores, initial, strict=True)]
     added = np.sum(parts, axis=0, dtype=np.float64)
     if elect:
