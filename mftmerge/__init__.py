@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
     from mftmerge.errors import BadInput as BadInput
     from mftmerge.errors import MftmergeError as MftmergeError
+    from mftmerge.evaluate.choosing import choose_combination as choose_combination
     from mftmerge.evaluate.loss import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
     from mftmerge.masks.combine import combine as combine_masks  # noqa: F401
@@ -40,6 +41,7 @@ _PUBLIC = {
     "apply_mask": "models.apply:apply_mask",
     "attach": "models.live:attach",
     "build_recipe": "recipe.build:build",
+    "choose_combination": "evaluate.choosing:choose_combination",
     "combine_files": "masks.combine:combine_files",
     "combine_masks": "masks.combine:combine",
     "evaluate_grid": "evaluate.loss:grid",

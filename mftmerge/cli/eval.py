@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from mftmerge.cli.completing import MASKS, ROWS, files
+from mftmerge.cli.named import named
 from mftmerge.cli.reporting import quiet
 from mftmerge.errors import BadInput
 
@@ -62,7 +63,7 @@ def command(
     from mftmerge.atomic import refuse_existing
     from mftmerge.masks.plots import check
 
-    domains = _named([*data, *(more or [])], "--data")
+    domains = named([*data, *(more or [])], "--data")
     for path in (out, markdown, plot):
         if path is not None:
             refuse_existing(path, overwrite)
@@ -85,8 +86,8 @@ def command(
     quiet()
     with console.status("starting") as status:
         result = evaluate_files(
-            _named(models, "--model"),
-            _named(masks, "--mask"),
+            named(models, "--model"),
+            named(masks, "--mask"),
             domains,
             reference=reference,
             measures=Measures(
@@ -114,19 +115,3 @@ def command(
         print(result.to_json(), end="")
         return
     result.show(Console())
-
-
-def _named(texts: list[str], option: str) -> dict[str, str]:
-    """Name -> path: the name is given before "=", or is the file's or directory's own."""
-    found: dict[str, str] = {}
-    for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign or "/" in name:
-            file = Path(text)
-            name, path = file.stem if file.suffix in (".mask", ".jsonl", ".json", ".parquet") else file.name, text
-        if not name or not path:
-            raise BadInput(f"{option} {text}: give NAME=PATH or a path")
-        if name in found:
-            raise BadInput(f"{option}: two are called {name!r}; name them apart with NAME=PATH")
-        found[name] = path
-    return found

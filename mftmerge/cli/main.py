@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "The whole path on a small real model: train, combine, apply, build, evaluate."),
     "train": ("train", "Learn a mask for one domain over a fine-tuned base model."),
     "combine": ("combine", "Combine masks: union, intersection, vote, difference, xor, complement, score."),
+    "choose": ("choose", "Choose the combination that keeps most of every domain's gain, on validation rows."),
     "inspect": ("inspect", "Show a mask's density by layer and module, its provenance and family tree."),
     "compare": ("compare", "Compare masks pairwise: overlap of what they prune against two baselines."),
     "apply": ("apply", "Apply a mask to a checkpoint, to its weights or to its delta from a base."),

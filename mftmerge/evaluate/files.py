@@ -114,10 +114,9 @@ def _one_model(
     if progress:
         progress(f"loading {name}")
     directory = resolve(path)
-    remarks = {row: _base_remark(mask, directory) for row, mask in masks.items()}
+    remarks = {row: base_remark(mask, directory) for row, mask in masks.items()}
     model, tokenizer = load_model(directory, dtype=dtype, device=device)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    tokens = {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
+    tokens = tokenised(domains, model, tokenizer, max_length)
     scorers = {d: _scorer(d, rows, tokenizer, measures) for d, rows in domains.items()}
     others: dict[str, Callable[[Any], Any]] = {}
     if measures.lm_eval:
@@ -156,6 +155,14 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
         raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from None
 
 
+def tokenised(
+    domains: Mapping[str, list[rows_of.Row]], model: Any, tokenizer: Any, max_length: int
+) -> dict[str, list[rows_of.Tokens]]:
+    """Each domain's rows as tokens, cut off at `max_length` or at what the model has positions for."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    return {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
+
+
 def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> loss.Scorer | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
@@ -169,7 +176,7 @@ def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Meas
         raise BadInput(f"domain {domain!r}: {e}") from None
 
 
-def _base_remark(mask: Mask, directory: Path) -> str | None:
+def base_remark(mask: Mask, directory: Path) -> str | None:
     """Whether the model is the mask's own base, in words; None where the mask does not say what it was made for."""
     with contextlib.suppress(BadInput):  # what does not match here is reported when the mask meets the live model
         checkpoint = Checkpoint.open(directory)

@@ -1,0 +1,88 @@
+"""`mftmerge choose`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mftmerge.cli.completing import MASKS, ROWS, choices, files
+from mftmerge.cli.named import named
+from mftmerge.cli.reporting import print_json
+from mftmerge.errors import BadInput
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def command(
+    masks: list[str] = typer.Argument(
+        metavar="[DOMAIN=]FILE...",
+        help="One .mask file a domain; without DOMAIN the file's name stands in.",
+        autocompletion=files(*MASKS),
+    ),
+    model: str = typer.Option(..., "--model", "-m", help="Checkpoint directory or hub id of the base."),
+    data: list[str] = typer.Option(
+        ...,
+        "--data",
+        "-d",
+        metavar="[DOMAIN=]FILE",
+        help="Validation rows of a domain: JSONL, JSON, Parquet or a hub id. Once for each mask.",
+        autocompletion=files(*ROWS),
+    ),
+    out: Path = typer.Option(None, "--out", "-o", help="Write the chosen combination; without it, only report."),
+    candidates: list[str] = typer.Option(
+        [],
+        "--try",
+        metavar="OP[@DENSITY][,OPTION=VALUE]",
+        help="A combination to try in place of the usual ones, e.g. score@0.93 or vote,threshold=2; may be repeated.",
+    ),
+    limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
+    max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
+    dtype: str = typer.Option(
+        "auto", "--dtype", help="auto (as stored), float32 or bfloat16.", autocompletion=choices(*DTYPES)
+    ),
+    device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
+    batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
+    archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Combine masks in several ways and write the one that keeps most of every domain's gain on validation rows.
+
+    Of each combination and domain: the share of the own mask's gain over the base that is left. Chosen is the
+    combination whose lowest share is highest. The model is loaded once; masks are combined and switched in memory.
+
+    \b
+    mftmerge choose math.mask code.mask --model fft -d math=math-val.jsonl -d code=code-val.jsonl -o general.mask
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"--dtype {dtype}: give {', '.join(DTYPES)}")
+    own, rows = named(masks, "masks"), named(data, "--data")
+
+    from rich.console import Console
+
+    from mftmerge.evaluate.choosing import choose_combination
+
+    with Console(stderr=True).status("starting") as status:
+        choice = choose_combination(
+            model,
+            own,
+            rows,
+            out,
+            candidates=candidates,
+            archive=archive,
+            overwrite=overwrite,
+            limit=limit,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+            device=device,
+            progress=lambda what: status.update(what),
+        )
+    if as_json:
+        print_json(choice.to_json())
+        return
+    choice.show(Console())
+    print(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}; the same mask again:\n  {choice.command}")
+    if choice.out:
+        print(f"wrote {choice.out} ({Path(choice.out).stat().st_size:,} bytes)")

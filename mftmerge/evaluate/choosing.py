@@ -1,0 +1,261 @@
+"""Combine masks in several ways, measure each on every domain, and choose the one that serves the worst-served best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mftmerge.atomic import refuse_existing
+from mftmerge.data import Tokens, load_rows
+from mftmerge.errors import BadInput
+from mftmerge.evaluate import files, loss, pairing
+from mftmerge.evaluate.candidates import Candidate, defaults
+from mftmerge.evaluate.results import GridResult, finite, rich_table
+from mftmerge.masks.mask import Mask
+from mftmerge.models.checkpoint import resolve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Choice", "choose", "choose_combination"]
+
+BASE = "base"
+LEGEND = (
+    "Share of the gain that a domain's own mask has over the base (100 % is all of it, below 0 is worse than the base) "
+    "± one standard error; below it: loss minus the base's, nats per answer token, ± one paired standard error. "
+    "Chosen: the combination whose lowest share is highest."
+)
+WARNING = "These rows were used for choosing: report the result on other rows (mftmerge eval with test rows)."
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried and chosen.
+
+    grid: every row's losses; rows of the table are "base", "DOMAIN mask" for each own mask, and the candidates' names.
+    candidates: name -> combined mask. judged: the domains whose own mask gains, beyond two paired standard errors; only
+    they count. chosen: the candidate with the highest lowest share over them (the first of equal ones).
+    notes: lines worth reading. command: the `mftmerge combine` command that gives the same mask. out: the file written.
+    """
+
+    grid: GridResult
+    candidates: Mapping[str, Mask]
+    judged: tuple[str, ...]
+    chosen: str
+    notes: list[str]
+    command: str | None = None
+    out: str | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """The chosen combination."""
+        return self.candidates[self.chosen]
+
+    def share(self, row: str, domain: str) -> tuple[float, float]:
+        """(loss of base - loss of row) / (loss of base - loss of own mask) on a domain, and its standard error.
+
+        Both differences are sums over the same rows, so the share is a ratio of them and has that estimator's error
+        by linearisation, see `pairing.paired`.
+        """
+        return _share(self.grid, row, domain)
+
+    def lowest(self, row: str) -> float:
+        """The lowest share over the judged domains."""
+        return _lowest(self.grid, row, self.judged)
+
+    def to_json(self) -> dict[str, Any]:
+        """The choice as plain values."""
+        return {
+            "chosen": self.chosen,
+            "lowest_share": self.lowest(self.chosen),
+            "density": self.mask.density(),
+            "mask": self.mask.digest,
+            "out": self.out,
+            "command": self.command,
+            "domains": {d: facts | {"judged": d in self.judged} for d, facts in self.grid.domains.items()},
+            "table": {row: self._json_row(row) for row in self.grid.models},
+            "notes": [*self.notes, WARNING],
+            "versions": self.grid.versions,
+        }
+
+    def _json_row(self, row: str) -> dict[str, Any]:
+        cells: dict[str, Any] = {}
+        for domain in self.grid.domains:
+            difference = self.grid.difference(row, domain)
+            cell: dict[str, float | None] = {"loss": self.grid.mean(row, domain), "difference": difference.mean}
+            cell["standard_error"] = finite(difference.standard_error)
+            if domain in self.judged:
+                share, error = self.share(row, domain)
+                cell |= {"share": share, "share_standard_error": finite(error)}
+            cells[domain] = cell
+        facts = self.grid.models[row] | {"lowest_share": self.lowest(row), "domains": cells}
+        return facts | ({"options": self.candidates[row].info.options} if row in self.candidates else {})
+
+    def show(self, console: Console) -> None:
+        """Print the table, the choice and the notes."""
+        headings = ["combination", "density", *self.grid.domains, "lowest share"]
+        console.print(rich_table(headings, [self._texts(row) for row in self.grid.models]))
+        for text in (LEGEND, WARNING, *(f"note: {note}" for note in self.notes)):
+            console.print(text, markup=False, highlight=False)
+
+    def _texts(self, row: str) -> list[str]:
+        name = row.replace(",", ", ") if row in self.candidates else row  # a narrow terminal breaks lines at spaces
+        density = self.grid.models[row].get("density")
+        cells = [name, "" if density is None else f"{density:.3f}", *(self._text(row, d) for d in self.grid.domains)]
+        lowest = _percent(self.lowest(row)) if row in self.candidates else ""
+        return [*cells, lowest + ("\nchosen" if row == self.chosen else "")]
+
+    def _text(self, row: str, domain: str) -> str:
+        if row == BASE:
+            return f"loss {self.grid.mean(row, domain):.4f}"
+        text = "no share"
+        if domain in self.judged:
+            share, error = self.share(row, domain)
+            text = f"{_percent(share)} ± {_percent(error)}"
+        return f"{text}\n{_signed(self.grid, row, domain)}"
+
+
+def choose_combination(
+    model: str | Path,
+    masks: Mapping[str, str | Path],
+    data: Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    candidates: Sequence[str] | None = None,
+    archive: bool = False,
+    overwrite: bool = False,
+    limit: int | None = None,
+    max_length: int = 1024,
+    batch_tokens: int = 4096,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Choice:
+    """Choose the combination of masks whose worst-served domain keeps the largest share of its own mask's gain.
+
+    model: checkpoint (directory or hub id) that the masks were learnt over, loaded once. masks: domain -> .mask file.
+    data: domain -> rows as `data.load_rows` reads them, which should be validation rows. out: the mask file to write,
+    whole or not at all. candidates: texts as `Candidate.parse` reads them in place of the default list. limit: first
+    rows of each domain. Memory beside the model: one bit a weight for each candidate, and the weights they drop.
+
+    Raises BadInput before the model is loaded for masks and rows of different domains, candidates that cannot be made,
+    and an output that may not be written; afterwards where no own mask gains on its rows.
+    """
+    if out is not None:
+        refuse_existing(out, overwrite)
+    _check(masks, data)
+    opened = {domain: Mask.load(masks[domain]) for domain in masks}
+    rows = {domain: load_rows(data[domain])[:limit] for domain in masks}
+    labels = [Path(path).name for path in masks.values()]
+    tried, notes = ([Candidate.parse(c) for c in candidates], []) if candidates else defaults(opened)
+    made, same = _made(tried, list(opened.values()), labels, progress)
+    if progress:
+        progress("loading the model")
+    directory = resolve(model)
+    remarks = [(domain, files.base_remark(mask, directory)) for domain, mask in opened.items()]
+    live, tokenizer = files.load_model(directory, dtype=dtype, device=device)
+    tokens = files.tokenised(rows, live, tokenizer, max_length)
+    choice = choose(live, opened, tokens, made, batch_tokens=batch_tokens, progress=progress)
+    if out is not None:
+        choice.mask.save(out, archive=archive, overwrite=overwrite)
+    best = next(candidate for candidate in tried if candidate.text == choice.chosen)
+    paths = [str(path) for path in masks.values()]
+    return replace(
+        choice,
+        notes=[*(f"{d}: {remark}" for d, remark in remarks if remark), *notes, *same, *choice.notes],
+        command=best.command(paths, str(out or "combined.mask"), archive=archive),
+        out=None if out is None else str(out),
+    )
+
+
+def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    if set(masks) != set(data):
+        raise BadInput(
+            f"masks are for {', '.join(sorted(masks)) or 'nothing'}, rows for {', '.join(sorted(data)) or 'nothing'}; "
+            "give each mask the name of its rows, as in math=math.mask and math=math-val.jsonl"
+        )
+    if len(masks) < 2:
+        raise BadInput("one mask is nothing to combine; give at least two, each with rows of its domain")
+
+
+def _made(
+    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Callable[[str], None] | None
+) -> tuple[dict[str, Mask], list[str]]:
+    """The combined masks by the candidates' texts, and notes on those left out because another one is the same mask."""
+    made: dict[str, Mask] = {}
+    notes = []
+    for candidate in {c.text: c for c in candidates}.values():
+        if progress:
+            progress(f"combining, {candidate.text}")
+        mask = candidate.combine(masks, labels)
+        equal = next((text for text, other in made.items() if other.digest == mask.digest), None)
+        if equal is None:
+            made[candidate.text] = mask
+        else:
+            notes.append(f"{candidate.text} is the same mask as {equal}")
+    return made, notes
+
+
+def choose(
+    model: Any,
+    masks: Mapping[str, Mask],
+    domains: Mapping[str, Sequence[Tokens]],
+    candidates: Mapping[str, Mask],
+    *,
+    batch_tokens: int = 4096,
+    progress: Callable[[str], None] | None = None,
+) -> Choice:
+    """The same with a loaded model, masks in memory (domain -> mask), tokenised rows, and masks that are combined.
+
+    Raises BadInput where no own mask gains on its rows.
+    """
+    table = {_own(domain): mask for domain, mask in masks.items()} | dict(candidates)
+    grid = loss.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, progress=progress)
+    judged = tuple(d for d in domains if grid.verdict(_own(d), d) == "gain")
+    if not judged:
+        gains = "; ".join(f"{d} {_signed(grid, _own(d), d)}" for d in domains)
+        raise BadInput(
+            f"no mask gains on its own rows beyond two standard errors ({gains}), so there is nothing to keep; "
+            "train longer or give more rows"
+        )
+    best = max(candidates, key=lambda name: _lowest(grid, name, judged))
+    notes = [
+        f"{d} does not count for the choice: its own mask does not gain beyond two standard errors "
+        f"({_signed(grid, _own(d), d)})"
+        for d in domains
+        if d not in judged
+    ]
+    notes += [
+        f"{best} is no better than the base on {d} ({_signed(grid, best, d)})"
+        for d in domains
+        if grid.difference(best, d).mean >= 0
+    ]
+    return Choice(grid, candidates, judged, best, notes)
+
+
+def _own(domain: str) -> str:
+    """The row of the table of a domain's own mask; no candidate has a space in its name."""
+    return f"{domain} mask"
+
+
+def _share(grid: GridResult, row: str, domain: str) -> tuple[float, float]:
+    base, own = grid.values(BASE, domain)[:, 0], grid.values(_own(domain), domain)[:, 0]
+    kept = np.stack([base - grid.values(row, domain)[:, 0], base - own], axis=1)
+    return pairing.mean(kept), pairing.standard_error(kept)
+
+
+def _lowest(grid: GridResult, row: str, judged: Sequence[str]) -> float:
+    return min(_share(grid, row, domain)[0] for domain in judged)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)} %"
+
+
+def _signed(grid: GridResult, row: str, domain: str) -> str:
+    difference = grid.difference(row, domain)
+    return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
