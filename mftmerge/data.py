@@ -264,10 +264,10 @@ def digest(tokens: Sequence[Tokens]) -> str:
 
 def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float] | None, seed: int) -> list[Row]:
     """One list of rows from several: joined without weights, else drawn in proportion until each part was seen once."""
+    if weights is not None and (len(weights) != len(parts) or min(weights) <= 0):
+        raise BadInput(f"data weights: {len(parts)} sources need {len(parts)} positive weights, got {list(weights)}")
     if weights is None or len(parts) == 1:
         return [row for part in parts for row in part]
-    if len(weights) != len(parts) or min(weights) <= 0:
-        raise BadInput(f"data weights: {len(parts)} sources need {len(parts)} positive weights, got {list(weights)}")
     from datasets import Dataset, interleave_datasets
 
     share = [w / sum(weights) for w in weights]

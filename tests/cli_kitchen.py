@@ -12,11 +12,13 @@ import numpy as np
 
 import mftmerge
 
-# A command line that works: {name:kind} is an input of the kitchen, {name:out} something in the working directory.
+# A sound command line: {name:kind} is an input of the kitchen, {name:out} something in the working directory.
 WORKING = {
     "quickstart": "{try:out} --tiny",
     "train": "--model {model:model} --data {rows.jsonl:rows} -o {new.mask:out} --config {train.yml:settings} --steps 1",
     "combine": "{a.mask:mask} {b.mask:mask} -o {new.mask:out}",
+    "choose": "a={a.mask:mask} b={b.mask:mask} --model {model:model} -o {new.mask:out}"
+    " --data a={rows.jsonl:rows} --data b={rows.jsonl:rows}",
     "inspect": "{a.mask:mask}",
     "compare": "{a.mask:mask} {b.mask:mask}",
     "apply": "{a.mask:mask} --model {model:model} -o {new:out}",
@@ -47,15 +49,12 @@ seeds: [0]
 def command_line(command: str, here: Path, place: Path, **instead: str) -> list[str]:
     """Arguments of a command that works, with other values for some of the slots; outputs are in `place`."""
 
-    def value(word: str) -> str:
-        match = SLOT.fullmatch(word)
-        if match is None:
-            return word
+    def value(match: re.Match[str]) -> str:
         if match[1] in instead:
             return instead[match[1]]
         return str((place if match[2] == "out" else here) / match[1])
 
-    return [command, *map(value, WORKING[command].split())]
+    return [command, *(SLOT.sub(value, word) for word in WORKING[command].split())]
 
 
 def make_kitchen(here: Path, tiny: Callable[..., Path]) -> Path:

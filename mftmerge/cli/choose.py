@@ -8,7 +8,7 @@ import typer
 
 from mftmerge.cli.completing import MASKS, ROWS, choices, files
 from mftmerge.cli.named import named
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -63,6 +63,7 @@ def command(
 
     from mftmerge.evaluate.choosing import choose_combination
 
+    quiet()
     with Console(stderr=True).status("starting") as status:
         choice = choose_combination(
             model,

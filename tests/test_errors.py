@@ -1,0 +1,180 @@
+"""Every command with missing, wrong and hostile arguments: one line, the right exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_kitchen import INPUTS, SLOT, WORKING, broken, command_line, make_kitchen
+
+from mftmerge.cli import main
+from mftmerge.cli.main import COMMANDS
+
+Refused = Callable[..., str]
+
+
+class Kitchen:
+    def __init__(self, here: Path, tiny: Callable[..., Path]) -> None:
+        self.here = make_kitchen(here, tiny)
+        self.broken = broken(here / "broken")
+        self.place = here / "place"
+        self.place.mkdir()
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Kitchen:
+    return Kitchen(tmp_path_factory.mktemp("errors"), tiny)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every file and directory below, with size and modification time of the files."""
+    found = {}
+    for path in directory.rglob("*"):
+        status = path.lstat()
+        found[str(path)] = (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@pytest.fixture
+def refused(kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the program in an empty directory and checks how it refuses; gives what it said."""
+    monkeypatch.chdir(kitchen.place)
+
+    def run(arguments: list[str], codes: tuple[int, ...] = (2,)) -> str:
+        before = snapshot(kitchen.here)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        out, error = capfd.readouterr()
+        left = snapshot(kitchen.here)
+        for path in kitchen.place.iterdir():  # so that the next case starts afresh
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        called = shlex.join(arguments)[:500]
+        assert error.startswith("mftmerge: error: "), (called, error)
+        assert error.count("\n") == 1, (called, error)
+        assert error[:-1].isprintable(), (called, error)
+        assert "Traceback" not in error, (called, error)
+        assert "unexpected" not in error, (called, error)
+        assert len(error) < 2500, called
+        assert stop.value.code in codes, (called, error)
+        assert out == "", called
+        assert left == before, (called, error)
+        return error
+
+    return run
+
+
+def test_every_command_has_a_line_that_works() -> None:
+    assert set(WORKING) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", WORKING)
+def test_options_that_are_not_there(refused: Refused, command: str) -> None:
+    assert "--no-such-option" in refused([command, "--no-such-option"])
+    assert refused([command, "--no-such-option\n\x1b[31m"])
+    if command != "quickstart":  # it needs nothing
+        refused([command])
+
+
+SLOTS = [(command, m[1], m[2]) for command, line in WORKING.items() for m in SLOT.finditer(line) if m[2] in INPUTS]
+# What only the weights are read of, a mask is about; and settings may all be the usual ones.
+WEIGHTS_ALONE = {"no config", "config of an unknown kind", "no tokenizer"}
+ACCEPTED = {
+    "apply": WEIGHTS_ALONE,
+    "import": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
+    "diff-mask": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
+    "train": {"empty"},
+}
+
+
+@pytest.mark.parametrize(("command", "slot", "kind"), SLOTS)
+def test_broken_inputs(kitchen: Kitchen, refused: Refused, command: str, slot: str, kind: str) -> None:
+    """A broken file in the place of each input in turn, the others sound."""
+    codes = (1, 2) if command == "mergekit-yaml" else (2,)  # mergekit's own errors are failures of its own
+    for what, path in kitchen.broken[kind].items():
+        if what in ACCEPTED.get(command, ()) and not (what == "empty" and kind != "settings"):
+            continue
+        error = refused(command_line(command, kitchen.here, kitchen.place, **{slot: path}), codes)
+        if path.startswith(str(kitchen.here)) and command != "mergekit-yaml":
+            assert Path(path).name in error, (what, error)
+
+
+# Options added to a line that works, cases apart by |.
+VALUES = {
+    "train": """
+        --steps -1 | --steps x | --keep 0 | --keep 1.5 | --keep nan | --lr inf | --lr -1 | --lr nan | --lr 0 |
+        --batch-size 0 | --batch-size -3 | --max-length 1 | --warmup 1 | --warmup nan | --seed -1 | --eval-share
+        1 | --layers 9 | --layers x | --layers 1-0 | --layers 0-99999999999 | --modules ( | --modules nothing |
+        --pattern 0:4 | --pattern x | --pattern 1:99999999 | --weights x | --weights 1,2 | --weights nan |
+        --init x | --scope x | --dtype int4 | --prefix x | --adam-bits 7 | --log-to nothing | --target x |
+        --target delta | --clip 0 | --clip nan | --accumulate 0 | --patience 0 | --eval-every 0 | --eval-rows 0
+        | --save-every -1 | --keep-warmup 5 | --start absent.mask | --base absent/model/path | --eval-data
+        absent.jsonl
+    """,
+    "combine": """
+        --op nothing | --threshold 0 | --threshold -1 | --threshold nan | --threshold x | --threshold 1.5 |
+        --weights 1 | --weights 1,2,3 | --weights nan,1 | --weights inf,1 | --weights 0,1 | --weights -1,1 |
+        --weights x | --weights , | --density 2 | --density -1 | --density nan | --density x | --density inf |
+        --density 1/0 | --uncovered maybe | --op complement | --op score | --op union --threshold 2 | --op xor
+        --weights 1,1 | --set x | --set nothing=1 | --set =
+    """,
+    "apply": "--base absent/model/path | --base ./one\ntwo",
+    "build": "--executor nothing | --seed x | --device \x1b[31mnothing",
+    "export": "--verify=maybe",
+    "eval": """
+        --limit 0 | --limit -1 | --limit x | --max-length 1 | --bootstrap -1 | --dtype x | --device nothing |
+        --reference nothing | --exact x | --exact nothing=text | --exact rows=nothing | --exact rows=re:( |
+        --batch-tokens 0 | --max-new-tokens 0 | --lm-eval-limit 0 | --out nowhere/x.json | --markdown
+        nowhere/x.md | --plot nowhere/x.png | --plot x.nothing | --out . | --mask absent.mask | --data
+        absent.jsonl
+    """,
+    "diff-mask": """
+        --keep 2 | --keep nan | --keep x | --keep -1 | --method nothing | --method tall | --lambda nan --method
+        tall | --lambda x | --only ( | --only nothing | --others absent/model/path | --merged x
+    """,
+    "quickstart": "--seed x | --tiny --model m",
+    "inspect": "--plot nowhere/x.png | --plot x.nothing",
+    "compare": "--plot nowhere/x.png | --plot x.nothing",
+    "choose": "--limit 0 | --dtype x | --device nothing | --try nothing | --try vote@2 | --data c=c.jsonl",
+    "sweep": "--markdown nowhere/x.md | --markdown .",
+}
+
+
+@pytest.mark.parametrize("command", VALUES)
+def test_values_out_of_range(kitchen: Kitchen, refused: Refused, command: str) -> None:
+    good = command_line(command, kitchen.here, kitchen.place)
+    for case in VALUES[command].split("|"):
+        words = [w for w in re.split(r" +|\n {4,}", case) if w]
+        refused([*good, *words])
+
+
+OUTPUTS = [(command, m[1]) for command, line in WORKING.items() for m in SLOT.finditer(line) if m[2] == "out"]
+
+
+@pytest.mark.parametrize(("command", "slot"), OUTPUTS)
+def test_places_that_cannot_be_written(kitchen: Kitchen, refused: Refused, command: str, slot: str) -> None:
+    """A file in the place of a directory stops root too, whom permissions do not."""
+    file = kitchen.here / "rows.jsonl"
+    places = [file / slot, file / "below" / slot, Path("/proc/mftmerge") / slot, "./" + "x" * 5000, "./a\0b"]
+    if "." in slot:
+        places += [kitchen.here / "nowhere" / slot, kitchen.here / "model", "."]
+    else:
+        places += [file]
+    for place in places:
+        refused(command_line(command, kitchen.here, kitchen.place, **{slot: str(place)}), (1, 2))
+
+
+@pytest.mark.parametrize(("command", "slot"), [o for o in OUTPUTS if o[0] not in ("mergekit-yaml", "sweep")])
+def test_outputs_that_are_there_stay(kitchen: Kitchen, refused: Refused, command: str, slot: str) -> None:
+    existing = kitchen.here / ("b.mask" if slot.endswith(".mask") else "train.yml" if "." in slot else "tuned")
+    assert existing.name in refused(command_line(command, kitchen.here, kitchen.place, **{slot: str(existing)}))
+
+
+@pytest.mark.parametrize("command", ["apply", "build", "export"])
+def test_a_model_is_not_replaced_by_what_is_made_of_it(kitchen: Kitchen, refused: Refused, command: str) -> None:
+    line = command_line(command, kitchen.here, kitchen.place, new=str(kitchen.here / "model"))
+    refused([*line, "--overwrite"])
