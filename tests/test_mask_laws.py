@@ -187,11 +187,24 @@ def scored(rng: np.random.Generator, initial: bool, digest: str = "same", size: 
 def test_score_adds_evidence_and_cuts_once() -> None:
     rng = np.random.default_rng(0)
     made = [scored(rng, True) for _ in range(3)]
-    result = combine("score", [m for m, _, _ in made], weights=[1, 0.5, -0.25])
+    result = combine("score", [m for m, _, _ in made], weights=[1, 0.5, -0.25], density="0.9")
     start = made[0][1].astype(np.float64)
     total = start + sum(w * (a - start) for w, (_, _, a) in zip([1, 0.5, -0.25], made, strict=True))
     expected = np.argsort(total.astype(np.float32), kind="stable")[30:]
     assert sorted(np.flatnonzero(result.kept("w"))) == sorted(expected)
+
+
+def test_score_of_several_masks_drops_seven_tenths_of_what_one_drops() -> None:
+    rng = np.random.default_rng(0)
+    masks = [scored(rng, True, size=1000)[0] for _ in range(3)]
+    for count in (2, 3):
+        result = combine("score", masks[:count])
+        assert result.count("w") == 930
+        assert result.info.keep == result.info.options["density"] == 0.93
+    assert combine("score", masks[:1]).count("w") == 900
+    other = Mask.from_bools({"v": np.ones(100, np.bool_)}, masks[0].info, {"v": rng.standard_normal(100, np.float32)})
+    apart = combine("score", [masks[0], other])
+    assert (apart.count("w"), apart.count("v")) == (900, 90)
 
 
 def test_elected_evidence_has_the_sign_of_the_sum() -> None:

@@ -33,6 +33,7 @@ class Combination:
         self.op: Operation = find(op)
         self.masks, self.names = list(masks), list(names)
         self.density, self.uncovered = density, uncovered
+        self.alone: float | None = None  # the density of tensors that one mask covers, where it is not `density`
         self.options = {k: v for k, v in options.items() if v is not None and v is not False}
         self.notes: list[str] = []
         self._check_arguments()
@@ -98,7 +99,8 @@ class Combination:
             keeps = {m.info.keep for m in self.masks}
             if len(keeps) != 1 or None in keeps:
                 raise BadInput(f"{self.op.name}: the masks name no common density; give --density")
-            self.density = keeps.pop()
+            self.alone = keeps.pop()
+            self.density = float(operations.combined_density(self.alone, len(self.masks)))
         rules = {m.info.training.get("selection", "signed") for m in self.masks}
         if len(rules) != 1 or not rules <= {"signed", "abs"}:
             raise BadInput(f"{self.op.name}: masks select by different rules ({', '.join(map(str, sorted(rules)))})")
@@ -141,6 +143,10 @@ class Combination:
     def covering(self, name: str) -> list[int]:
         """The masks with a say on a tensor (all of them where an uncovered tensor counts as kept)."""
         return [d for d, m in enumerate(self.masks) if name in m or self.uncovered == "keep"]
+
+    def density_of(self, name: str) -> float | str | None:
+        """The density that a tensor is cut to, None where it is not cut."""
+        return self.alone if self.alone is not None and len(self.covering(name)) == 1 else self.density
 
     def _options(self, covering: list[int]) -> dict[str, Any]:
         weights = self.options.get("weights")

@@ -99,7 +99,7 @@ class _Run:
         combination = self.combination
         if combination.density is not None:
             for name in combination.shapes:
-                self._ranked(name, combination.density)
+                self._ranked(name)
             return
         jobs = [(n, a) for n, s in combination.shapes.items() for a in range(0, max(1, math.prod(s)), 8 * BLOCK)]
         total = _Total(len(combination.masks))
@@ -129,9 +129,11 @@ class _Run:
                 self.sink.write(name, a // 8, packed)
         return total, compress(np.concatenate(parts)) if parts else None
 
-    def _ranked(self, name: str, density: float | str) -> None:
+    def _ranked(self, name: str) -> None:
         """A tensor that is cut to an exact density."""
         combination, size = self.combination, math.prod(self.combination.shapes[name])
+        density = combination.density_of(name)
+        assert density is not None
         covering, total, waiting = combination.covering(name), _Total(len(combination.masks)), _Blocks(self.archive)
         for a, b, result in combination.ranked(name, size - bits.drop_count(size, density)):
             total.count(result, combination.read(name, a, b, covering), by_bit=True)

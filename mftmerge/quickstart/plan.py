@@ -13,7 +13,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "union": ("union", {}),
     "intersection": ("intersection", {}),
     "vote": ("vote", {"density": KEEP}),
-    "score": ("score", {"density": KEEP}),
+    "score": ("score", {}),
 }
 
 
