@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,11 +27,17 @@ def server() -> Iterator[Hub]:
         yield found
 
 
-def run(server: Hub, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+PROGRAM = "from mftmerge.cli import main; main()"
+
+
+def run(
+    server: Hub, home: Path, *arguments: object, program: tuple[str, ...] = (str(EXAMPLE),), offline: str = "0"
+) -> subprocess.CompletedProcess[str]:
     """The example in a process of its own: huggingface_hub reads its environment when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, str(EXAMPLE), *map(str, arguments)]
+    environment["HF_HUB_OFFLINE"] = offline
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -67,3 +74,24 @@ def test_a_mask_that_is_not_there(server: Hub, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "me/absent" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_commands_take_masks_from_the_hub(server: Hub, tmp_path: Path) -> None:
+    """hf:// asks the Hub; a path that is misspelt never does."""
+    mask = Mask.from_bools({NAME: np.array([[True, False], [True, True]])})
+    mask.save(tmp_path / "a.mask")
+    server.repositories["me/code-mask"] = {"general.mask": (tmp_path / "a.mask").read_bytes()}
+    program = ("-c", PROGRAM)
+    inspect = ("inspect", "hf://me/code-mask/general.mask", "--json")
+    done = run(server, tmp_path / "home", *inspect, program=program)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == mask.digest
+    asked = len(server.calls)
+    assert run(server, tmp_path / "home", *inspect, program=program, offline="1").returncode == 0, "it is in the cache"
+    for wrong in ("me/code-mask/general.mask", "hf://me/general.mask"):
+        done = run(server, tmp_path / "home", "inspect", wrong, program=program)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert len(server.calls) == asked
+    done = run(server, tmp_path / "home", "inspect", "hf://me/absent/general.mask", program=program)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "hf://me/absent/general.mask" in done.stderr.replace("hf:/me", "hf://me")

@@ -9,11 +9,12 @@ import typer
 from mftmerge.cli.completing import MASKS, files
 from mftmerge.cli.progress import bytes_bar
 from mftmerge.cli.reporting import print_json
-from mftmerge.errors import BadInput
 
 
 def command(
-    mask: Path = typer.Argument(..., help="The .mask file.", autocompletion=files(*MASKS)),
+    mask: Path = typer.Argument(
+        ..., help="The .mask file, here or as hf://owner/name/file.mask.", autocompletion=files(*MASKS)
+    ),
     model: str = typer.Option(..., "--model", "-m", help="Checkpoint directory or hub id that the mask is applied to."),
     out: Path = typer.Option(..., "--out", "-o", help="Directory to write."),
     base: str = typer.Option(None, "--base", help="Apply to the delta: dropped weights get this checkpoint's values."),
@@ -38,8 +39,6 @@ def command(
     """
     from mftmerge.models.apply import apply_mask
 
-    if not mask.is_file():
-        raise BadInput(f"{mask}: no such mask file")
     with bytes_bar("apply", quiet=as_json) as progress:
         report = apply_mask(
             mask,

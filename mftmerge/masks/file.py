@@ -14,6 +14,7 @@ import numpy as np
 from mftmerge.errors import BadInput
 from mftmerge.masks import bits, header
 from mftmerge.masks.header import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.masks.hub import located
 from mftmerge.masks.mask import Mask, Scores
 
 SIDECAR_KEY = "mftmerge_scores"
@@ -49,10 +50,13 @@ def open_container(path: str | Path) -> tuple[int, bytes, int, int]:
 
 
 class MaskFile:
-    """An open `.mask`: reads the bits and scores of a tensor, or of a part of one, when asked."""
+    """An open `.mask`: reads the bits and scores of a tensor, or of a part of one, when asked.
+
+    path: a file, or hf://owner/name/file.mask[@revision] on the Hub.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = path = located(path)
         self._fd, text, self._data, length = open_container(path)
         weakref.finalize(self, os.close, self._fd)
         try:

@@ -111,7 +111,7 @@ def inspect(path: str | Path) -> Inspection:
     where = file.header.sidecar if file.header.sidecar and mask.has_scores else "embedded" if mask.has_scores else None
     return Inspection(
         path=str(path),
-        file_bytes=Path(path).stat().st_size,
+        file_bytes=file.path.stat().st_size,
         bits_per_weight=8 * stored / total.size if total.size else 0.0,
         archive=file.header.archive,
         scores=where,
