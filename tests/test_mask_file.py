@@ -254,6 +254,7 @@ def test_different_bases_are_noted(tmp_path: Path) -> None:
         ("transformer.h.0.attn.c_attn.weight", 0, "attn.c_attn"),
         ("h.0.mlp.c_fc.bias", 0, "mlp.c_fc.bias"),
         ("model.embed_tokens.weight", None, "model.embed_tokens"),
+        pytest.param(f"layers.{'9' * 5000}.w1", None, "w1", id="a hostile number"),
     ],
 )
 def test_layers_and_modules_of_names(name: str, layer: int | None, module: str) -> None:

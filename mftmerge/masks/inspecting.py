@@ -17,7 +17,7 @@ from mftmerge.masks.mask import Mask, MaskInfo, Parent
 
 def layer_of(name: str) -> int | None:
     """Index of the layer that a tensor belongs to (the first number in its name), None outside the layers."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    found = re.search(r"(?:^|\.)(\d{1,9})(?:\.|$)", name)  # int() refuses thousands of digits
     return int(found[1]) if found else None
 
 
