@@ -1,4 +1,4 @@
-"""Small output files that appear whole or not at all. (Masks and checkpoints have writers of their own.)"""
+"""What outputs have in common: they appear whole or not at all. (Masks and checkpoints have writers of their own.)"""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise BadInput(f"{path}: exists already; give another path or --overwrite")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename durable, where the system can."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing, replacing
+from mftmerge.atomic import refuse_existing, replacing, sync_directory
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.masks import bits, header
 from mftmerge.masks.file import SCORE_PIECE, SIDECAR_KEY
@@ -137,17 +137,6 @@ class MaskWriter:
             os.close(self._fd)
         self._fd = -1
         self._temporary.unlink(missing_ok=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename durable, where the system can."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
 
 
 def save(

@@ -18,6 +18,7 @@ from types import TracebackType
 
 import xxhash
 
+from mftmerge.atomic import sync_directory
 from mftmerge.errors import BadInput, MftmergeError
 
 PIECE = 1 << 18
@@ -208,15 +209,6 @@ def checksum(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | N
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
