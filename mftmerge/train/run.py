@@ -288,6 +288,8 @@ class _Run:
         if self.cache is not None:
             size = self.cache.nbytes([*self.rows, *self.valid])
             self.say(f"layers below {self.layers[0]} run once a row; their states take up to {size / 2**20:.0f} MiB")
+        if self.model.device.type == "cpu" and self.model.dtype != torch.float32:
+            self.say("many CPUs are several times faster in float32 (--dtype float32), which takes more memory")
         if not self.valid:
             self.say("no validation rows: the last mask is kept, whatever it is worth")
 
