@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ def problems(text: str, folder: Path, files: bool = True) -> list[str]:
     with pytest.raises(BadInput) as e:
         load_recipe(path, files=files)
     message = str(e.value).removeprefix(f"{path}: ")
-    return message.split("\n  ")[1:] if "\n" in message else [message]
+    assert "\n" not in message
+    return re.split(r"; (?=line \d+: )", re.sub(r"^\d+ problems: ", "", message))
 
 
 def test_all_problems_at_once_with_lines(kitchen: Path) -> None:

@@ -39,11 +39,11 @@ class Problem:
 
 
 def report(path: Path, problems: list[Problem]) -> BadInput:
-    """All problems as one error, sorted by line; a single one is a single line."""
+    """All problems as one error of one line, sorted by their lines in the recipe."""
     rows = [f"line {p.line}: {p.message}" if p.line else p.message for p in sorted(set(problems))]
     if len(rows) == 1:
         return BadInput(f"{path}: {rows[0]}")
-    return BadInput(f"{path}: {len(rows)} problems\n  " + "\n  ".join(rows))
+    return BadInput(f"{path}: {len(rows)} problems: " + "; ".join(rows))
 
 
 def load_documents(path: Path, text: str) -> tuple[list[tuple[Any, Lines]], list[Problem]]:
