@@ -39,7 +39,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    registries = OPERATIONS, METHODS, ABOUT
+    from mergekit.merge_methods import registry as mergekits
+
+    registries = OPERATIONS, METHODS, ABOUT, mergekits._METHODS
     before, modules = [dict(r) for r in registries], set(sys.modules)
     plugins.load.cache_clear()
     yield tmp_path
