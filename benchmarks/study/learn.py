@@ -1,0 +1,77 @@
+"""What is trained: masks for a domain, for the mixture and one after the other; and the weight controls."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from study.common import Bench, Weights
+
+from mftmerge.evaluate.loss import row_losses
+from mftmerge.masks.mask import Mask
+from mftmerge.train import train_mask
+from mftmerge.train.control import trained_weights
+from mftmerge.train.settings import TrainSettings
+from mftmerge.train.targets import find, freeze_others
+
+
+def mask(bench: Bench, seed: int, name: str, domains: list[str], **more: Any) -> Mask:
+    """A mask learnt on the rows of `domains` (mixed by the data loader's order), from the file if it is there."""
+    path = bench.out / f"seed{seed}" / "masks" / f"{name}.mask"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for domain in domains for row in bench.training_rows(domain, seed)]
+        valid = [row for domain in domains for row in bench.rows[domain]["validation"]]
+        settings = bench.plan.settings(seed, **more)
+        found = train_mask(
+            bench.model,
+            rows,
+            path,
+            settings=settings,
+            eval_data=valid,
+            tokenizer=bench.tokenizer,
+            prefix=bench.cache,
+            resume=Path(f"{path}.run").exists(),
+        )
+        print(f"seed {seed}: {name}: best step {found.best_step}, {found.seconds:.0f} s", flush=True)
+    return Mask.load(path)
+
+
+def weights(bench: Bench, seed: int, name: str, domains: list[str], **more: Any) -> Weights:
+    """The masked matrices after ordinary training: same rows, steps and validation; the best of the learning rates."""
+    path = bench.out / f"seed{seed}" / "weights" / f"{name}.safetensors"
+    if path.exists():
+        return load_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row for domain in domains for row in bench.training_rows(domain, seed)]
+    valid = [row for domain in domains for row in bench.rows[domain]["validation"]]
+    settings = TrainSettings.make(bench.plan.settings(seed, **more))
+    targets = find(bench.model, settings.layers)
+    flags = freeze_others(bench.model, targets)
+    lowest, kept = float("inf"), {}
+    try:
+        for rate in bench.plan.weight_rates:
+            with (
+                bench.cache.use(),
+                tempfile.TemporaryDirectory() as scratch,
+                trained_weights(
+                    bench.model,
+                    bench.tokenizer,
+                    targets,
+                    rows,
+                    settings,
+                    lambda: row_losses(bench.model, valid),
+                    Path(scratch),
+                    lr=rate,
+                ) as best,
+            ):
+                print(f"seed {seed}: weights {name}: rate {rate:g}, step {best.step}, {best.loss:.4f}", flush=True)
+                if best.loss < lowest:
+                    lowest, kept = best.loss, {t.name: t.parameter.detach().clone() for t in targets}
+    finally:
+        for parameter_name, parameter in bench.model.named_parameters():
+            parameter.requires_grad_(flags[parameter_name])
+    save_file(kept, path)
+    return kept
