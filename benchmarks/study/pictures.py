@@ -34,7 +34,7 @@ def picture_of_shares(study: Study, names: Sequence[str], path: Path) -> None:
     axes.set_ylim(-0.6, len(names) + 0.1)
     axes.set_xlabel("share of the gain of the domain's own mask (0 = the base, 1 = the own mask), 95 % over test rows")
     axes.grid(axis="y", lw=0.3)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -55,6 +55,6 @@ def picture_of_transfer(study: Study, path: Path) -> None:
         axes.set_title(target, fontsize=9)
         axes.set_xticks(range(len(study.domains)), study.domains, fontsize=8)
     places[0].set_ylabel("nats against the model\nwithout a mask (± 2 SE)", fontsize=8)
-    places[-1].legend(fontsize=7)
+    places[-1].legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
