@@ -56,7 +56,7 @@ class Plan:
 class Bench:
     """A base model in memory with every row of the study, and the directory that holds what was found.
 
-    rows: domain -> split -> tokenised rows. names: of the masked parameters.
+    rows: domain -> split -> tokenised rows.
     """
 
     plan: Plan
@@ -126,6 +126,16 @@ class Bench:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"facts": facts, **record}) + "\n", encoding="utf-8")
         print(place, {d: round(float(v[:, 0].sum() / v[:, 1].sum()), 4) for d, v in found["test"].items()}, flush=True)
+
+
+def average(trained: Sequence[Weights]) -> Weights:
+    """The mean of several models' weights."""
+    return {n: torch.stack([t[n] for t in trained]).mean(0) for n in trained[0]}
+
+
+def task_arithmetic(base: Weights, trained: Sequence[Weights], scale: float) -> Weights:
+    """The base plus `scale` times the sum of what each model changed."""
+    return {n: base[n] + scale * sum(t[n] - base[n] for t in trained) for n in base}
 
 
 def read_rows(sources: Mapping[str, str], tokenizer: Any, plan: Plan) -> dict[str, dict[str, list[Any]]]:

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study import combinations, learn
-from study.common import Bench, Plan, mean, read_record, read_rows
+from study.common import Bench, Plan, average, mean, read_record, read_rows, task_arithmetic
 
 
 def seed_of_masks(bench: Bench, seed: int, parts: set[str], only: set[str] | None) -> None:
@@ -88,12 +88,9 @@ def controls(bench: Bench, seed: int) -> None:
     for domain in bench.domains:
         trained.append(learn.weights(bench, seed, domain, [domain]))
         bench.measure(f"seed{seed}/{domain} weights", trained[-1])
-    names = list(trained[0])
-    bench.measure(
-        f"seed{seed}/average of the weights", {n: torch.stack([t[n] for t in trained]).mean(0) for n in names}
-    )
+    bench.measure(f"seed{seed}/average of the weights", average(trained))
     for scale in (0.5, 1.0):
-        added = {n: bench.originals[n] + scale * sum(t[n] - bench.originals[n] for t in trained) for n in names}
+        added = task_arithmetic(bench.originals, trained, scale)
         bench.measure(f"seed{seed}/task arithmetic of the weights {scale}", added)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study.combinations import bools
-from study.common import Bench, Plan, Weights, read_rows
+from study.common import Bench, Plan, Weights, average, read_rows, task_arithmetic
 
 from mftmerge.masks.combine import combine
 from mftmerge.masks.mask import Mask
@@ -93,9 +93,7 @@ def main() -> None:
     for seed in given.seed:
         place = given.study / f"seed{seed}" / "weights"
         trained = [load_file(place / f"{d}.safetensors") for d in bench.domains]
-        average = {n: torch.stack([t[n] for t in trained]).mean(0) for n in base}
-        added = {n: base[n] + 0.5 * sum(t[n] - base[n] for t in trained) for n in base}
-        for name, values in (("average", average), ("task arithmetic", added)):
+        for name, values in (("average", average(trained)), ("task arithmetic", task_arithmetic(base, trained, 0.5))):
             measure_on(bench, f"seed{seed}/{name}", values, base, given.study, seed)
     for target in given.target:
         name, path = target.split("=", 1)
