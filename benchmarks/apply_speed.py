@@ -26,7 +26,7 @@ from common import machine, write
 from safetensors.numpy import save_file
 
 from mftmerge import Mask, MaskInfo, apply_mask
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
 
 TARGET = 0.7
 

@@ -10,9 +10,9 @@ import numpy as np
 from common import interleaved
 from mask_common import plain, quick, random_packed, record
 
-from mftmerge.masks import bits
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
+from mftmerge import bits
+from mftmerge.combine import combine
+from mftmerge.mask import Mask
 
 
 def sort(masks: list[Mask], size: int, scored: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from common import interleaved
 from mask_common import at_least, plain, quick, random_packed, record
 
-from mftmerge.masks import bits
+from mftmerge import bits
 
 PIECE = 1 << 17  # bytes of packed bits
 

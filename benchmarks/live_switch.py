@@ -20,7 +20,7 @@ import transformers
 from common import machine, write
 
 from mftmerge import Mask, attach
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
 
 
 def make_model(path: Path, layers: int) -> None:

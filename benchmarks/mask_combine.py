@@ -18,7 +18,7 @@ from pathlib import Path
 from common import interleaved
 from mask_common import at_least, plain, quick, random_mask, record
 
-from mftmerge.masks.combine import combine_files
+from mftmerge.combine import combine_files
 
 
 def measure(folder: Path, where: str, sync: bool, size: int, rounds: int) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from common import machine, write
 
-from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo
 
 
 def quick() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mask_common import at_most, plain, quick, random_mask, record
 
-from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo
 
 CHILD = """
 import sys, json, time
@@ -23,7 +23,7 @@ def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 options = json.loads(sys.argv[1])
 before, start = peak(), time.perf_counter()
-from mftmerge.masks.combine import combine_files
+from mftmerge.combine import combine_files
 combine_files(options.pop("op"), sys.argv[2:-1], sys.argv[-1], overwrite=True, **options)
 print(peak() - before, time.perf_counter() - start)
 """

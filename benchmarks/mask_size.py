@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mask_common import at_most, plain, quick, random_packed, record
 
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 
 
 def entropy(p: float) -> float:

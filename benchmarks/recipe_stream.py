@@ -22,8 +22,8 @@ import numpy as np
 import yaml
 from common import RESULTS, machine, write
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.mask import Mask
 from mftmerge.recipe.arrival import ArrivalWriter
 
 TARGETS = {"linear": (2, 5), "task_arithmetic": (2, 5), "ties": (5, 1), "masked": (2, 5)}

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mftmerge.masks.operations import OPERATIONS
+from mftmerge.operations import OPERATIONS
 from mftmerge.recipe import schema
 from mftmerge.recipe.catalogue import ABOUT, METHODS, REQUIRED, Method, Parameter, meaning
 from mftmerge.recipe.export import PUSH_DOWN, stock_form

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
+from mftmerge.combine import combine
+from mftmerge.mask import Mask
 
 SIDE, CELL, GAP = 7, 11, 2  # a matrix of SIDE x SIDE weights, in units of the picture
 STEP, SIZE = CELL + GAP, SIDE * (CELL + GAP) - GAP

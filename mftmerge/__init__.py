@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
+    from mftmerge.apply import apply_mask as apply_mask
+    from mftmerge.combine import combine as combine_masks  # noqa: F401
+    from mftmerge.combine import combine_files as combine_files
     from mftmerge.errors import BadInput as BadInput
     from mftmerge.errors import MftmergeError as MftmergeError
     from mftmerge.evaluate.choosing import choose_combination as choose_combination
-    from mftmerge.evaluate.loss import grid as evaluate_grid  # noqa: F401
+    from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
-    from mftmerge.masks.combine import combine as combine_masks  # noqa: F401
-    from mftmerge.masks.combine import combine_files as combine_files
-    from mftmerge.masks.mask import Mask as Mask
-    from mftmerge.masks.mask import MaskInfo as MaskInfo
-    from mftmerge.masks.mask import Parent as Parent
-    from mftmerge.masks.operations import operation as operation
-    from mftmerge.models.apply import apply_mask as apply_mask
-    from mftmerge.models.live import attach as attach
+    from mftmerge.live import attach as attach
+    from mftmerge.mask import Mask as Mask
+    from mftmerge.mask import MaskInfo as MaskInfo
+    from mftmerge.mask import Parent as Parent
+    from mftmerge.operations import operation as operation
     from mftmerge.recipe.build import build as build_recipe  # noqa: F401
     from mftmerge.recipe.export import export as export_recipe  # noqa: F401
     from mftmerge.recipe.extend import merge_method as merge_method
@@ -32,22 +32,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BadInput": "errors:BadInput",
     "GridResult": "evaluate.results:GridResult",
-    "Mask": "masks.mask:Mask",
-    "MaskInfo": "masks.mask:MaskInfo",
+    "Mask": "mask:Mask",
+    "MaskInfo": "mask:MaskInfo",
     "MaskOptimizer": "train.optimizer:MaskOptimizer",
     "MftmergeError": "errors:MftmergeError",
-    "Parent": "masks.mask:Parent",
+    "Parent": "mask:Parent",
     "TrainSettings": "train.settings:TrainSettings",
-    "apply_mask": "models.apply:apply_mask",
-    "attach": "models.live:attach",
+    "apply_mask": "apply:apply_mask",
+    "attach": "live:attach",
     "build_recipe": "recipe.build:build",
     "choose_combination": "evaluate.choosing:choose_combination",
-    "combine_files": "masks.combine:combine_files",
-    "combine_masks": "masks.combine:combine",
-    "evaluate_grid": "evaluate.loss:grid",
+    "combine_files": "combine:combine_files",
+    "combine_masks": "combine:combine",
+    "evaluate_grid": "evaluate.grid:grid",
     "export_recipe": "recipe.export:export",
     "merge_method": "recipe.extend:merge_method",
-    "operation": "masks.operations:operation",
+    "operation": "operations:operation",
     "train_mask": "train.run:train_mask",
 }
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.mask import Mask
 from mftmerge.quickstart.tiny import tiny_checkpoint
 
 EXPERTS = ("math", "code", "instruct")

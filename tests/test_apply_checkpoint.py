@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
-from mftmerge.models.apply import apply_mask
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.stream import select
+from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.stream import select
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
 DTYPES = {
@@ -290,7 +290,7 @@ def test_apply_never_imports_torch(tiny: Callable[..., Path], tmp_path: Path) ->
     path = tiny("llama")
     random_mask(path).save(tmp_path / "a.mask")
     code = (
-        "import sys; from mftmerge.models.apply import apply_mask;"
+        "import sys; from mftmerge.apply import apply_mask;"
         f"apply_mask({str(tmp_path / 'a.mask')!r}, {str(path)!r}, {str(tmp_path / 'out')!r});"
         "assert not {'torch', 'transformers', 'mergekit'} & set(sys.modules)"
     )

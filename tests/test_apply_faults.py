@@ -17,10 +17,10 @@ import pytest
 from safetensors.torch import load_file
 from test_apply_checkpoint import random_mask, tensors
 
+from mftmerge.apply import apply_mask
+from mftmerge.checkpointwriter import MANIFEST
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import apply_mask
-from mftmerge.models.writer import MANIFEST
+from mftmerge.mask import Mask
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_leaves_nothing(sharded: Path, place: Path) -> None
 def test_a_write_that_fails_half_way_leaves_nothing(
     sharded: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mftmerge.models import stream
+    from mftmerge import stream
 
     real, calls = stream.write_at, []
 
@@ -89,7 +89,7 @@ def test_too_little_space_is_seen_before_writing(sharded: Path, place: Path, mon
 
 
 def test_a_failure_keeps_the_old_output(sharded: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mftmerge.models import writer
+    from mftmerge import checkpointwriter as writer
 
     apply_mask(random_mask(sharded, 1), sharded, place / "out")
     before = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
@@ -110,8 +110,9 @@ def test_a_failure_keeps_the_old_output(sharded: Path, place: Path, monkeypatch:
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from mftmerge.models import apply, writer
-from mftmerge.models.apply import apply_mask
+from mftmerge import apply
+from mftmerge import checkpointwriter as writer
+from mftmerge.apply import apply_mask
 apply.WORTH_RESUMING = 0
 record = writer.OutputDirectory.record
 def counted(self, name, found):
@@ -171,7 +172,7 @@ def test_a_leftover_of_other_inputs_is_not_continued(sharded: Path, place: Path,
 def test_a_failed_run_with_resume_keeps_what_is_finished(
     sharded: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mftmerge.models import apply
+    from mftmerge import apply
 
     names = sorted(p.name for p in sharded.glob("*.safetensors"))
     real = apply.open_new
@@ -197,7 +198,7 @@ def test_kill_at_a_random_moment_then_resume(sharded: Path, place: Path, seed: i
     mask = place.parent / "a.mask"
     random_mask(sharded).save(mask)
     code = (
-        "import time; from mftmerge.models.apply import apply_mask; print('x', flush=True);"
+        "import time; from mftmerge.apply import apply_mask; print('x', flush=True);"
         f"apply_mask({str(mask)!r}, {str(sharded)!r}, {str(place / 'out')!r}, progress=lambda *_: time.sleep(0.01))"
     )
     process = run(code, stdout=subprocess.PIPE)
@@ -303,7 +304,7 @@ def test_copying_without_the_kernels_help(sharded: Path, place: Path, monkeypatc
     def impossible(*_: object) -> int:
         raise OSError(18, "Invalid cross-device link")
 
-    from mftmerge.models import writer
+    from mftmerge import checkpointwriter as writer
 
     monkeypatch.setattr(writer, "_kernel_copy", impossible)
     monkeypatch.setattr(writer, "_reserve", writer._unsupported)
@@ -327,7 +328,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         "def peak(): return int(next(x for x in Path('/proc/self/status').read_text().splitlines() "
         "if x.startswith('VmHWM')).split()[1])\n"
         "before = peak()\n"
-        "from mftmerge.models.apply import apply_mask\n"
+        "from mftmerge.apply import apply_mask\n"
         f"apply_mask({str(tmp_path / 'a.mask')!r}, {str(tmp_path / 'model')!r}, {str(tmp_path / 'out')!r},"
         f" base={str(tmp_path / 'base')!r})\n"
         "print((peak() - before) / 1024)"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from test_apply_checkpoint import random_mask
 from transformers import AutoModelForCausalLM
 
+from mftmerge.apply import apply_mask
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import apply_mask
-from mftmerge.models.live import attach
+from mftmerge.live import attach
+from mftmerge.mask import Mask
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -71,7 +71,7 @@ def test_a_switched_model_equals_the_applied_checkpoint(
 
 def test_the_accelerators_path_does_the_same(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch-only code that runs on a GPU, run here on the CPU: same weights, same counts."""
-    from mftmerge.models import live
+    from mftmerge import live
 
     path = tiny("llama", dtype="bfloat16")
     masks = {"a": random_mask(path, 1), "b": random_mask(path, 2)}
@@ -241,7 +241,7 @@ def test_backward_after_a_switch_is_an_error(tiny: Callable[..., Path]) -> None:
 def test_an_interrupted_switch_is_repaired_by_the_next(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mftmerge.models import live
+    from mftmerge import live
 
     path = tiny("llama")
     model = load(path)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mftmerge import naming
 from mftmerge.errors import BadInput
-from mftmerge.models import naming
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "gpt2"]
 

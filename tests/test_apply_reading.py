@@ -15,8 +15,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from mftmerge.checkpoint import Checkpoint, resolve, to_float32
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.models.checkpoint import Checkpoint, resolve, to_float32
 
 CODES = {
     "BF16": torch.bfloat16,
@@ -127,7 +127,7 @@ def test_a_hub_id_is_found_in_the_cache(tiny: Callable[..., Path], tmp_path: Pat
         shutil.copy(file, repository / "blobs" / file.name)
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     code = (
-        "from mftmerge.models.checkpoint import Checkpoint, resolve; import sys;"
+        "from mftmerge.checkpoint import Checkpoint, resolve; import sys;"
         "a, b = resolve('owner/name'), resolve('owner/name@main'); assert a == b;"
         "assert len(Checkpoint.open(a).names) > 10; assert 'torch' not in sys.modules"
     )

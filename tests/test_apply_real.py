@@ -13,9 +13,9 @@ from safetensors import safe_open
 from test_apply_checkpoint import random_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import apply_mask
-from mftmerge.models.live import attach
+from mftmerge.apply import apply_mask
+from mftmerge.live import attach
+from mftmerge.mask import Mask
 
 pytestmark = pytest.mark.real_model
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import apply_mask
-from mftmerge.models.checkpoint import Checkpoint, resolve
+from mftmerge.mask import Mask
 
 EMPTY = Mask.from_bools({})
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import mftmerge
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import COMMANDS
-from mftmerge.models.checkpoint import Checkpoint
 
 HEAVY = ("torch", "transformers", "mergekit", "matplotlib", "datasets", "trl", "numpy")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.masks.operations import OPERATIONS
+from mftmerge.combine import combine
+from mftmerge.mask import Mask, MaskInfo
+from mftmerge.operations import OPERATIONS
 from mftmerge.recipe.catalogue import ABOUT, METHODS, meaning
 from mftmerge.recipe.schema import Strict
 from mftmerge.train.settings import TrainSettings

@@ -39,8 +39,8 @@ def test_no_command_hides_in_a_block_of_another_kind() -> None:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
     """The files that the pages take for granted, at toy size."""
-    from mftmerge.masks.mask import Mask
-    from mftmerge.models.checkpoint import Checkpoint
+    from mftmerge.checkpoint import Checkpoint
+    from mftmerge.mask import Mask
     from mftmerge.quickstart.domains import write_domains
 
     here = tmp_path_factory.mktemp("docs")
@@ -118,13 +118,13 @@ def test_settings_files_for_large_models_are_settings(tmp_path: Path) -> None:
     assert len(blocks) == 4
     for text in blocks:
         (tmp_path / "settings.yaml").write_text(text)
-        values = TrainSettings.load(tmp_path / "settings.yaml")
+        values = TrainSettings.load(tmp_path / "settings.yaml", RUN_KEYS)
         assert {"model", "data"} <= set(values) & set(RUN_KEYS)
         assert yaml.safe_load(text) == values
 
 
 def test_the_reader_in_the_format_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mftmerge.masks.mask import Mask
+    from mftmerge.mask import Mask
 
     kept = {"w": np.random.default_rng(0).random((13, 7)) < 0.5, "v": np.ones(3, bool)}
     Mask.from_bools(kept).save(tmp_path / "code.mask")

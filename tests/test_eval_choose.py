@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from mftmerge import choose_combination
+from mftmerge.bits import drop_count
 from mftmerge.cli import main
+from mftmerge.combine import combine
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import candidates, choosing, files
 from mftmerge.evaluate.candidates import Candidate
-from mftmerge.masks.bits import drop_count
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo
 
 DOMAINS = ("math", "code")
 FEW = ["union", "vote,threshold=2", "score@0.8,elect", "score@0.9,weights=1:2"]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mftmerge import checkpoint
 from mftmerge.cli import main
 from mftmerge.evaluate import files
 from mftmerge.evaluate.results import GridResult
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.models import checkpoint
+from mftmerge.mask import Mask, MaskInfo
 
 
 def run(*arguments: object) -> int:

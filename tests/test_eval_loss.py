@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from mftmerge import loss, naming
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.evaluate import loss
 from mftmerge.evaluate.generation import Marks
-from mftmerge.masks.mask import Mask
-from mftmerge.models import naming
+from mftmerge.mask import Mask
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
 

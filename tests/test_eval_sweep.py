@@ -13,7 +13,7 @@ import pytest
 
 from mftmerge.cli import main
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.sweep import run as sweep
 from mftmerge.sweep.plan import load_plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

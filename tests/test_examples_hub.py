@@ -14,8 +14,8 @@ import pytest
 from hub_server import Hub, hub
 from huggingface_hub import ModelCard
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.mask import Mask
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mask_on_hub.py"
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -18,8 +18,8 @@ import mftmerge
 from mftmerge import plugins
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.masks.operations import OPERATIONS
+from mftmerge.mask import Mask
+from mftmerge.operations import OPERATIONS
 from mftmerge.recipe.catalogue import ABOUT, METHODS
 
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text(encoding="utf-8")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mftmerge import bits, plots
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.derive import DiffSettings, diff_mask
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits, plots
-from mftmerge.masks.closed_form import DiffSettings, diff_mask
-from mftmerge.masks.compare import compare
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.masks.untrained import keep_top, untrained
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.mask import Mask, MaskInfo
+from mftmerge.overlap import compare
+from mftmerge.untrained import keep_top, untrained
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mftmerge import maskwriter as writer
 from mftmerge.cli import main
+from mftmerge.combine import OPERATIONS, combine, combine_files
 from mftmerge.errors import BadInput
-from mftmerge.masks import writer
-from mftmerge.masks.combine import OPERATIONS, combine, combine_files
-from mftmerge.masks.header import BLOCK
-from mftmerge.masks.inspecting import inspect, layer_of, module_of
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
+from mftmerge.inspection import inspect, layer_of, module_of
+from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.maskheader import BLOCK
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -336,7 +336,7 @@ import numpy
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()
-from mftmerge.masks.combine import combine_files
+from mftmerge.combine import combine_files
 op, density, *paths = sys.argv[1:]
 combine_files(op, paths[:-1], paths[-1], density=None if density == "none" else density)
 print(peak() - before)

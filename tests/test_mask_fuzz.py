@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mftmerge.combine import combine_files
 from mftmerge.errors import BadInput
-from mftmerge.masks.combine import combine_files
-from mftmerge.masks.inspecting import inspect
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
+from mftmerge.inspection import inspect
+from mftmerge.mask import Mask, MaskInfo, Parent
 
 HOSTILE: list[Any] = [
     None, True, False, -1, 0, 1, 2**31, 2**48, 2**63, 2**64, 2**80, 1.5, 1e308, "", "x", "F64", "BOOL", "../../x", "\0",
@@ -252,7 +252,7 @@ def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     path.write_bytes(joined(container, header, data))
     script = """
         import resource, sys
-        from mftmerge.masks.inspecting import inspect
+        from mftmerge.inspection import inspect
         from mftmerge.errors import BadInput
         import numpy, zlib
         now = int(open("/proc/self/statm").read().split()[0]) * 4096

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mftmerge import bits
+from mftmerge.combine import OPERATIONS, combine
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.combine import OPERATIONS, combine
-from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo
 
 Bools = dict[str, npt.NDArray[np.bool_]]
 settings.register_profile("steady", deadline=None, derandomize=True)

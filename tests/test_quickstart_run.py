@@ -13,7 +13,7 @@ import pytest
 
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan, full_plan, tiny_plan
 from mftmerge.quickstart.run import quickstart
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from recipe_kitchen import add_adapter, assert_equal, make_kitchen, tensors
 
+from mftmerge import apply
+from mftmerge.combine import combine
 from mftmerge.errors import BadInput
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
-from mftmerge.models import apply
+from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -12,7 +12,7 @@ from recipe_kitchen import assert_equal, make_kitchen, tensors, values
 
 from mftmerge.cli.main import main
 from mftmerge.errors import MftmergeError
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 from mftmerge.recipe.methods import register
 

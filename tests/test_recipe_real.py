@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recipe_kitchen import random_mask
 
-from mftmerge.models.apply import apply_mask
+from mftmerge.apply import apply_mask
 from mftmerge.recipe.export import export
 
 

@@ -12,7 +12,7 @@ from recipe_kitchen import make_kitchen
 
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.importing import import_recipe
 from mftmerge.recipe.plan import plan

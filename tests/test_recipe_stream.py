@@ -14,7 +14,7 @@ import torch
 import yaml
 from recipe_kitchen import assert_equal, make_kitchen, tensors
 
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.recipe import kernels
 from mftmerge.recipe.build import build
 from mftmerge.recipe.settings import lookup

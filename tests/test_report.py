@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from mftmerge.cli import main
+from mftmerge.combine import combine_files
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
-from mftmerge.masks.combine import combine_files
-from mftmerge.masks.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo
 from mftmerge.report.page import Report, write_report
 
 NAMES = [f"model.layers.{layer}.{module}.weight" for layer in (2, 3) for module in ("self_attn.q_proj", "mlp.up_proj")]

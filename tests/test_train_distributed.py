@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.train import scores, targets
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.run import train_mask

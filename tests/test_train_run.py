@@ -18,9 +18,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.mask import Mask
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
 

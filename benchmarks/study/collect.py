@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study.common import mean, read_record
 
-from mftmerge.atomic import replacing
+from mftmerge.files import replacing
 
 
 def collect(out: Path) -> dict[str, Any]:

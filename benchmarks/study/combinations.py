@@ -1,6 +1,6 @@
 """The combinations that are compared: each takes the masks of a seed and gives kept sets, or shares between 0 and 1.
 
-Those that the product has are made by `mftmerge.masks.combine`; the others are experiments, written here in numpy.
+Those that the product has are made by `mftmerge.combine`; the others are experiments, written here in numpy.
 Scores of mask d are S_d, all started from one S0 (magnitudes of the base's weights); E_d = S_d - S0 is its evidence.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
-from mftmerge.masks.untrained import keep_top, untrained
+from mftmerge.combine import combine
+from mftmerge.mask import Mask
+from mftmerge.untrained import keep_top, untrained
 
 Kept = dict[str, Any]  # tensor name -> array of its shape
 

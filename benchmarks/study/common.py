@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mftmerge import data
-from mftmerge.atomic import replacing
-from mftmerge.evaluate.loss import row_losses
+from mftmerge.files import replacing
+from mftmerge.loss import row_losses
 from mftmerge.prefix import PrefixCache
 from mftmerge.quickstart.domains import python_splits
 from mftmerge.train.targets import find

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study.common import Plan, read_rows
 
-from mftmerge.evaluate.loss import row_losses
+from mftmerge.loss import row_losses
 from mftmerge.train.control import trained_weights
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from study.common import Bench, Weights
 
-from mftmerge.evaluate.loss import row_losses
-from mftmerge.masks.mask import Mask
+from mftmerge.loss import row_losses
+from mftmerge.mask import Mask
 from mftmerge.train import train_mask
 from mftmerge.train.control import trained_weights
 from mftmerge.train.settings import TrainSettings

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from study.pictures import picture_of_shares, picture_of_transfer
 from study.tables import Study, markdown
 
-from mftmerge.atomic import replacing
+from mftmerge.files import replacing
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}

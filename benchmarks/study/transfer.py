@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from study.combinations import bools
 from study.common import Bench, Plan, Weights, average, read_rows, task_arithmetic
 
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
+from mftmerge.combine import combine
+from mftmerge.mask import Mask
 from mftmerge.train import train_mask
 
 DENSITY = 0.93  # of the combined mask: the score operation's default for masks of 0.9

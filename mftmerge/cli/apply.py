@@ -37,7 +37,7 @@ def command(
     \b
     mftmerge apply general.mask --model HuggingFaceTB/SmolLM2-135M-Instruct -o masked
     """
-    from mftmerge.models.apply import apply_mask
+    from mftmerge.apply import apply_mask
 
     with bytes_bar("apply", quiet=as_json) as progress:
         report = apply_mask(

@@ -54,8 +54,8 @@ def command(
     Example:
       mftmerge combine code.mask math.mask --op vote -o general.mask
     """
+    from mftmerge.combine import combine_files
     from mftmerge.errors import BadInput
-    from mftmerge.masks.combine import combine_files
 
     options: dict[str, Any] = {"threshold": threshold, "elect": elect, "allow_different_init": allow_different_init}
     for setting in settings:

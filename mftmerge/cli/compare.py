@@ -24,13 +24,13 @@ def command(
     Example:
       mftmerge compare code.mask math.mask --plot overlap.png
     """
-    from mftmerge.masks.compare import compare
-    from mftmerge.masks.mask import Mask
+    from mftmerge.mask import Mask
+    from mftmerge.overlap import compare
 
     names = [p.name if [q.name for q in masks].count(p.name) == 1 else str(p) for p in masks]
     found = compare([Mask.load(p) for p in masks], names)
     if plot is not None:
-        from mftmerge.masks import plots
+        from mftmerge import plots
 
         plots.save(plots.overlap(found), plot)
     if as_json:

@@ -39,6 +39,6 @@ def choices(*names: str) -> Completion:
 
 def operations(incomplete: str) -> list[str]:
     """The operations on masks, from their registry."""
-    from mftmerge.masks.operations import OPERATIONS
+    from mftmerge.operations import OPERATIONS
 
     return [name for name in OPERATIONS if name.startswith(incomplete)]

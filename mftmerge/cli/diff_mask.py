@@ -39,8 +39,8 @@ def command(
       mftmerge diff-mask ./base ./math-model --keep 0.1 -o math.mask
       mftmerge diff-mask ./base ./math-model --method tall --others ./code-model -o math.mask
     """
-    from mftmerge.atomic import refuse_existing
-    from mftmerge.masks.closed_form import DiffSettings, diff_mask
+    from mftmerge.derive import DiffSettings, diff_mask
+    from mftmerge.files import refuse_existing
 
     refuse_existing(out, overwrite)
     settings = DiffSettings(method, keep, strength, merged, tuple(others), only)  # type: ignore[arg-type]

@@ -60,8 +60,8 @@ def command(
     \b
     mftmerge eval --model fft --mask math.mask --mask code.mask --data math=math.jsonl --data code=code.jsonl
     """
-    from mftmerge.atomic import refuse_existing
-    from mftmerge.masks.plots import check
+    from mftmerge.files import refuse_existing
+    from mftmerge.plots import check
 
     domains = named([*data, *(more or [])], "--data")
     for path in (out, markdown, plot):

@@ -31,8 +31,8 @@ def command(
     Example:
       mftmerge import masks.pt --model ./fft-model -o code.mask
     """
-    from mftmerge.atomic import refuse_existing
-    from mftmerge.masks.foreign import import_mask
+    from mftmerge.files import refuse_existing
+    from mftmerge.foreign import import_mask
 
     refuse_existing(out, overwrite)
     mask, notes = import_mask(source, model)

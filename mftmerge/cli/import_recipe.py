@@ -27,8 +27,8 @@ def command(
     """
     import sys
 
-    from mftmerge.atomic import replacing
     from mftmerge.errors import BadInput
+    from mftmerge.files import replacing
     from mftmerge.recipe.importing import import_recipe
 
     if out is not None and out.exists() and not overwrite:

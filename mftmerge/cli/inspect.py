@@ -21,11 +21,11 @@ def command(
     Example:
       mftmerge inspect code.mask --plot code.png
     """
-    from mftmerge.masks import inspecting
+    from mftmerge import inspection as inspecting
 
     found = inspecting.inspect(mask)
     if plot is not None:
-        from mftmerge.masks import plots
+        from mftmerge import plots
 
         plots.save(plots.density_by_layer(found), plot)
     if as_json:
@@ -50,7 +50,7 @@ def _table(found: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mftmerge.masks.inspecting import Inspection, Share
+    from mftmerge.inspection import Inspection, Share
 
     assert isinstance(found, Inspection)
     modules, layers, cells = found.table()
@@ -67,7 +67,7 @@ def _table(found: object) -> None:
 
 
 def _cell(share: object) -> str:
-    from mftmerge.masks.inspecting import Share
+    from mftmerge.inspection import Share
 
     assert isinstance(share, Share)
     return f"{share.density:.3f}" if share.size else ""

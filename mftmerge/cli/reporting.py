@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mftmerge.masks.mask import Mask
+    from mftmerge.mask import Mask
 
 
 def print_json(value: Any) -> None:

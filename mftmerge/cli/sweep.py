@@ -41,7 +41,7 @@ def command(
     if not plan.is_file():
         raise BadInput(f"{plan}: no such sweep file")
     if markdown is not None:
-        from mftmerge.atomic import refuse_existing
+        from mftmerge.files import refuse_existing
 
         refuse_existing(markdown, overwrite)
 

@@ -127,9 +127,9 @@ def _settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         given.pop(name, None)
     values: dict[str, Any] = {}
     if config := given.pop("config", None):
-        from mftmerge.train.settings import TrainSettings
+        from mftmerge.train.settings import RUN_KEYS, TrainSettings
 
-        values = TrainSettings.load(config)
+        values = TrainSettings.load(config, RUN_KEYS)
     if "compile_layers" in given:
         given["compile"] = given.pop("compile_layers")
     if isinstance(given.get("weights"), str):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from mftmerge.combination import Combination
+from mftmerge.combine import combine
 from mftmerge.errors import BadInput
-from mftmerge.masks.combination import Combination
-from mftmerge.masks.combine import combine
-from mftmerge.masks.mask import Mask
-from mftmerge.masks.operations import find
+from mftmerge.mask import Mask
+from mftmerge.operations import find
 
 SYNTAX = "OP[@DENSITY][,OPTION=VALUE...], such as score@0.93, vote,threshold=2 or score@0.9,elect,weights=2:1"
 STEPS = ("0.2", "0.3", "0.4", "0.5")  # of the way from the masks' own density to 1

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing
+from mftmerge import loss
+from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import files, loss, pairing
+from mftmerge.evaluate import files, pairing
 from mftmerge.evaluate.candidates import Candidate, defaults
 from mftmerge.evaluate.results import GridResult, finite, rich_table
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import resolve
+from mftmerge.files import refuse_existing
+from mftmerge.mask import Mask
 
 if TYPE_CHECKING:
     from rich.console import Console

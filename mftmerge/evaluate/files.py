@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import data as rows_of
+from mftmerge import loss, matching
+from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import generation, harness, loss
+from mftmerge.evaluate import generation, harness
 from mftmerge.evaluate.results import GridResult
-from mftmerge.masks.mask import Mask
-from mftmerge.models import matching
-from mftmerge.models.checkpoint import Checkpoint, resolve
+from mftmerge.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
     """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
     import torch
 
-    from mftmerge.models.loading import load_causal_lm, load_tokenizer
+    from mftmerge.loading import load_causal_lm, load_tokenizer
 
     path = resolve(path)
     model = load_causal_lm(path, dtype=dtype)

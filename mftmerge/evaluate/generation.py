@@ -16,8 +16,8 @@ import torch
 from mftmerge.data import Row
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import sandbox
-from mftmerge.evaluate.loss import length_batches
 from mftmerge.evaluate.pairing import Values
+from mftmerge.loss import length_batches
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import pairing
+from mftmerge.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

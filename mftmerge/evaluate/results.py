@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import PairedDifference, Values
+from mftmerge.files import refuse_existing, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

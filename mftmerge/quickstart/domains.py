@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mftmerge.atomic import replacing
+from mftmerge.files import replacing
 
 Row = dict[str, str]
 Splits = dict[str, list[Row]]

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from mftmerge import __version__
-from mftmerge.atomic import replacing
 from mftmerge.errors import BadInput
+from mftmerge.files import replacing
 from mftmerge.quickstart.plan import Layout, Plan
 
 

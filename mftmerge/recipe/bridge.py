@@ -23,10 +23,10 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.matching import match
+from mftmerge.mask import Mask
+from mftmerge.matching import match
 from mftmerge.recipe.arrival import SHARD_BYTES, ArrivalWriter
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.locate import absolute

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import OutputDirectory
 from mftmerge.errors import BadInput
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.writer import OutputDirectory
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not

@@ -255,7 +255,7 @@ def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
 
 def _check_expression(expression: MaskExpression, where: Location) -> Iterator[tuple[Location, str]]:
     if expression.op is not None:
-        from mftmerge.masks import operations
+        from mftmerge import operations
 
         operation = operations.lookup(expression.op)
         if operation is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mftmerge.models.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.recipe.locate import WEIGHTS, model_directory
 from mftmerge.recipe.schema import Document, Reference
 from mftmerge.recipe.settings import layout, read_config

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import apply_mask, companion_files
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.writer import OutputDirectory
+from mftmerge.apply import apply_mask, companion_files
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import OutputDirectory
+from mftmerge.mask import Mask
 from mftmerge.recipe.build import Options, build_into, needed, refuse_own_input
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.catalogue import METHODS

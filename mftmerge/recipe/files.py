@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.matching import match, require_base_tensors
+from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
 from mftmerge.recipe.lines import Location

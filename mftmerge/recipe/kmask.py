@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mftmerge.masks.mask import Mask
-from mftmerge.models.apply import companion_files
-from mftmerge.models.checkpoint import Checkpoint, TensorEntry
-from mftmerge.models.shard import safe_file
+from mftmerge.apply import companion_files
+from mftmerge.checkpoint import Checkpoint, TensorEntry
+from mftmerge.mask import Mask
 from mftmerge.recipe.arrival import ArrivalWriter
 from mftmerge.recipe.sizes import LAYER
+from mftmerge.shard import safe_file
 
 K_BITS = 0x5380  # 2^40 in bfloat16
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.recipe.schema import MaskExpression, Reference
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -30,7 +30,7 @@ def model_directory(path: str, folder: Path, revision: str | None = None) -> Pat
     """The directory of a model; a hub id is downloaded. Raises BadInput when there is no such model."""
     found = local(path, folder)
     if found is None and looks_like_hub_id(path):
-        from mftmerge.models.checkpoint import resolve
+        from mftmerge.checkpoint import resolve
 
         try:
             return resolve(f"{path}@{revision}" if revision else path).resolve()
@@ -79,7 +79,7 @@ class MaskBook:
         assert expression.op is not None
         parts = [self.evaluate(e) for e in expression.of or ()]
         names = [self.label(e) for e in expression.of or ()]
-        from mftmerge.masks.combine import combine
+        from mftmerge.combine import combine
 
         return combine(expression.op, parts, names=names, **expression.options())
 

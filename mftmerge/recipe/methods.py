@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.recipe.catalogue import METHODS, REQUIRED
 
 Tensor = torch.Tensor

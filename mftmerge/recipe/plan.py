@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftmerge.models.checkpoint import TensorEntry
+from mftmerge.checkpoint import TensorEntry
 from mftmerge.recipe.build import Executor, choose, needed
 from mftmerge.recipe.card import masks_used
 from mftmerge.recipe.locate import MaskBook

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mftmerge.models.checkpoint import Checkpoint, TensorEntry
+from mftmerge.checkpoint import Checkpoint, TensorEntry
 from mftmerge.recipe.check import groups
 from mftmerge.recipe.locate import WEIGHTS, local
 from mftmerge.recipe.schema import Document, Reference

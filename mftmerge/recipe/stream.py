@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from mftmerge import bits
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import open_new, write_at
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.matching import match, require_base_tensors
-from mftmerge.models.writer import open_new, write_at
+from mftmerge.mask import Mask
+from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe import kernels
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.eligible import TOKENIZER_FILES, model_path

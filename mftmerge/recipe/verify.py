@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mftmerge.checkpoint import Checkpoint, to_float32
 from mftmerge.errors import MftmergeError
-from mftmerge.models.checkpoint import Checkpoint, to_float32
 from mftmerge.recipe.build import Options, build_into
 from mftmerge.recipe.schema import Recipe
 

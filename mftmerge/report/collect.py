@@ -14,7 +14,7 @@ import numpy as np
 
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
-from mftmerge.masks.inspecting import Inspection, inspect
+from mftmerge.inspection import Inspection, inspect
 from mftmerge.report.sweeps import SweepHere, read_sweep
 from mftmerge.yamltext import read_document
 

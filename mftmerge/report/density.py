@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mftmerge.masks.inspecting import Share
+from mftmerge.inspection import Share
 from mftmerge.report.blocks import Cell, Section, details, heat, note, table
 from mftmerge.report.collect import Collection, MaskHere
 from mftmerge.report.html import Html, el, join

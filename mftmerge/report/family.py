@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mftmerge.masks.mask import MaskInfo, Parent
+from mftmerge.mask import MaskInfo, Parent
 from mftmerge.report.blocks import Section, note
 from mftmerge.report.collect import Collection, MaskHere
 from mftmerge.report.html import Html, el, join

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mftmerge.errors import BadInput
-from mftmerge.masks.compare import Comparison, Overlap, Pair, compare
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
+from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.overlap import Comparison, Overlap, Pair, compare
 from mftmerge.report.blocks import Cell, Section, details, heat, note, table
 from mftmerge.report.collect import Collection, MaskHere
 from mftmerge.report.html import Html, el, join

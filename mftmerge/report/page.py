@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import __version__
-from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import finite
-from mftmerge.masks.compare import Comparison
-from mftmerge.masks.header import info_json
-from mftmerge.masks.inspecting import layer_of
+from mftmerge.files import refuse_existing, replacing
+from mftmerge.inspection import layer_of
+from mftmerge.maskheader import info_json
+from mftmerge.overlap import Comparison
 from mftmerge.report.collect import Collection, MaskHere, ResultHere, collect
 from mftmerge.report.density import density_section
 from mftmerge.report.family import family_section

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from mftmerge import data as rows_of
+from mftmerge import loss
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.evaluate import loss, pairing
+from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.results import LOSS, GridResult, finite
-from mftmerge.masks.mask import Mask
+from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.sweep.plan import Run, SweepPlan, describe, plan_runs, read_slice, require_disjoint
 from mftmerge.train import targets

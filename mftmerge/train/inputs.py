@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from mftmerge import data as rows_of
+from mftmerge.checkpoint import resolve
 from mftmerge.errors import BadInput
-from mftmerge.models.checkpoint import resolve
-from mftmerge.models.layers import decoder_layers
-from mftmerge.models.loading import check_directory, load_causal_lm, load_tokenizer
+from mftmerge.layers import decoder_layers
+from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
 from mftmerge.train import memory, sharding
 from mftmerge.train.settings import TrainSettings
 

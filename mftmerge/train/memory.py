@@ -46,7 +46,7 @@ class Need:
 
 def estimate(path: Path, settings: TrainSettings) -> Need:
     """What training a mask over the checkpoint in `path` needs."""
-    from mftmerge.models.checkpoint import Checkpoint
+    from mftmerge.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(path)
     entries = [checkpoint.entry(n) for n in checkpoint.names]

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mftmerge import bits
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks import bits
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
 from mftmerge.train.sharding import Shard

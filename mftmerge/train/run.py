@@ -15,12 +15,12 @@ import torch
 from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
-from mftmerge.atomic import replacing
+from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.models.checkpoint import Checkpoint, resolve
-from mftmerge.models.layers import decoder_layers
-from mftmerge.models.loading import load_causal_lm
+from mftmerge.files import replacing
+from mftmerge.layers import decoder_layers
+from mftmerge.loading import load_causal_lm
+from mftmerge.mask import Mask, MaskInfo
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer
@@ -128,7 +128,7 @@ class _Run:
 
     def losses(self) -> Any:
         """Losses of the validation rows under the weights that are in the model now: shape (rows, 2)."""
-        from mftmerge.evaluate.loss import row_losses
+        from mftmerge.loss import row_losses
 
         return row_losses(self.model, self.valid)
 
@@ -298,7 +298,7 @@ class _Run:
     def _result(
         self, best: Any, losses: dict[str, Any], first: Mapping[str, torch.Tensor], seconds: float
     ) -> TrainResult:
-        from mftmerge.evaluate.loss import paired
+        from mftmerge.evaluate.pairing import paired
 
         comparison: dict[str, Any] = {}
         for name in losses:
@@ -315,7 +315,7 @@ class _Run:
         )
 
     def _mask(self, best: Any, first: Mapping[str, torch.Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
-        from mftmerge.models import naming
+        from mftmerge import naming
 
         checkpoint = self._checkpoint()
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mftmerge import naming
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
-from mftmerge.models import naming
+from mftmerge.mask import Mask
 from mftmerge.seeded import SIGMA, normal_scores
 from mftmerge.train.sharding import whole
 from mftmerge.train.targets import Target

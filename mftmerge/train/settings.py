@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from mftmerge.errors import BadInput
-from mftmerge.yamltext import read_document
+from mftmerge.settings import Settings
 
 # A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
 # rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
@@ -18,10 +16,8 @@ TRAVEL = 0.0125
 LR_CAP = 1e-3  # of the default learning rate: runs of less than 25 steps travel less instead of leaping at the start
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Settings):
     """Settings of `train_mask`."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     # What is masked
     keep: float = Field(0.9, gt=0, le=1, description="share of weights kept in each matrix")
@@ -84,35 +80,6 @@ class TrainSettings(BaseModel):
         if self.pattern and (self.keep_warmup or self.scope == "global"):
             raise ValueError("pattern fixes the share kept: leave keep_warmup and scope out")
         return self
-
-    @classmethod
-    def make(cls, given: dict[str, Any]) -> TrainSettings:
-        """Settings from plain values; BadInput names the wrong one."""
-        try:
-            return cls(**given)
-        except ValidationError as e:
-            first = e.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "settings"
-            known = f"; there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
-            raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
-
-    @classmethod
-    def load(cls, path: str | Path) -> dict[str, Any]:
-        """The values in a YAML file of settings. Raises BadInput unless it is a mapping of known names."""
-        values = read_document(Path(path)) or {}
-        if not isinstance(values, dict):
-            raise BadInput(f"{path}: settings must be a mapping such as 'keep: 0.9'")
-        try:
-            cls.make({k: v for k, v in values.items() if k not in RUN_KEYS})
-        except BadInput as e:
-            raise BadInput(f"{path}: {e}") from None
-        return values
-
-    def to_yaml(self, **run: Any) -> str:
-        """The settings as YAML, with the run's own entries (model, data, ...) first."""
-        import yaml
-
-        return str(yaml.safe_dump({**run, **self.model_dump()}, sort_keys=False))
 
     # -- what follows from the settings -------------------------------------------------------------------------------
 

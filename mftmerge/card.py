@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
+from mftmerge.mask import Mask, MaskInfo, Parent
 
 # Front matter that stays true of a masked model. Evaluation results and widget examples do not.
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets", "tags")

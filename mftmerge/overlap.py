@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mftmerge import bits
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.inspecting import layer_of
-from mftmerge.masks.mask import Mask
+from mftmerge.inspection import layer_of
+from mftmerge.mask import Mask
 
 
 @dataclass
@@ -121,7 +121,7 @@ def compare(masks: Sequence[Mask], names: Sequence[str], *, start: bool = True) 
     """
     if len(masks) < 2:
         raise BadInput("compare needs at least two masks")
-    from mftmerge.masks.untrained import untrained
+    from mftmerge.untrained import untrained
 
     starts = [untrained(m) if start else None for m in masks]
     pairs = []

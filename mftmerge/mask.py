@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mftmerge import bits
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
 
 Scores = npt.NDArray[np.float32]
 PIECE = 1 << 18  # bytes of packed bits that are handled at a time where a whole tensor is not needed
@@ -265,7 +265,7 @@ class Mask:
     @classmethod
     def load(cls, path: str | Path) -> Mask:
         """Open a .mask file; bits and scores are read when asked for. Raises BadInput on anything that is not one."""
-        from mftmerge.masks.file import load
+        from mftmerge.maskfile import load
 
         return load(path)
 
@@ -281,7 +281,7 @@ class Mask:
 
         archive: compress the bits. scores: in the same file, in `<name>.scores.safetensors` beside it, or not at all.
         """
-        from mftmerge.masks.writer import save
+        from mftmerge.maskwriter import save
 
         save(self, path, archive=archive, scores=scores, overwrite=overwrite)
 

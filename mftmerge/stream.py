@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mftmerge import bits
+from mftmerge.checkpoint import Checkpoint, Integers
+from mftmerge.checkpointwriter import PIECE, copy_range, read_at, write_at
 from mftmerge.errors import MftmergeError
-from mftmerge.masks import bits
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint, Integers
-from mftmerge.models.shard import Shard, TensorEntry
-from mftmerge.models.writer import PIECE, copy_range, read_at, write_at
+from mftmerge.mask import Mask
+from mftmerge.shard import Shard, TensorEntry
 
 RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge.masks import bits, projection
-from mftmerge.masks.mask import Mask, Scores
+from mftmerge import bits
+from mftmerge import cut as projection
+from mftmerge.mask import Mask, Scores
 
 PIECE = 1 << 17
 
@@ -65,7 +66,7 @@ def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | Non
 
 def _magnitudes(mask: Mask) -> Callable[[str], Scores] | None:
     """|W| of the base's tensors, None where they are not those that the mask was trained on."""
-    from mftmerge.models.checkpoint import Checkpoint
+    from mftmerge.checkpoint import Checkpoint
 
     base = Checkpoint.open(str(mask.info.base))
     for name in mask.names:  # a fingerprint covers the shape too

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from mftmerge.errors import BadInput
-from mftmerge.models.shard import DTYPE_BITS, INTEGER, MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
+from mftmerge.shard import DTYPE_BITS, INTEGER, MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
 
 __all__ = ["Checkpoint", "Shard", "TensorEntry", "resolve", "to_float32"]
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.masks.mask import Mask
-from mftmerge.models.checkpoint import Checkpoint
-from mftmerge.models.shard import TensorEntry, safe_file
+from mftmerge.mask import Mask
+from mftmerge.shard import TensorEntry, safe_file
 
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.models.checkpoint import INDEX, SINGLE, Checkpoint
-from mftmerge.models.shard import safe_file
+from mftmerge.shard import safe_file
 
 
 def load_causal_lm(path: Path, *, dtype: Any = "auto") -> Any:

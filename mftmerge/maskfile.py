@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mftmerge import bits
+from mftmerge import maskheader as header
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits, header
-from mftmerge.masks.header import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
-from mftmerge.masks.hub import located
-from mftmerge.masks.mask import Mask, Scores
+from mftmerge.mask import Mask, Scores
+from mftmerge.maskheader import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
+from mftmerge.maskhub import located
 
 SIDECAR_KEY = "mftmerge_scores"
 SCORE_PIECE = 1 << 18  # float32 scores that are handled at a time

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mftmerge import naming
+from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models import naming
-from mftmerge.models.checkpoint import Checkpoint, resolve
-from mftmerge.models.stream import select
+from mftmerge.mask import Mask
+from mftmerge.stream import select
 
 UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
 CACHED = 1 << 17  # weights that fit the processor's cache

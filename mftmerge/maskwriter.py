@@ -10,12 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing, replacing, sync_directory
+from mftmerge import bits
+from mftmerge import maskheader as header
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks import bits, header
-from mftmerge.masks.file import SCORE_PIECE, SIDECAR_KEY
-from mftmerge.masks.header import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
-from mftmerge.masks.mask import Mask, MaskInfo, Scores
+from mftmerge.files import refuse_existing, replacing, sync_directory
+from mftmerge.mask import Mask, MaskInfo, Scores
+from mftmerge.maskfile import SCORE_PIECE, SIDECAR_KEY
+from mftmerge.maskheader import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
 
 
 def compress(piece: bits.Packed) -> bytes:

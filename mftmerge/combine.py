@@ -16,14 +16,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing
-from mftmerge.masks import bits
-from mftmerge.masks.bits import Words
-from mftmerge.masks.combination import Combination
-from mftmerge.masks.header import BLOCK
-from mftmerge.masks.mask import PIECE, Mask, MaskInfo, Parent
-from mftmerge.masks.operations import OPERATIONS
-from mftmerge.masks.writer import MaskWriter, compress
+from mftmerge import bits
+from mftmerge.bits import Words
+from mftmerge.combination import Combination
+from mftmerge.files import refuse_existing
+from mftmerge.mask import PIECE, Mask, MaskInfo, Parent
+from mftmerge.maskheader import BLOCK
+from mftmerge.maskwriter import MaskWriter, compress
+from mftmerge.operations import OPERATIONS
 
 __all__ = ["OPERATIONS", "CombineReport", "InputReport", "combine", "combine_files"]
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mftmerge import card, matching
+from mftmerge.checkpoint import INDEX, Checkpoint, resolve
+from mftmerge.checkpointwriter import OutputDirectory, check_target, checksum, open_new, sync_file
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.masks.mask import Mask
-from mftmerge.models import card, matching
-from mftmerge.models.checkpoint import INDEX, Checkpoint, resolve
-from mftmerge.models.matching import BaseDifference
-from mftmerge.models.shard import safe_file
-from mftmerge.models.stream import MaskStream
-from mftmerge.models.writer import OutputDirectory, check_target, checksum, open_new, sync_file
+from mftmerge.mask import Mask
+from mftmerge.matching import BaseDifference
+from mftmerge.shard import safe_file
+from mftmerge.stream import MaskStream
 
 # Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")

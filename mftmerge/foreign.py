@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mftmerge import bits
+from mftmerge.checkpoint import Checkpoint, resolve, to_float32
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.models.checkpoint import Checkpoint, resolve, to_float32
-from mftmerge.models.shard import read_shard
+from mftmerge.mask import Mask, MaskInfo
+from mftmerge.shard import read_shard
 
 PIECE = 1 << 20  # elements converted at a time
 PICKLES = (".pt", ".pth", ".bin", ".pkl")

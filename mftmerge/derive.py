@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mftmerge import bits
+from mftmerge import cut as projection
+from mftmerge.checkpoint import Checkpoint, resolve, to_float32
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits, projection
-from mftmerge.masks.mask import Mask, MaskInfo
-from mftmerge.models.checkpoint import Checkpoint, resolve, to_float32
+from mftmerge.mask import Mask, MaskInfo
 
 PIECE = 1 << 19  # weights handled at a time
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mftmerge import bits, operations
+from mftmerge import cut as projection
+from mftmerge.bits import Words
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits, operations, projection
-from mftmerge.masks.bits import Words
-from mftmerge.masks.mask import PIECE, Mask
-from mftmerge.masks.operations import Operation, find
+from mftmerge.mask import PIECE, Mask
+from mftmerge.operations import Operation, find
 
 SCORED_PIECE = 1 << 17  # weights handled at a time where scores (4 bytes each, several times) are read too
 

@@ -18,8 +18,8 @@ from types import TracebackType
 
 import xxhash
 
-from mftmerge.atomic import sync_directory
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import sync_directory
 
 PIECE = 1 << 18
 MANIFEST = ".mftmerge-progress.json"

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mftmerge import bits
+from mftmerge.bits import Words
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.bits import Words
-from mftmerge.masks.mask import Scores
+from mftmerge.mask import Scores
 
 Levels = Callable[[int, int], Sequence[Words]]  # (start, stop) -> planes of the rank, most significant first
 Keys = Callable[[int, int], npt.NDArray[np.uint32]]  # (start, stop) -> integers in the order of the scores

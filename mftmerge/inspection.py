@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mftmerge import bits
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.file import MaskFile
-from mftmerge.masks.header import info_json
-from mftmerge.masks.mask import Mask, MaskInfo, Parent
+from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.maskfile import MaskFile
+from mftmerge.maskheader import info_json
 
 
 def layer_of(name: str) -> int | None:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.atomic import refuse_existing, replacing
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_existing, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mftmerge.masks.compare import Comparison
-    from mftmerge.masks.inspecting import Inspection
+    from mftmerge.inspection import Inspection
+    from mftmerge.overlap import Comparison
 
 KINDS = (".png", ".svg", ".pdf")
 

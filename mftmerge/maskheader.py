@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mftmerge import bits
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.mask import MaskInfo, Parent
+from mftmerge.mask import MaskInfo, Parent
 
 FORMAT = 1
 KEY, CRC_KEY = "mftmerge", "mftmerge_crc32"

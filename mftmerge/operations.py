@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mftmerge import plugins
+from mftmerge import bits, plugins
+from mftmerge.bits import Words
 from mftmerge.errors import BadInput
-from mftmerge.masks import bits
-from mftmerge.masks.bits import Words
-from mftmerge.masks.mask import Scores
+from mftmerge.mask import Scores
 
 Threshold = int | float | str | None
 Weights = Sequence[float] | None

@@ -1,1 +1,0 @@
-"""Checkpoints on disk and models in memory: reading, writing, and applying a mask to either."""

@@ -1,0 +1,66 @@
+"""Settings models: each option is declared once, as a field with its type, default and one sentence.
+
+The command line's options, the fields of `--config` files, the arguments in Python and the rows of the documentation
+all follow from these fields. A component's settings stand in a subclass beside the component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mftmerge.errors import BadInput
+from mftmerge.yamltext import read_document
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command line needs to know about a field beyond its type, `Annotated[Path, Flag(("--out", "-o"))]`.
+
+    names: the option's names where they are not `--` and the field's name. endings: of the files that Tab offers.
+    """
+
+    names: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+
+
+class Settings(BaseModel):
+    """Base of all settings models: unknown names, infinities and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @classmethod
+    def make(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from plain values. Raises BadInput, which names the wrong one."""
+        try:
+            return cls(**given)
+        except ValidationError as e:
+            first = e.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "settings"
+            known = f"; there are {', '.join(cls.model_fields)}" if first["type"] == "extra_forbidden" else ""
+            raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+
+    @classmethod
+    def load(cls, path: str | Path, also: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The values in a YAML file of settings, checked; `also`: names that the file may have besides the fields.
+
+        Raises BadInput unless the file is a mapping of known names.
+        """
+        values = read_document(Path(path)) or {}
+        if not isinstance(values, dict):
+            raise BadInput(f"{path}: settings must be a mapping such as 'keep: 0.9'")
+        try:
+            cls.make({k: v for k, v in values.items() if k not in also})
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
+        return values
+
+    def to_yaml(self, **first: Any) -> str:
+        """The settings as YAML, after entries of the caller's own."""
+        import yaml
+
+        return str(yaml.safe_dump({**first, **self.model_dump(mode="json")}, sort_keys=False))
