@@ -11,8 +11,8 @@ from study.common import Bench, Weights
 
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
-from mftmerge.train import train_mask
 from mftmerge.train.control import trained_weights
+from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
 

@@ -24,7 +24,7 @@ from study.common import Bench, Plan, Weights, average, read_rows, task_arithmet
 
 from mftmerge.combine import combine
 from mftmerge.mask import Mask
-from mftmerge.train import train_mask
+from mftmerge.train.run import train_mask
 
 DENSITY = 0.93  # of the combined mask: the score operation's default for masks of 0.9
 

@@ -164,7 +164,7 @@ class _Run:
             self._train(domain, domain, valid=self.tokens(domain, "validation"), scores=True)
 
     def _train(self, domain: str, name: str, *, valid: list[Any] | None, **settings: Any) -> None:
-        from mftmerge.train import train_mask
+        from mftmerge.train.run import train_mask
 
         given = self.settings() | settings
         unfinished = Path(f"{self.at.mask(name)}.run").exists()  # an earlier run was stopped here: continue it
