@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from helpers.commands import make_inputs
+from helpers.hub import Hub
+from helpers.hub import hub as running_hub
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,16 @@ def smollm2() -> Path:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return smollm2_checkpoint(cache / "smollm2", cache)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
+    """A directory with sound inputs for every command, see `helpers.commands.WORKING`. Read only."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"), tiny)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A stand-in for the Hugging Face Hub on localhost."""
+    with running_hub() as found:
+        yield found

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kitchen import WORKING, command_line, make_kitchen
+from helpers.commands import WORKING, command_line
 
 from mftmerge.cli import main
 from mftmerge.cli.main import COMMANDS, app
 
 OTHERS = {"mergekit-yaml"}  # mergekit's own command, with its own options
-ELSEWHERE = {"quickstart", "choose"}  # they need more than this kitchen has; their --json is tested where they run
+ELSEWHERE = {"quickstart", "choose"}  # they need more than these inputs; their --json is tested where they run
 
 # What a reader of the document will look for.
 KEYS = {
@@ -38,29 +37,24 @@ def constant(text: str) -> Any:
     raise AssertionError(f"{text} is not JSON")
 
 
-@pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
-    return make_kitchen(tmp_path_factory.mktemp("json"), tiny)
-
-
 @pytest.mark.parametrize("command", [c for c in WORKING if c not in OTHERS | ELSEWHERE])
 def test_stdout_is_one_document(
-    kitchen: Path, command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    inputs: Path, command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main([*command_line(command, kitchen, tmp_path), "--json"])
+        main([*command_line(command, inputs, tmp_path), "--json"])
     out, error = capfd.readouterr()
     assert stop.value.code == 0, error
     found = json.loads(out, parse_constant=constant)
     assert set(found) >= KEYS[command], list(found)
 
 
-def test_a_dry_run_is_a_document_too(kitchen: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_is_a_document_too(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ("build", "sweep"):
         with pytest.raises(SystemExit):
-            main([*command_line(command, kitchen, tmp_path), "--dry-run", "--json"])
+            main([*command_line(command, inputs, tmp_path), "--dry-run", "--json"])
         assert json.loads(capfd.readouterr().out)
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_kitchen import INPUTS, SLOT, WORKING, broken, command_line, make_kitchen
+from helpers.commands import INPUTS, SLOT, WORKING, broken, command_line, make_inputs
 
 from mftmerge.cli import main
 from mftmerge.cli.main import COMMANDS
@@ -17,17 +17,19 @@ from mftmerge.cli.main import COMMANDS
 Refused = Callable[..., str]
 
 
-class Kitchen:
+class Inputs:
+    """Sound and broken ones, and an empty directory for outputs; of its own, since all of it is compared."""
+
     def __init__(self, here: Path, tiny: Callable[..., Path]) -> None:
-        self.here = make_kitchen(here, tiny)
+        self.here = make_inputs(here, tiny)
         self.broken = broken(here / "broken")
         self.place = here / "place"
         self.place.mkdir()
 
 
 @pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Kitchen:
-    return Kitchen(tmp_path_factory.mktemp("errors"), tiny)
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("errors"), tiny)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
@@ -40,18 +42,18 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def refused(kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
+def refused(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
     """Runs the program in an empty directory and checks how it refuses; gives what it said."""
-    monkeypatch.chdir(kitchen.place)
+    monkeypatch.chdir(inputs.place)
 
     def run(arguments: list[str], codes: tuple[int, ...] = (2,)) -> str:
-        before = snapshot(kitchen.here)
+        before = snapshot(inputs.here)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         out, error = capfd.readouterr()
-        left = snapshot(kitchen.here)
-        for path in kitchen.place.iterdir():  # so that the next case starts afresh
+        left = snapshot(inputs.here)
+        for path in inputs.place.iterdir():  # so that the next case starts afresh
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         called = shlex.join(arguments)[:500]
         assert error.startswith("mftmerge: error: "), (called, error)
@@ -92,14 +94,14 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize(("command", "slot", "kind"), SLOTS)
-def test_broken_inputs(kitchen: Kitchen, refused: Refused, command: str, slot: str, kind: str) -> None:
+def test_broken_inputs(inputs: Inputs, refused: Refused, command: str, slot: str, kind: str) -> None:
     """A broken file in the place of each input in turn, the others sound."""
     codes = (1, 2) if command == "mergekit-yaml" else (2,)  # mergekit's own errors are failures of its own
-    for what, path in kitchen.broken[kind].items():
+    for what, path in inputs.broken[kind].items():
         if what in ACCEPTED.get(command, ()) and not (what == "empty" and kind != "settings"):
             continue
-        error = refused(command_line(command, kitchen.here, kitchen.place, **{slot: path}), codes)
-        if path.startswith(str(kitchen.here)) and command != "mergekit-yaml":
+        error = refused(command_line(command, inputs.here, inputs.place, **{slot: path}), codes)
+        if path.startswith(str(inputs.here)) and command != "mergekit-yaml":
             assert Path(path).name in error, (what, error)
 
 
@@ -145,8 +147,8 @@ VALUES = {
 
 
 @pytest.mark.parametrize("command", VALUES)
-def test_values_out_of_range(kitchen: Kitchen, refused: Refused, command: str) -> None:
-    good = command_line(command, kitchen.here, kitchen.place)
+def test_values_out_of_range(inputs: Inputs, refused: Refused, command: str) -> None:
+    good = command_line(command, inputs.here, inputs.place)
     for case in VALUES[command].split("|"):
         words = [w for w in re.split(r" +|\n {4,}", case) if w]
         refused([*good, *words])
@@ -156,25 +158,25 @@ OUTPUTS = [(command, m[1]) for command, line in WORKING.items() for m in SLOT.fi
 
 
 @pytest.mark.parametrize(("command", "slot"), OUTPUTS)
-def test_places_that_cannot_be_written(kitchen: Kitchen, refused: Refused, command: str, slot: str) -> None:
+def test_places_that_cannot_be_written(inputs: Inputs, refused: Refused, command: str, slot: str) -> None:
     """A file in the place of a directory stops root too, whom permissions do not."""
-    file = kitchen.here / "rows.jsonl"
+    file = inputs.here / "rows.jsonl"
     places = [file / slot, file / "below" / slot, Path("/proc/mftmerge") / slot, "./" + "x" * 5000, "./a\0b"]
     if "." in slot:
-        places += [kitchen.here / "nowhere" / slot, kitchen.here / "model", "."]
+        places += [inputs.here / "nowhere" / slot, inputs.here / "model", "."]
     else:
         places += [file]
     for place in places:
-        refused(command_line(command, kitchen.here, kitchen.place, **{slot: str(place)}), (1, 2))
+        refused(command_line(command, inputs.here, inputs.place, **{slot: str(place)}), (1, 2))
 
 
 @pytest.mark.parametrize(("command", "slot"), [o for o in OUTPUTS if o[0] not in ("mergekit-yaml", "sweep")])
-def test_outputs_that_are_there_stay(kitchen: Kitchen, refused: Refused, command: str, slot: str) -> None:
-    existing = kitchen.here / ("b.mask" if slot.endswith(".mask") else "train.yml" if "." in slot else "tuned")
-    assert existing.name in refused(command_line(command, kitchen.here, kitchen.place, **{slot: str(existing)}))
+def test_outputs_that_are_there_stay(inputs: Inputs, refused: Refused, command: str, slot: str) -> None:
+    existing = inputs.here / ("b.mask" if slot.endswith(".mask") else "train.yml" if "." in slot else "tuned")
+    assert existing.name in refused(command_line(command, inputs.here, inputs.place, **{slot: str(existing)}))
 
 
 @pytest.mark.parametrize("command", ["apply", "build", "export"])
-def test_a_model_is_not_replaced_by_what_is_made_of_it(kitchen: Kitchen, refused: Refused, command: str) -> None:
-    line = command_line(command, kitchen.here, kitchen.place, new=str(kitchen.here / "model"))
+def test_a_model_is_not_replaced_by_what_is_made_of_it(inputs: Inputs, refused: Refused, command: str) -> None:
+    line = command_line(command, inputs.here, inputs.place, new=str(inputs.here / "model"))
     refused([*line, "--overwrite"])

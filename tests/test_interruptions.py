@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kitchen import command_line, make_kitchen
+from helpers.commands import command_line
 
 from mftmerge.cli import main
 
@@ -30,31 +30,26 @@ WRITING = {
 SMALLEST = 1500  # bytes: less than any of these files but an imported recipe
 
 
-@pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
-    return make_kitchen(tmp_path_factory.mktemp("interruptions"), tiny)
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def ended(command: str, kitchen: Path, place: Path) -> int:
+def ended(command: str, inputs: Path, place: Path) -> int:
     with pytest.raises(SystemExit) as stop:
-        main([*command_line(command, kitchen, place), *WRITING[command].split()])
+        main([*command_line(command, inputs, place), *WRITING[command].split()])
     return int(stop.value.code or 0)
 
 
 @pytest.mark.parametrize("command", [c for c in WRITING if c != "import-recipe"])
-def test_a_full_disk(command: str, kitchen: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(command: str, inputs: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A limit on the size of files stands for the disk: the kernel refuses the write in the same place."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capfd.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALLEST, hard))
     try:
-        code = ended(command, kitchen, place)
+        code = ended(command, inputs, place)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capfd.readouterr().err
@@ -79,7 +74,7 @@ def ctrl_c() -> Iterator[None]:
 def test_stopped_before_the_output_has_its_name(
     command: str,
     by: str,
-    kitchen: Path,
+    inputs: Path,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -96,7 +91,7 @@ def test_stopped_before_the_output_has_its_name(
         monkeypatch.setattr(os, name, stopped)
     capfd.readouterr()
     handler = signal.getsignal(signal.SIGTERM)
-    code = ended(command, kitchen, place)
+    code = ended(command, inputs, place)
     error = capfd.readouterr().err
     monkeypatch.undo()
     assert written, "it was stopped while something was there"

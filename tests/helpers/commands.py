@@ -12,7 +12,7 @@ import numpy as np
 
 import mftmerge
 
-# A sound command line: {name:kind} is an input of the kitchen, {name:out} something in the working directory.
+# A sound command line: {name:kind} is one of the inputs, {name:out} something in the working directory.
 WORKING = {
     "quickstart": "{try:out} --tiny",
     "train": "--model {model:model} --data {rows.jsonl:rows} -o {new.mask:out} --config {train.yml:settings} --steps 1",
@@ -57,7 +57,7 @@ def command_line(command: str, here: Path, place: Path, **instead: str) -> list[
     return [command, *(SLOT.sub(value, word) for word in WORKING[command].split())]
 
 
-def make_kitchen(here: Path, tiny: Callable[..., Path]) -> Path:
+def make_inputs(here: Path, tiny: Callable[..., Path]) -> Path:
     """Write into `here` what the command lines above read."""
     for name, seed in (("model", 0), ("tuned", 1)):
         shutil.copytree(tiny("llama", layers=2, seed=seed), here / name)
