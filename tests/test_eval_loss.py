@@ -13,6 +13,7 @@ import torch
 
 from mftmerge import loss, naming
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.generation import Marks
 from mftmerge.mask import Mask
 
@@ -121,7 +122,7 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
     words = "mlp" if architecture == "llama" else "w1"
     mask, other = half_mask(model, words), half_mask(model, words, seed=1)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    result = loss.grid(model, {"a": mask, "b": other}, {"d": data, "e": data[:3]})
+    result = grids.grid(model, {"a": mask, "b": other}, {"d": data, "e": data[:3]})
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
     by_hand = {n: torch.from_numpy(mask.kept(n)) for n in mask.names}
@@ -140,14 +141,14 @@ def test_grid_switches_masks_and_restores_the_model(tiny: Callable[..., Path], a
 def test_shared_layers_run_once_a_row_and_change_nothing(tiny: Callable[..., Path]) -> None:
     model, data, runs = load(tiny("llama")), rows(), []
     masks = {name: half_mask(model, "layers.2.mlp", seed) for seed, name in enumerate("ab")}
-    whole = loss.grid(model, masks, {"d": data}, prefix=False)
+    whole = grids.grid(model, masks, {"d": data}, prefix=False)
     model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    shared = loss.grid(model, masks, {"d": data})
+    shared = grids.grid(model, masks, {"d": data})
     assert len(runs) == len(data) + 1  # each row once, and the cache's own check
     for row in ("base", "a", "b"):
         np.testing.assert_allclose(shared.values(row, "d"), whole.values(row, "d"), rtol=1e-5)
-    assert loss.first_masked_layer(model, masks) == 2
-    assert loss.first_masked_layer(model, {"head": half_mask(model, "lm_head")}) == 0
+    assert grids.first_masked_layer(model, masks) == 2
+    assert grids.first_masked_layer(model, {"head": half_mask(model, "lm_head")}) == 0
 
 
 def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Path]) -> None:
@@ -158,7 +159,7 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
     def zeros(_: Any) -> Marks:
         return Marks({"zeros": np.array([[float((weight == 0).float().mean()), 1.0]])}, ["said"], ["remark"])
 
-    result = loss.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
+    result = grids.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
     assert result.extra["answers"] == {"base": {"d": ["said"]}, "a": {"d": ["said"]}}
     assert result.domains["d"]["remarks"] == ["remark"]
     assert result.mean("base", "d", "zeros") == 0
@@ -166,6 +167,6 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
         1 - mask.density("model.layers.0.mlp.up_proj.weight"), abs=1e-6
     )
     with pytest.raises(BadInput, match="two rows"):
-        loss.grid(model, {"base": mask}, {"d": data})
+        grids.grid(model, {"base": mask}, {"d": data})
     with pytest.raises(BadInput, match="reference 'x'"):
-        loss.grid(model, {"a": mask}, {"d": data}, reference="x")
+        grids.grid(model, {"a": mask}, {"d": data}, reference="x")

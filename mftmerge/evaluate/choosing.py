@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge import loss
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import files, pairing
+from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.candidates import Candidate, defaults
 from mftmerge.evaluate.results import GridResult, finite, rich_table
 from mftmerge.files import refuse_existing
@@ -215,7 +215,7 @@ def choose(
     Raises BadInput where no own mask gains on its rows.
     """
     table = {_own(domain): mask for domain, mask in masks.items()} | dict(candidates)
-    grid = loss.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, progress=progress)
+    grid = grids.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, progress=progress)
     judged = tuple(d for d in domains if grid.verdict(_own(d), d) == "gain")
     if not judged:
         gains = "; ".join(f"{d} {_signed(grid, _own(d), d)}" for d in domains)

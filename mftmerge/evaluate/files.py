@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import data as rows_of
-from mftmerge import loss, matching
+from mftmerge import matching
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness
@@ -121,7 +121,7 @@ def _one_model(
     others: dict[str, Callable[[Any], Any]] = {}
     if measures.lm_eval:
         others[harness.EXTRA] = lambda m: harness.run(m, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)
-    result = loss.grid(
+    result = grids.grid(
         model,
         masks,
         tokens,
@@ -163,7 +163,7 @@ def tokenised(
     return {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
 
 
-def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> loss.Scorer | None:
+def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> grids.Scorer | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
     if not exact and not run_tests:

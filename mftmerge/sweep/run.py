@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mftmerge import data as rows_of
-from mftmerge import loss
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
@@ -110,12 +109,12 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
 
 def _continue(results: Results, model: Any, tokens: Mapping[str, Any], plan: SweepPlan) -> str:
     """The sweep's identity; the first line of the file says it, and must say the same when a sweep is continued."""
-    facts = loss.model_facts(model)
+    facts = grids.model_facts(model)
     head = {"kind": "sweep", "model": plan.model, "weights": facts["weights"], "dtype": facts["dtype"]}
     head |= {"data": {name: {"rows": len(t), "digest": rows_of.digest(t)} for name, t in tokens.items()}}
     identity = hashlib.blake2b(json.dumps([head["weights"], head["data"]]).encode(), digest_size=16).hexdigest()
     if not results.lines:
-        results.add({**head, "identity": identity, "versions": loss.versions()})
+        results.add({**head, "identity": identity, "versions": grids.versions()})
     elif results.lines[0].get("identity") != identity:
         raise BadInput(f"{results.path}: holds a sweep of another model or other rows; give another output directory")
     return identity
@@ -212,7 +211,7 @@ def _test(
 ) -> GridResult:
     own = [line for line in lines if line["combination"] == chosen]
     masks = {f"seed {line['seed']}": Mask.load(out / line["mask"]) for line in own}
-    result = loss.grid(model, masks, {name: tokens[f"test {name}"] for name in plan.test})
+    result = grids.grid(model, masks, {name: tokens[f"test {name}"] for name in plan.test})
     if len(masks) > 1:
         result.models["mean"] = {"mask": None, "of": list(masks)}
         for name in plan.test:
