@@ -14,6 +14,7 @@ from mftmerge import matching
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness
+from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
 

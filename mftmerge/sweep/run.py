@@ -18,6 +18,7 @@ import numpy as np
 
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.results import LOSS, GridResult, finite
