@@ -12,6 +12,7 @@ from mask_common import plain, quick, random_packed, record
 
 from mftmerge import bits
 from mftmerge.combine import combine
+from mftmerge.cut import drop_count
 from mftmerge.mask import Mask
 
 
@@ -21,7 +22,7 @@ def sort(masks: list[Mask], size: int, scored: bool) -> np.ndarray:
     total = np.sum([m.scores("w") for m in masks], axis=0) if scored else None
     order = np.argsort(rank, kind="stable") if total is None else np.lexsort((total, rank))
     kept = np.ones(size, np.bool_)
-    kept[order[: bits.drop_count(size, 0.9)]] = False
+    kept[order[: drop_count(size, 0.9)]] = False
     return bits.pack(kept)
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-
-from mftmerge.errors import BadInput
 
 Packed = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -19,27 +16,6 @@ Words = npt.NDArray[np.uint64]
 def nbytes(size: int) -> int:
     """Bytes that hold `size` bits."""
     return (size + 7) // 8
-
-
-def exact(value: float | Fraction | str | int) -> Fraction:
-    """The number that was written, not its nearest binary float: 0.9 is 9/10."""
-    return value if isinstance(value, Fraction) else Fraction(str(value))
-
-
-def drop_count(size: int, keep: float | Fraction | str) -> int:
-    """How many of `size` weights are dropped when the share `keep` of them is kept: floor((1 - keep) * size), exactly.
-
-    The one rounding rule of the program (training, projection, closed forms). `keep` is read as the decimal that was
-    written, so 0.9 of 1000 drops 100 and not 99. Since 0 < keep, a tensor is never wiped. Raises BadInput otherwise.
-    """
-    try:
-        share = exact(keep)
-    except (ValueError, ZeroDivisionError):
-        raise BadInput(f"density {keep!r} is not a number; give a share such as 0.9") from None
-    if not 0 < share <= 1:
-        raise BadInput(f"density {keep} is out of range; give a share above 0 and at most 1, such as 0.9")
-    dropped = (1 - share) * size
-    return dropped.numerator // dropped.denominator
 
 
 def pack(kept: npt.NDArray[np.bool_]) -> Packed:
@@ -59,6 +35,13 @@ def words(packed: Packed) -> Words:
     padded = np.zeros((packed.size + 7) // 8 * 8, np.uint8)
     padded[: packed.size] = packed
     return padded.view("<u8")
+
+
+def ones(size: int) -> Words:
+    """Words with the first `size` bits set."""
+    words = np.full(-(-size // 64), ~np.uint64(0))
+    clear_padding(words.view(np.uint8), size)
+    return words
 
 
 def count(packed: Packed | Words) -> int:

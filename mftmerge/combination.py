@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from mftmerge import bits, operations
-from mftmerge import cut as projection
+from mftmerge import bits, cut, operations
 from mftmerge.bits import Words
 from mftmerge.errors import BadInput
 from mftmerge.mask import PIECE, Mask
@@ -42,7 +41,7 @@ class Combination:
         if self.op.ballots is None:
             self._check_scores()
         if self.density is not None:
-            bits.drop_count(0, self.density)
+            cut.drop_count(0, self.density)
 
     def _check_arguments(self) -> None:
         most = self.op.most
@@ -169,15 +168,15 @@ class Combination:
         bits.clear_padding(result.view(np.uint8), stop - start)
         return result, masks
 
-    def ranked(self, name: str, keep: int) -> Iterator[tuple[int, int, Words]]:
-        """The result for one tensor with exactly `keep` ones, in order, as (start, stop, words)."""
+    def ranked(self, name: str, dropped: int) -> Iterator[tuple[int, int, Words]]:
+        """The result for one tensor less exactly `dropped` weights, in order, as (start, stop, words)."""
         covering, size = self.covering(name), math.prod(self.shapes[name])
         options = self._options(covering)
         for d in covering:
             if name in self.masks[d] and self.masks[d].has_scores:
                 self.masks[d].verify_scores(name)
         if self.op.ballots is None:
-            return projection.project(size, keep, SCORED_PIECE, lambda a, b: (), self._score_keys(name, covering))
+            return cut.project(size, dropped, SCORED_PIECE, keys=self._score_keys(name, covering))
         ballots, weights = self.op.ballots, options.get("weights")
         whole = operations.whole_weights(weights)[0] if weights is not None else None
 
@@ -187,20 +186,20 @@ class Combination:
             return [self.op.function(masks, **options), *reversed(votes)]
 
         keys = self._tie_keys(name, covering)
-        return projection.project(size, keep, SCORED_PIECE if keys else PIECE * 8, levels, keys)
+        return cut.project(size, dropped, SCORED_PIECE if keys else PIECE * 8, levels, keys)
 
-    def _score_keys(self, name: str, covering: list[int]) -> projection.Keys:
+    def _score_keys(self, name: str, covering: list[int]) -> Callable[[int, int], cut.Keys]:
         initial, options = self._initial(name, covering), self._options(covering)
         rule = self.masks[covering[0]].info.training.get("selection", "signed")
 
         def keys(start: int, stop: int) -> Any:
             after = [self.masks[d].read_scores(name, start, stop) for d in covering]
             before = {d: self.masks[d].read_initial_scores(name, start, stop) for d in set(initial)}
-            return projection.sortable(self.op.function(after, [before[d] for d in initial], **options), rule)
+            return cut.sortable(self.op.function(after, [before[d] for d in initial], **options), rule)
 
         return keys
 
-    def _tie_keys(self, name: str, covering: list[int]) -> projection.Keys | None:
+    def _tie_keys(self, name: str, covering: list[int]) -> Callable[[int, int], cut.Keys] | None:
         """Ranks within equal votes: the sum of the strengths of the masks that carry scores; None where none does."""
         scored = [d for d in covering if name in self.masks[d] and self.masks[d].has_scores]
 
@@ -209,7 +208,7 @@ class Combination:
             for d in scored:
                 strength = self.masks[d].read_scores(name, start, stop)
                 total += np.abs(strength) if self.masks[d].info.training.get("selection") == "abs" else strength
-            return projection.sortable(total, "signed")
+            return cut.sortable(total, "signed")
 
         return keys if scored else None
 

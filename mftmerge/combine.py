@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from mftmerge import bits
+from mftmerge import bits, cut
 from mftmerge.bits import Words
 from mftmerge.combination import Combination
 from mftmerge.files import refuse_existing
@@ -135,7 +135,7 @@ class _Run:
         density = combination.density_of(name)
         assert density is not None
         covering, total, waiting = combination.covering(name), _Total(len(combination.masks)), _Blocks(self.archive)
-        for a, b, result in combination.ranked(name, size - bits.drop_count(size, density)):
+        for a, b, result in combination.ranked(name, cut.drop_count(size, density)):
             total.count(result, combination.read(name, a, b, covering), by_bit=True)
             for start, data in waiting.add(result.view(np.uint8)[: bits.nbytes(b - a)], last=b == size):
                 self.sink.write(name, start, data)
@@ -235,7 +235,7 @@ def _describe(combination: Combination) -> MaskInfo:
         for label, mask, weight in zip(combination.names, combination.masks, weights, strict=True)
     ]
     return MaskInfo(
-        keep=None if combination.density is None else float(bits.exact(combination.density)),
+        keep=None if combination.density is None else float(cut.exact(combination.density)),
         base=_common(i.base for i in infos if i.base is not None),
         fingerprints={n: v for n, v in fingerprints.items() if n not in differing},
         operation=combination.op.name,
@@ -248,7 +248,7 @@ def _written(combination: Combination) -> dict[str, Any]:
     """The options as they are recorded: those that were given, and what was taken in their place."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in combination.options.items()}
     if combination.density is not None:
-        options["density"] = float(bits.exact(combination.density))
+        options["density"] = float(cut.exact(combination.density))
     if combination.uncovered != "abstain":
         options["uncovered"] = combination.uncovered
     return options

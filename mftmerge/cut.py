@@ -1,13 +1,20 @@
-"""Cutting one tensor to an exact number of kept weights: by votes, then scores, then position. Streams, any size.
+"""The exact cut: which weights of a tensor are kept when a share of them is. One rule for the whole program.
 
-The k-th largest is found digit by digit (a radix selection), first over the bit planes of the votes, then over the two
-halves of the scores' sortable integers, so that nothing is sorted and memory does not grow with the tensor.
+`drop_count` says how many are dropped. They are those of lowest rank; of equal ranks those of the lowest indices. The
+same ranks give the same mask on every device, in any pieces and on any number of ranks.
+
+Nothing is sorted. The rank at the cut is found digit by digit (a radix selection): count how many weights have each
+value of the leading digit, `locate` the value in which the cut lies, go on among the weights that share it with the
+next digit. Counts add up over the pieces of a tensor, over tensors and over processes, so memory and traffic do not
+grow with them. This module is the rule and its numpy side; `train.selection` is the same on torch tensors and ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from functools import cache
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,131 +22,175 @@ import numpy.typing as npt
 from mftmerge import bits
 from mftmerge.bits import Words
 from mftmerge.errors import BadInput
-from mftmerge.mask import Scores
 
-Levels = Callable[[int, int], Sequence[Words]]  # (start, stop) -> planes of the rank, most significant first
-Keys = Callable[[int, int], npt.NDArray[np.uint32]]  # (start, stop) -> integers in the order of the scores
-PLANES_AT_ONCE = 4  # 16 classes counted in a pass
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+Keys = npt.NDArray[np.uint32]
+ArrayOrTensor = TypeVar("ArrayOrTensor", bound=Any)  # int32, of numpy or of torch: the same operators
+
+DIGIT = 1 << 16  # values of one digit of a float32's key: its upper and its lower 16 bits
+PLANES = 4  # bit planes of the votes that make one digit: 16 classes are counted in a pass
 
 
-def sortable(scores: Scores, rule: Literal["signed", "abs"]) -> npt.NDArray[np.uint32]:
-    """Integers in the order of the scores (or of their magnitudes). Raises BadInput on NaN, which has no order."""
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def exact(value: float | Fraction | str | int) -> Fraction:
+    """The number that was written, not its nearest binary float: 0.9 is 9/10."""
+    return value if isinstance(value, Fraction) else Fraction(str(value))
+
+
+def drop_count(size: int, keep: float | Fraction | str, *, reference: bool = False) -> int:
+    """How many of `size` weights are dropped when the share `keep` of them is kept: floor((1 - keep) * size), exactly.
+
+    `keep` is read as the decimal that was written, so 0.9 of 1000 drops 100 and not 99. Since 0 < keep, a tensor is
+    never wiped. reference: as the published code rounds, in floats. Raises BadInput unless 0 < keep <= 1.
+    """
+    try:
+        share = exact(keep)
+    except (ValueError, ZeroDivisionError):
+        raise BadInput(f"density {keep!r} is not a number; give a share such as 0.9") from None
+    if not 0 < share <= 1:
+        raise BadInput(f"density {keep} is out of range; give a share above 0 and at most 1, such as 0.9")
+    dropped = (1 - share) * size
+    return int((1 - float(share)) * size) if reference else dropped.numerator // dropped.denominator
+
+
+def locate(counts: npt.NDArray[np.int64], dropped: int) -> tuple[int, int]:
+    """The value of a digit in which the cut lies, and how many of the weights with that value are still to be dropped.
+
+    counts: weights with each value, lowest first. The weights with lower values are all dropped, with higher ones kept.
+    """
+    reached = np.cumsum(counts)
+    value = int(np.searchsorted(reached, dropped, side="right"))
+    return value, dropped - int(reached[value] - counts[value])
+
+
+def share_ties(ties: Iterable[int], dropped: int) -> list[int]:
+    """How many of its ties each piece drops, the first ones, when `dropped` go altogether: those of first pieces."""
+    shares = []
+    for here in ties:
+        shares.append(min(here, dropped))
+        dropped -= shares[-1]
+    return shares
+
+
+def ordered(raw: ArrayOrTensor) -> ArrayOrTensor:
+    """int32 keys in the order of the float32 values whose bits are `raw` (int32); its own inverse. A new array.
+
+    IEEE 754: positive numbers are in the order of their bits; negative ones, whose sign bit makes them negative
+    integers, backwards: flip all their bits but the sign.
+    """
+    return raw ^ ((raw >> 31) & 0x7FFFFFFF)
+
+
+def keep_top(values: Floats, dropped: int) -> Bools:
+    """Booleans of the shape of `values`, in memory: all but the `dropped` smallest."""
+    if not 0 < dropped < values.size:
+        return np.full(values.shape, dropped <= 0)
+    edge = smallest_kept(values, dropped)
+    kept = np.greater_equal(values, edge, order="C")
+    excess = int(np.count_nonzero(kept)) - (values.size - dropped)
+    if excess:
+        kept.reshape(-1)[np.flatnonzero(values == edge)[:excess]] = False
+    return kept
+
+
+def smallest_kept(values: Floats, dropped: int) -> float:
+    """The value at position `dropped` (from 0) of the sorted `values`.
+
+    numpy's partition is the fastest exact selection there is on a CPU (vectorised quickselect, in linear time), an
+    order of magnitude ahead of torch's topk and kthvalue. One position only: a list of them loses the fast path.
+    """
+    return float(np.partition(values.reshape(-1), dropped)[dropped])
+
+
+def refuse_nan(scores: Floats) -> Floats:
+    """The scores. Raises BadInput on NaN, which has no order."""
     if scores.size and np.isnan(np.max(scores)):  # the maximum of anything with a NaN is NaN
         raise BadInput("scores contain NaN; train again or take this mask out")
-    keys = np.ascontiguousarray(scores + np.float32(0), np.float32).view(np.uint32)  # adding 0 makes -0.0 equal 0.0
-    if rule == "abs":
-        return np.bitwise_and(keys, np.uint32(0x7FFFFFFF), out=keys)
-    # Negative numbers order backwards: flip all their bits, and only the sign bit of the others.
-    flips = np.right_shift(keys.view(np.int32), 31).view(np.uint32)
-    np.bitwise_or(flips, np.uint32(0x80000000), out=flips)
-    return np.bitwise_xor(keys, flips, out=keys)
+    return scores
 
 
-def _valid(start: int, stop: int) -> Words:
-    """Ones for the elements [start, stop) of a stretch and zeros for its padding."""
-    words = np.full(-(-(stop - start) // 64), ~np.uint64(0))
-    bits.clear_padding(words.view(np.uint8), stop - start)
-    return words
+def sortable(scores: Floats, rule: Literal["signed", "abs"]) -> Keys:
+    """Keys from 0 in the order of the scores (or of their magnitudes). Raises BadInput on NaN."""
+    plain = refuse_nan(scores) + np.float32(0)  # adding 0 makes -0.0 equal 0.0
+    raw = (np.abs(plain, out=plain) if rule == "abs" else plain).view(np.int32)
+    keys: Keys = ordered(raw).view(np.uint32)
+    return np.bitwise_xor(keys, np.uint32(0x80000000), out=keys)  # the lowest int32 becomes 0
+
+
+# -- a tensor in pieces -----------------------------------------------------------------------------------------------
+
+
+def project(
+    size: int,
+    dropped: int,
+    piece: int,
+    planes: Callable[[int, int], Sequence[Words]] = lambda start, stop: (),
+    keys: Callable[[int, int], Keys] | None = None,
+) -> Iterator[tuple[int, int, Words]]:
+    """Drop the `dropped` (less than `size`) lowest of `size` weights: by votes, then keys, then index.
+
+    piece: weights handled at a time (a multiple of 64). planes(start, stop): the votes on a piece as bit planes, the
+    most significant first; may be empty. keys(start, stop): ranks among equal votes, None where there are none. Both
+    are called anew in each pass over the tensor. Yields (start, stop, words of the kept weights) in order.
+    """
+    ranges = [(a, min(a + piece, size)) for a in range(0, size, piece)]
+    if len(ranges) == 1:
+        planes, keys = cache(planes), keys and cache(keys)
+    votes: list[bool] = []  # of the weights at the cut, leading planes first
+
+    def narrow(a: int, b: int) -> tuple[Words, Words, Sequence[Words]]:
+        """Weights with more votes than those at the cut, those with as many, and the planes not looked at yet."""
+        levels = planes(a, b)
+        equal = bits.ones(b - a)
+        above = np.zeros_like(equal)
+        for plane, digit in zip(levels, votes, strict=False):
+            if not digit:
+                above |= equal & plane
+            equal = equal & plane if digit else equal & ~plane
+        return above, equal, levels[len(votes) :]
+
+    more = True
+    while dropped and more:
+        narrowed = (narrow(a, b) for a, b in ranges)
+        counts = np.sum([_tally(equal, rest[:PLANES]) for _, equal, rest in narrowed], axis=0)
+        digit, dropped = locate(counts, dropped)
+        width = (len(counts) - 1).bit_length()  # of this digit; a narrower one is the last
+        votes += [bool(digit >> p & 1) for p in range(width - 1, -1, -1)]
+        more = width == PLANES
+
+    edge = None  # the key at the cut
+    if keys is not None and dropped:
+        members = lambda a, b: keys(a, b)[bits.unpack(narrow(a, b)[1].view(np.uint8), b - a)]  # noqa: E731
+        high, dropped = locate(sum(np.bincount(members(a, b) >> 16, minlength=DIGIT) for a, b in ranges), dropped)
+        lower = (k[k >> 16 == high] & 0xFFFF for k in (members(a, b) for a, b in ranges))
+        low, dropped = locate(sum(np.bincount(k, minlength=DIGIT) for k in lower), dropped)
+        edge = high << 16 | low
+
+    for a, b in ranges:
+        above, equal, _ = narrow(a, b)
+        if edge is not None and keys is not None:
+            here, member = keys(a, b), bits.unpack(equal.view(np.uint8), b - a)
+            above |= bits.words(bits.pack(member & (here > edge)))
+            equal = bits.words(bits.pack(member & (here == edge)))
+        if dropped:
+            (first,) = share_ties([bits.count(equal)], dropped)
+            equal = _without(equal, b - a, first)
+            dropped -= first
+        yield a, b, above | equal
 
 
 def _tally(equal: Words, planes: Sequence[Words]) -> list[int]:
-    """How many of the positions in `equal` have each value of the planes, largest value first."""
+    """How many of the positions in `equal` have each value of the planes, lowest value first."""
     if not planes:
         return [bits.count(equal)]
-    return _tally(equal & planes[0], planes[1:]) + _tally(equal & ~planes[0], planes[1:])
+    return _tally(equal & ~planes[0], planes[1:]) + _tally(equal & planes[0], planes[1:])
 
 
-def _narrow(planes: Sequence[Words], chosen: Sequence[bool], equal: Words) -> tuple[Words, Words]:
-    """Positions of `equal` whose leading planes are above the chosen digits, and those where they are the same."""
-    above = np.zeros_like(equal)
-    for plane, digit in zip(planes, chosen, strict=False):
-        if digit:
-            equal = equal & plane
-        else:
-            above |= equal & plane
-            equal = equal & ~plane
-    return above, equal
-
-
-class _Cut:
-    """The search for one tensor: how many are still to be kept among the positions that are equal so far."""
-
-    def __init__(self, size: int, keep: int, piece: int, levels: Levels, keys: Keys | None) -> None:
-        self.size, self.piece, self.levels, self.keys = size, piece, levels, keys
-        self.wanted, self.members = keep, size
-        self.digits: list[bool] = []  # of the votes
-        self.key: int | None = None  # of the scores
-
-    def stretches(self) -> Iterator[tuple[int, int]]:
-        return ((a, min(a + self.piece, self.size)) for a in range(0, self.size, self.piece))
-
-    def _choose(self, counts: npt.NDArray[np.int64]) -> int:
-        """Which class, from the highest down, holds the last weight to be kept; all of the classes above are kept."""
-        reached = np.cumsum(counts)
-        place = int(np.searchsorted(reached, self.wanted))
-        self.members = int(counts[place])
-        self.wanted -= int(reached[place]) - self.members
-        return place
-
-    def votes(self) -> None:
-        """Find the class of votes in which the cut lies."""
-        while True:
-            done, counts, planes = len(self.digits), np.zeros(0, np.int64), 0
-            for a, b in self.stretches():
-                levels = self.levels(a, b)
-                equal = _narrow(levels, self.digits, _valid(a, b))[1]
-                planes = min(PLANES_AT_ONCE, len(levels) - done)
-                here = np.array(_tally(equal, levels[done : done + planes]), np.int64)
-                counts = here + (counts if counts.size else 0)
-            if not planes:
-                return
-            place = (1 << planes) - 1 - self._choose(counts)
-            self.digits += [bool(place >> p & 1) for p in range(planes - 1, -1, -1)]
-
-    def scores(self) -> None:
-        """Find the score at which the cut lies, within the class of votes: its upper 16 bits, then its lower."""
-        if self.keys is None or self.wanted == self.members:
-            return
-        upper: int | None = None
-        for _ in range(2):
-            counts = np.zeros(1 << 16, np.int64)
-            for a, b in self.stretches():
-                equal = _narrow(self.levels(a, b), self.digits, _valid(a, b))[1]
-                keys = self.keys(a, b)[bits.unpack(equal.view(np.uint8), b - a)]
-                digit = keys >> 16 if upper is None else keys[keys >> 16 == upper] & 0xFFFF
-                counts += np.bincount(digit, minlength=1 << 16)
-            place = (1 << 16) - 1 - self._choose(counts[::-1])
-            upper, self.key = (place, None) if upper is None else (upper, upper << 16 | place)
-
-    def result(self) -> Iterator[tuple[int, int, Words]]:
-        """The kept weights; of equal ones the lowest indices are dropped."""
-        drop = self.members - self.wanted
-        for a, b in self.stretches():
-            above, equal = _narrow(self.levels(a, b), self.digits, _valid(a, b))
-            if self.key is not None and self.keys is not None:
-                keys, member = self.keys(a, b), bits.unpack(equal.view(np.uint8), b - a)
-                above |= bits.words(bits.pack(member & (keys > self.key)))
-                equal = bits.words(bits.pack(member & (keys == self.key)))
-            if drop:
-                here = bits.count(equal)
-                if here <= drop:
-                    equal = np.zeros_like(equal)
-                else:
-                    member = bits.unpack(equal.view(np.uint8), b - a).copy()
-                    member[np.flatnonzero(member)[:drop]] = False
-                    equal = bits.words(bits.pack(member))
-                drop -= min(here, drop)
-            yield a, b, above | equal
-
-
-def project(size: int, keep: int, piece: int, levels: Levels, keys: Keys | None) -> Iterator[tuple[int, int, Words]]:
-    """Keep exactly `keep` of `size` weights: those of highest rank. Yields (start, stop, words) in order.
-
-    piece: weights handled at a time (a multiple of 64). levels: planes of the votes, most significant first, may be an
-    empty sequence. keys: ranks within equal votes, None where there are no scores. Last come the highest indices.
-    """
-    cut = _Cut(size, keep, piece, levels, keys)
-    if size:
-        cut.votes()
-        cut.scores()
-    return cut.result()
+def _without(words: Words, size: int, first: int) -> Words:
+    """The words less their `first` lowest ones."""
+    member = bits.unpack(words.view(np.uint8), size).copy()
+    member[np.flatnonzero(member)[:first]] = False
+    return bits.words(bits.pack(member))

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge import bits
-from mftmerge import cut as projection
+from mftmerge import bits, cut
 from mftmerge.checkpoint import Checkpoint, resolve, to_float32
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
@@ -95,8 +94,8 @@ class _Difference:
         """The kept weights of one tensor."""
         entry, settings = self.tuned.entry(name), self.settings
         if settings.method == "magnitude":
-            keep = entry.size - bits.drop_count(entry.size, settings.keep or 0)
-            parts = projection.project(entry.size, keep, PIECE, lambda a, b: (), self._magnitude(name))
+            dropped = cut.drop_count(entry.size, settings.keep or 0)
+            parts = cut.project(entry.size, dropped, PIECE, keys=self._magnitude(name))
             return np.concatenate([w.view(np.uint8)[: bits.nbytes(b - a)] for a, b, w in parts])
         rule: Callable[[Values, Values], Any] = _tall(settings.strength) if settings.method == "tall" else _same_sign
         kept = []
@@ -105,10 +104,10 @@ class _Difference:
             kept.append(bits.pack(rule(tau, self.tau_multi_task(name, a, b, tau))))
         return np.concatenate(kept)
 
-    def _magnitude(self, name: str) -> projection.Keys:
-        def keys(start: int, stop: int) -> npt.NDArray[np.uint32]:
+    def _magnitude(self, name: str) -> Callable[[int, int], cut.Keys]:
+        def keys(start: int, stop: int) -> cut.Keys:
             try:
-                return projection.sortable(self.tau(self.tuned, name, start, stop), "abs")
+                return cut.sortable(self.tau(self.tuned, name, start, stop), "abs")
             except BadInput:
                 raise BadInput(f"{self.tuned.path}: tensor {name!r} or the base's contains NaN") from None
 
@@ -129,7 +128,7 @@ def _check(settings: DiffSettings) -> None:
     if (settings.keep is None) == (settings.method == "magnitude"):
         raise BadInput("--keep is needed for --method magnitude, and for no other")
     if settings.keep is not None:
-        bits.drop_count(0, settings.keep)
+        cut.drop_count(0, settings.keep)
     if settings.method != "magnitude" and bool(settings.merged) == bool(settings.others):
         raise BadInput(f"--method {settings.method} needs a multi-task vector: either --merged or --others")
     if settings.method == "magnitude" and (settings.merged or settings.others):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mftmerge import bits, plugins
+from mftmerge import bits, cut, plugins
 from mftmerge.bits import Words
 from mftmerge.errors import BadInput
 from mftmerge.mask import Scores
@@ -187,7 +187,7 @@ def combined_density(keep: float | str | None, masks: int) -> Fraction:
     at their own density the masks with more evidence took the place of the others. With `DROPPED` of what one mask
     drops, the worst served domain kept most of its gain (docs/results.md).
     """
-    own = bits.exact(keep if keep is not None else 1)
+    own = cut.exact(keep if keep is not None else 1)
     return own if masks == 1 else 1 - DROPPED * (1 - own)
 
 
@@ -228,10 +228,10 @@ def whole_weights(weights: Sequence[float]) -> tuple[tuple[int, ...], int]:
 
 @functools.lru_cache(maxsize=64)
 def _whole_weights(weights: tuple[float, ...]) -> tuple[tuple[int, ...], int]:
-    exact = [bits.exact(w) for w in weights]
-    if any(w <= 0 for w in exact):
+    given = [cut.exact(w) for w in weights]
+    if any(w <= 0 for w in given):
         raise BadInput("the weights of a vote must be above 0; leave a mask out instead of giving it 0")
-    scale = math.lcm(*(w.denominator for w in exact))
-    whole = [int(w * scale) for w in exact]
+    scale = math.lcm(*(w.denominator for w in given))
+    whole = [int(w * scale) for w in given]
     divisor = math.gcd(*whole)
     return tuple(w // divisor for w in whole), sum(whole) // divisor

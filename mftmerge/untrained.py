@@ -11,20 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mftmerge import bits
-from mftmerge import cut as projection
+from mftmerge import bits, cut
 from mftmerge.mask import Mask, Scores
-
-PIECE = 1 << 17
-
-
-def keep_top(scores: Scores, drop: int, rule: Any) -> npt.NDArray[np.bool_]:
-    """Boolean array, shape (n,): all but the `drop` lowest scores; of equal ones the lowest indices are dropped."""
-    keys = projection.sortable(np.ascontiguousarray(scores).reshape(-1), rule)
-    cut = projection.project(keys.size, keys.size - drop, PIECE, lambda a, b: (), lambda a, b: keys[a:b])
-    return np.concatenate([np.zeros(0, np.bool_), *(bits.unpack(w.view(np.uint8), b - a) for a, b, w in cut)])
 
 
 def untrained(mask: Mask) -> Mask | None:
@@ -45,7 +34,11 @@ def untrained(mask: Mask) -> Mask | None:
         read, rule = _magnitudes(mask), "signed"
     if read is None:
         return None
-    packed = {n: bits.pack(keep_top(read(n), mask.size(n) - mask.count(n), rule)) for n in mask.names}
+    packed = {}
+    for name in mask.names:
+        scores = cut.refuse_nan(read(name))
+        scores = np.abs(scores) if rule == "abs" else scores
+        packed[name] = bits.pack(cut.keep_top(scores, mask.size(name) - mask.count(name)))
     return Mask(packed, {n: mask.shape(n) for n in mask.names})
 
 

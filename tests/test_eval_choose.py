@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from mftmerge import choose_combination
-from mftmerge.bits import drop_count
 from mftmerge.cli import main
 from mftmerge.combine import combine
+from mftmerge.cut import drop_count
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import candidates, choosing, files

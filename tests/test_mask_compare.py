@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mftmerge import bits, plots
+from mftmerge import plots
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.cut import drop_count, keep_top
 from mftmerge.derive import DiffSettings, diff_mask
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.overlap import compare
-from mftmerge.untrained import keep_top, untrained
+from mftmerge.untrained import untrained
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 
@@ -27,7 +28,7 @@ def masks_from_one_start(noise: float, initial: bool = True) -> list[Mask]:
     made = []
     for _ in range(2):
         after = {n: v + np.float32(noise) * rng.standard_normal(v.shape).astype(np.float32) for n, v in before.items()}
-        kept = {n: keep_top(v, 512, "signed").reshape(v.shape) for n, v in after.items()}
+        kept = {n: keep_top(v, 512) for n, v in after.items()}
         made.append(Mask.from_bools(kept, MaskInfo(0.9), after, before if initial else None))
     return made
 
@@ -66,7 +67,7 @@ def test_the_untrained_mask_of_a_seed_is_drawn_again() -> None:
 
     name = NAME.format(0)
     drawn = {name: normal_scores(name, (32, 50), 5)}
-    kept = {name: keep_top(drawn[name].numpy(), 160, "abs").reshape(32, 50)}
+    kept = {name: keep_top(np.abs(drawn[name].numpy()), 160)}
     for digest, known in ((digest_of(drawn), True), ("0" * 32, False)):
         info = MaskInfo(0.9, training={"init": "normal", "seed": 5, "selection": "abs", "init_digest": digest})
         mask = Mask.from_bools(kept, info)
@@ -80,7 +81,7 @@ def test_the_untrained_mask_of_magnitudes_comes_from_the_base(tiny: Any) -> None
     base = Checkpoint.open(tiny())
     name = next(n for n in base.names if "up_proj" in n)
     weight = np.abs(base.read_float32(name))
-    kept = {name: keep_top(weight, bits.drop_count(weight.size, 0.9), "signed").reshape(weight.shape)}
+    kept = {name: keep_top(weight, drop_count(weight.size, 0.9))}
     assert kept[name].sum() == weight.size - weight.size // 10
     assert weight[~kept[name]].max() <= weight[kept[name]].min()
     info = MaskInfo(0.9, str(tiny()), {name: base.fingerprint(name)}, {"init": "magnitude"})
@@ -131,7 +132,7 @@ def test_magnitude_of_the_task_vector(tiny: Any) -> None:
     mask, _ = diff_mask(base, tuned[0], DiffSettings(keep="0.1", only="down_proj"))
     order = np.argsort(np.abs(tau).reshape(-1), kind="stable")
     expected = np.zeros(tau.size, np.bool_)
-    expected[order[bits.drop_count(tau.size, "0.1") :]] = True
+    expected[order[drop_count(tau.size, "0.1") :]] = True
     np.testing.assert_array_equal(mask.kept(name).reshape(-1), expected)
     assert mask.info.fingerprints[name] == Checkpoint.open(tuned[0]).fingerprint(name)
     assert all("down_proj" in n for n in mask.names)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mftmerge import bits
 from mftmerge.combine import OPERATIONS, combine
+from mftmerge.cut import drop_count
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
 
@@ -158,22 +158,22 @@ def test_projection_is_the_sort_by_vote_then_score_then_index(
         total = np.sum([s[name].reshape(-1) for s in scores if s], axis=0) if scored else np.zeros(votes.shape)
         order = np.lexsort((np.arange(votes.size), total, votes, plain.kept(name).reshape(-1)))
         expected = np.zeros(votes.size, np.bool_)
-        expected[order[bits.drop_count(votes.size, density) :]] = True
+        expected[order[drop_count(votes.size, density) :]] = True
         np.testing.assert_array_equal(cut.kept(name).reshape(-1), expected)
 
 
 @given(st.integers(0, 10**12), st.decimals("0.0001", "1", places=4))
 def test_the_number_dropped_is_exact_and_wipes_nothing(size: int, keep: Any) -> None:
-    dropped = bits.drop_count(size, str(keep))
+    dropped = drop_count(size, str(keep))
     assert dropped == int((1 - Fraction(keep)) * size)
-    assert dropped == bits.drop_count(size, float(keep))
+    assert dropped == drop_count(size, float(keep))
     assert dropped < size or size == 0
 
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.0001, "x", float("nan"), "1/0", None])
 def test_densities_out_of_range_are_refused(keep: Any) -> None:
     with pytest.raises(BadInput, match="density"):
-        bits.drop_count(10, keep)
+        drop_count(10, keep)
 
 
 def scored(rng: np.random.Generator, initial: bool, digest: str = "same", size: int = 301) -> tuple[Mask, Any, Any]:

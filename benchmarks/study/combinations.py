@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mftmerge.combine import combine
+from mftmerge.cut import keep_top
 from mftmerge.mask import Mask
-from mftmerge.untrained import keep_top, untrained
+from mftmerge.untrained import untrained
 
 Kept = dict[str, Any]  # tensor name -> array of its shape
 
@@ -43,7 +44,7 @@ class Family:
         share, out = self.keep if keep is None else keep, {}
         for name, values in scores.items():
             drop = values.size - round(share * values.size)
-            out[name] = keep_top(values.astype(np.float32), drop, "signed").reshape(values.shape)
+            out[name] = keep_top(values.astype(np.float32), drop)
         return out
 
     def added(self, weights: Sequence[float], change: Callable[[Any], Any] | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mftmerge import bits
+from mftmerge import cut
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
@@ -68,7 +68,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             raise BadInput(f"scope {scope!r}: must be matrix or global")
         if adam_bits not in (8, 32):
             raise BadInput(f"adam_bits {adam_bits!r}: must be 8 or 32")
-        self.keep, self.scope, self.pattern, self.signed = bits.exact(keep), scope, pattern, signed
+        self.keep, self.scope, self.pattern, self.signed = cut.exact(keep), scope, pattern, signed
         self.clip, self.keep_warmup, self.reference_rounding = clip, keep_warmup, reference_rounding
         self.adam_bits = adam_bits
         self.flipped = 0  # weights switched on or off by the last step (weights that are exactly 0 never count)
@@ -171,7 +171,7 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     def drop_count(self, size: int, keep: Fraction) -> int:
         """How many of `size` weights are dropped."""
-        return int((1 - float(keep)) * size) if self.reference_rounding else bits.drop_count(size, keep)
+        return cut.drop_count(size, keep, reference=self.reference_rounding)
 
     def _values(self, target: Target) -> Tensor:
         """What is ranked: the scores, or their absolute values. Local rows only."""
@@ -180,37 +180,28 @@ class MaskOptimizer(torch.optim.Optimizer):
 
     def _for_each_kept(self, keep: Fraction, use: Callable[[Target, Tensor], Result]) -> list[Result]:
         """`use(target, booleans of its local rows)` for each target; no more of them exist than there are threads."""
-        if self.pattern is None and self.scope == "global":
-            cut, ties = self._global_cut(keep)
-            excess = dict(zip((t.name for t in self.targets), ties, strict=True))
+        whole = self._global_cut(keep) if self.pattern is None and self.scope == "global" else None
 
-        def one(t: Target) -> Result:
+        def one(numbered: tuple[int, Target]) -> Result:
+            number, t = numbered
             values = self._values(t)
             if self.pattern is not None:
                 return use(t, selection.keep_pattern(values, *self.pattern, dim=t.input_dim))
-            if self.scope == "global":
-                kept = values >= cut
-                selection.drop_ties(values, kept, cut, excess[t.name])
-                return use(t, kept)
+            if whole is not None:
+                return use(t, whole.keep(number, values))
             shard, shape = Shard.of(t.parameter), t.parameter.shape
             return use(t, shard.keep_top(values, shape, t.blocks, lambda n: self.drop_count(n, keep)))
 
+        numbered = list(enumerate(self.targets))
         if Shard.of(self.targets[0].parameter).group is not None:
-            return [one(t) for t in self.targets]  # collective operations must come in the same order on every rank
-        return each(one, self.targets, self._device)
+            return [one(t) for t in numbered]  # collective operations must come in the same order on every rank
+        return each(one, numbered, self._device)
 
-    def _global_cut(self, keep: Fraction) -> tuple[float, list[int]]:
-        """One cut over all targets, and for each target how many ties at the cut this rank drops."""
-        values = [self._values(t) for t in self.targets]
-        group = Shard.of(self.targets[0].parameter).group
+    def _global_cut(self, keep: Fraction) -> selection.Cut:
+        """One cut over all targets together."""
         size = sum(t.parameter.numel() for t in self.targets)
-        dropped = self.drop_count(size, keep)
-        if dropped <= 0:
-            return float("-inf"), [0] * len(values)
-        cut = selection.smallest_kept_over(values, dropped, group)
-        ties = [int((v == cut).sum()) for v in values]
-        below = [int((v < cut).sum()) for v in values]
-        return cut, Shard.share_ties(ties, below, dropped, group)
+        group = Shard.of(self.targets[0].parameter).group
+        return selection.find([self._values(t) for t in self.targets], self.drop_count(size, keep), group)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -1,61 +1,83 @@
-"""The exact cut: which weights of a matrix are kept, given its scores.
-
-The same scores give the same mask on every device and with any sharding: the smallest kept value is found exactly, and
-of equal scores the one with the lowest index is dropped first.
-"""
+"""The exact cut of `mftmerge.cut` on torch tensors: on a GPU, over several tensors together, and over ranks; N:M."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-_MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
+from mftmerge import cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where some tensors together are cut. value: the smallest that is kept.
+
+    first: for each tensor, how many of its elements that equal the value are dropped here, the first ones.
+    """
+
+    value: float
+    first: list[int]
+
+    def keep(self, part: int, values: Tensor) -> Tensor:
+        """Booleans of the shape of the values of tensor number `part`."""
+        kept = values >= self.value
+        if self.first[part]:
+            ties = torch.nonzero(values.reshape(-1) == self.value)
+            kept.view(-1)[ties[: self.first[part], 0]] = False
+        return kept
+
+
+def keep_top(values: Tensor, dropped: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Booleans of the shape of float32 `values`: all but the `dropped` smallest, on all ranks of the group together."""
+    if group is None and values.device.type == "cpu":
+        return torch.from_numpy(cut.keep_top(values.detach().numpy(), dropped))
+    return find([values], dropped, group).keep(0, values)
+
+
+def find(parts: Sequence[Tensor], dropped: int, group: dist.ProcessGroup | None = None) -> Cut:
+    """The cut that drops the `dropped` smallest of several tensors together, on all ranks of a group.
+
+    Ties are dropped in the order of the tensors and, within a tensor, of the ranks: rank order is row order. A
+    collective operation where there is a group; a rank that holds nothing calls it with empty tensors.
+    """
+    if dropped <= 0:
+        return Cut(float("-inf"), [0] * len(parts))
+    value = smallest_kept_over(parts, dropped, group)
+    table = torch.tensor([[int((v == value).sum()) for v in parts], [int((v < value).sum()) for v in parts]])
+    rank, tables = 0, [table]  # (2, parts) of each rank
+    if group is not None:
+        table = table.to(_device(parts, group))
+        rank, tables = dist.get_rank(group), [torch.zeros_like(table) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(tables, table, group=group)
+    ties, below = torch.stack(tables).cpu().unbind(1)  # each (ranks, parts)
+    shares = cut.share_ties(ties.t().flatten().tolist(), dropped - int(below.sum()))
+    return Cut(value, shares[rank :: len(tables)])
 
 
 def smallest_kept(values: Tensor, dropped: int) -> float:
     """The value at position `dropped` (from 0) of the sorted float32 `values`, exactly. Linear time, no sort."""
     if values.device.type == "cpu":
-        # numpy's partition is the fastest exact selection there is on a CPU (vectorised quickselect, in linear time),
-        # an order of magnitude ahead of torch's topk and kthvalue. One position only: a list loses the fast path.
-        return float(np.partition(values.detach().reshape(-1).numpy(), dropped)[dropped])
+        return cut.smallest_kept(values.detach().numpy(), dropped)
     return smallest_kept_over([values], dropped)
 
 
-def smallest_kept_over(parts: Sequence[Tensor], dropped: int, group: Any = None) -> float:
+def smallest_kept_over(parts: Sequence[Tensor], dropped: int, group: dist.ProcessGroup | None = None) -> float:
     """As `smallest_kept` over several tensors together, and over the ranks of a process group when one is given.
 
-    Two histograms of 65,536 bins (upper, then lower half of the bits), each added up over the ranks: exact, and the
-    traffic does not grow with the size of the matrix. `parts` may be empty on a rank that holds nothing.
+    Two histograms of 65,536 bins (upper, then lower half of the bits), each added up over the ranks: the traffic does
+    not grow with the size of the matrix.
     """
-    keys = [_ordered(p.detach().reshape(-1)) for p in parts]
-    device = keys[0].device if keys else torch.device("cpu")
-    upper = _histogram([(k >> 16) + 32768 for k in keys], device, group)
-    high, before = _bin_of(upper, dropped)
-    lower = _histogram([k[(k >> 16) + 32768 == high] & 0xFFFF for k in keys], device, group)
-    low, _ = _bin_of(lower, dropped - before)
-    return _value(((high - 32768) << 16) | low)
-
-
-def keep_top(values: Tensor, dropped: int) -> Tensor:
-    """Booleans of the shape of float32 `values`: all but the `dropped` smallest, ties dropped from the lowest index."""
-    if dropped <= 0:
-        return torch.ones_like(values, dtype=torch.bool)
-    if dropped >= values.numel():
-        return torch.zeros_like(values, dtype=torch.bool)
-    cut = smallest_kept(values, dropped)
-    kept = values >= cut
-    drop_ties(values, kept, cut, int(kept.sum()) - (values.numel() - dropped))
-    return kept
-
-
-def drop_ties(values: Tensor, kept: Tensor, cut: float, excess: int) -> None:
-    """Clear, in `kept`, the first `excess` of the elements that equal the cut."""
-    if excess > 0:
-        kept.view(-1)[torch.nonzero(values.reshape(-1) == cut)[:excess, 0]] = False
+    keys = [cut.ordered(p.detach().reshape(-1).view(torch.int32)) for p in parts]
+    device = _device(parts, group)
+    # >> 16 keeps the sign: -32768 to 32767, so adding half a digit's range makes the lowest 0.
+    high, dropped = cut.locate(_histogram([(k >> 16) + 32768 for k in keys], device, group), dropped)
+    low, _ = cut.locate(_histogram([k[(k >> 16) + 32768 == high] & 0xFFFF for k in keys], device, group), dropped)
+    return float(cut.ordered(np.int32(((high - 32768) << 16) | low)).view(np.float32))
 
 
 def keep_pattern(values: Tensor, keep: int, of: int, dim: int = -1) -> Tensor:
@@ -63,7 +85,7 @@ def keep_pattern(values: Tensor, keep: int, of: int, dim: int = -1) -> Tensor:
 
     A matrix's inputs are its last dimension in a Linear layer and dimension 0 in GPT-2's Conv1D.
     """
-    groups = values.movedim(dim, -1).unflatten(-1, (-1, of))
+    groups = values.movedim(dim, -1).unflatten(-1, (-1, of))  # (..., groups, of)
     rank = torch.zeros_like(groups, dtype=torch.int8)
     for i in range(of):
         for j in range(of):
@@ -73,29 +95,18 @@ def keep_pattern(values: Tensor, keep: int, of: int, dim: int = -1) -> Tensor:
     return (rank >= of - keep).flatten(-2).movedim(-1, dim).contiguous()
 
 
-def _ordered(values: Tensor) -> Tensor:
-    """int32 keys in the order of float32 values (IEEE 754: negative numbers order backwards). A new tensor."""
-    raw = values.view(torch.int32)
-    return raw ^ ((raw >> 31) & _MAGNITUDE)
-
-
-def _value(key: int) -> float:
-    """The float32 value of one key: `_ordered` is its own inverse."""
-    raw = np.int32(key)
-    return float((raw ^ ((raw >> np.int32(31)) & np.int32(_MAGNITUDE))).view(np.float32))
-
-
-def _histogram(keys: Sequence[Tensor], device: torch.device, group: Any) -> Tensor:
-    counts = torch.zeros(65536, dtype=torch.int64, device=device)
+def _histogram(keys: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> np.ndarray:
+    """How many keys of all tensors and ranks have each value of a digit, shape (65536,)."""
+    counts = torch.zeros(cut.DIGIT, dtype=torch.int64, device=device)
     for k in keys:
-        counts += torch.bincount(k, minlength=65536)
+        counts += torch.bincount(k, minlength=cut.DIGIT)
     if group is not None:
-        torch.distributed.all_reduce(counts, group=group)
-    return counts
+        dist.all_reduce(counts, group=group)
+    return counts.cpu().numpy()
 
 
-def _bin_of(counts: Tensor, position: int) -> tuple[int, int]:
-    """The bin that holds sorted position `position`, and how many elements come before that bin."""
-    total = counts.cumsum(0)
-    found = int(torch.searchsorted(total, position, right=True))
-    return found, int(total[found] - counts[found])
+def _device(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:
+    """Where the tensors are, and where the group's messages have to be."""
+    if group is not None:
+        return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    return parts[0].device if parts else torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -88,41 +89,9 @@ class Shard:
 
     def keep_top(self, values: Tensor, shape: Sequence[int], blocks: int, dropped: Callable[[int], int]) -> Tensor:
         """Booleans of the local rows: in each of `blocks` equal pieces of the whole, all but `dropped(size)`."""
-        size = prod(shape) // blocks
-        count = dropped(size)
-        if self.group is None:
-            return torch.cat([selection.keep_top(b, count) for b in values.reshape(blocks, -1)]).view(values.shape)
-        row = prod(shape[1:])
-        flat, start = values.reshape(-1), self.start * row
-        kept = torch.ones_like(flat, dtype=torch.bool)
-        for block in range(blocks) if count else ():
-            lo, hi = (min(max(at - start, 0), flat.numel()) for at in (block * size, (block + 1) * size))
-            mine = flat[lo:hi]
-            cut = selection.smallest_kept_over([mine], count, self.group)
-            kept[lo:hi] = mine >= cut
-            ties, below = int((mine == cut).sum()), int((mine < cut).sum())
-            selection.drop_ties(mine, kept[lo:hi], cut, self.share_ties([ties], [below], count, self.group)[0])
-        return kept.view(values.shape)
-
-    @staticmethod
-    def share_ties(ties: list[int], below: list[int], dropped: int, group: Any) -> list[int]:
-        """How many of its elements equal to the cut this rank drops in each tensor.
-
-        The elements below the cut are all dropped; the rest of `dropped` are ties, taken in the order of the tensors
-        and, within a tensor, of the ranks (rank order is row order).
-        """
-        table = torch.tensor([ties, below], dtype=torch.int64)
-        rank, tables = 0, [table]
-        if group is not None:
-            table = table.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-            rank, tables = dist.get_rank(group), [torch.zeros_like(table) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(tables, table, group=group)
-        left = dropped - sum(int(t[1].sum()) for t in tables)
-        out = []
-        for i in range(len(ties)):
-            for r, t in enumerate(tables):
-                take = min(left, int(t[0][i]))
-                left -= take
-                if r == rank:
-                    out.append(take)
-        return out
+        size, row = prod(shape) // blocks, prod(shape[1:])
+        flat = values.reshape(-1)
+        # Where the blocks begin and end in this rank's rows; a block of other ranks is empty here.
+        edges = [min(max(i * size - self.start * row, 0), flat.numel()) for i in range(blocks + 1)]
+        kept = [selection.keep_top(flat[a:b], dropped(size), self.group) for a, b in pairwise(edges)]
+        return (kept[0] if blocks == 1 else torch.cat(kept)).view(values.shape)
