@@ -11,14 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from mftmerge.dtypes import BY_CODE, BY_NAME
 from mftmerge.errors import BadInput
-from mftmerge.shard import DTYPE_BITS, INTEGER, MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
+from mftmerge.select import Integers
+from mftmerge.shard import MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
 
 __all__ = ["Checkpoint", "Shard", "TensorEntry", "resolve", "to_float32"]
 
-Integers = npt.NDArray[np.unsignedinteger[Any]]
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Types that numpy has under the name that torch gives them.
+NUMPY_TYPES = {n for n, d in BY_NAME.items() if n in np.sctypeDict and d.kind != "complex"}
 PIECE = 1 << 20  # bytes hashed at a time
 
 # What a hub download may contain: no pickles and no code.
@@ -152,12 +154,9 @@ def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
         table: npt.NDArray[np.float32] = _fp8_table(dtype)[array]
         return table
-    kinds = {"F": "f", "I": "i", "U": "u"}
-    if dtype == "BOOL":
-        return array.astype(np.float32)
-    if dtype[:1] in kinds and dtype[1:].isdigit() and DTYPE_BITS.get(dtype) in INTEGER:
-        values = np.ascontiguousarray(array).view(f"{kinds[dtype[0]]}{DTYPE_BITS[dtype] // 8}")
-        return values.astype(np.float32, copy=False)
+    found = BY_CODE.get(dtype)
+    if found is not None and found.name in NUMPY_TYPES:
+        return np.ascontiguousarray(array).view(found.name).astype(np.float32, copy=False)
     raise BadInput(f"values of dtype {dtype} cannot be turned into float32")
 
 

@@ -20,23 +20,15 @@ import torch
 
 from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
+from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.stream import select
+from mftmerge.select import select
 
 UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
 CACHED = 1 << 17  # weights that fit the processor's cache
 PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
 GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -251,10 +243,10 @@ def _values_of(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     """Reads a tensor of a checkpoint as a torch tensor of its own type."""
 
     def read(name: str) -> torch.Tensor:
-        code = checkpoint.entry(name).dtype
-        if code not in _DTYPES:
-            raise BadInput(f"{checkpoint.path}: tensor {name!r} is {code}, not floating point weights")
-        return torch.from_numpy(checkpoint.read(name)).view(_DTYPES[code])
+        dtype = checkpoint.entry(name).type
+        if not dtype.floating:
+            raise BadInput(f"{checkpoint.path}: tensor {name!r} is {dtype.code}, not floating point weights")
+        return torch.from_numpy(checkpoint.read(name)).view(dtype.torch)
 
     return read
 
@@ -321,7 +313,7 @@ def _gather(part: _Part, source: torch.Tensor) -> torch.Tensor:
 
 
 def _integers(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().view(_INTEGER[values.element_size()]).view(-1)
+    return integer_view(values).view(-1)
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:

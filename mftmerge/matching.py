@@ -46,7 +46,7 @@ def match(mask: Mask, checkpoint: Checkpoint, what: str) -> dict[str, str]:
         entry, shape = checkpoint.entry(here), mask.shape(there)
         if entry.shape != shape:
             raise BadInput(f"{what}: tensor {here!r} has shape {entry.shape}, the mask has {shape}")
-        if entry.dtype[:1] not in "FB" or entry.dtype == "BOOL":
+        if not entry.type.floating:
             raise BadInput(f"{what}: tensor {here!r} is {entry.dtype}; masks apply to floating point weights only")
         _ = entry.integer
     return {**names, **_tied_copies(mask, checkpoint, names)}

@@ -18,21 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from mftmerge.dtypes import BY_CODE, Dtype
 from mftmerge.errors import BadInput, MftmergeError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
 MAX_RANK = 16
-
-# safetensors dtype code -> bits an element. Types below a byte can be copied, but not read or masked.
-DTYPE_BITS = {
-    **dict.fromkeys(("F4", "F4_E2M1"), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-INTEGER: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +46,18 @@ class TensorEntry:
         return self.stop - self.start
 
     @property
-    def integer(self) -> Any:
+    def type(self) -> Dtype:
+        """The tensor's type in the table."""
+        return BY_CODE[self.dtype]
+
+    @property
+    def integer(self) -> type[np.unsignedinteger[Any]]:
         """numpy type of the integer view (uint8/16/32/64). Raises BadInput for types below a byte."""
-        if DTYPE_BITS[self.dtype] not in INTEGER:
+        if self.type.integer is None:
             raise BadInput(
                 f"{self.file.name}: tensor {self.name!r} has dtype {self.dtype}, whose elements are not bytes"
             )
-        return INTEGER[DTYPE_BITS[self.dtype]]
+        return self.type.integer
 
 
 @dataclass(frozen=True)
@@ -196,11 +191,11 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, described: dict[str, Any], data_start: int) -> TensorEntry:
     """One tensor of a header. Raises KeyError, TypeError or ValueError, which `read_shard` words."""
     dtype, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if dtype not in BY_CODE:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name!r} has the shape {str(shape)[:60]} at {start}:{stop}")
-    size_bits = math.prod(shape) * DTYPE_BITS[dtype]
+    size_bits = math.prod(shape) * BY_CODE[dtype].bits
     if size_bits % 8 or size_bits // 8 != stop - start:
         raise ValueError(
             f"tensor {name!r} has {stop - start} bytes where its shape {str(shape)[:60]} needs {size_bits / 8:g}"

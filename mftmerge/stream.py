@@ -6,18 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mftmerge import bits
-from mftmerge.checkpoint import Checkpoint, Integers
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.checkpointwriter import PIECE, copy_range, read_at, write_at
-from mftmerge.errors import MftmergeError
 from mftmerge.mask import Mask
+from mftmerge.select import Integers, select
 from mftmerge.shard import Shard, TensorEntry
 
 RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
@@ -100,7 +96,7 @@ class MaskStream:
     def _write_pieces(
         self, entry: TensorEntry, source: int, target: int, base_entry: TensorEntry | None, base_fd: int
     ) -> None:
-        width = np.dtype(entry.integer).itemsize
+        width = entry.type.nbytes
         step = PIECE // width
         buffers = self._buffers.__dict__
         if not buffers:
@@ -120,35 +116,3 @@ class MaskStream:
             select(np.frombuffer(raw, entry.integer), packed, base, buffers["bits"])
             write_at(target, raw, entry.start + start * width)
             self.advance(len(raw))
-
-
-def select(
-    weights: Integers, packed: bits.Packed, base: Integers | None = None, scratch: bytearray | None = None
-) -> None:
-    """In place: keep `weights` where the bit is 1; elsewhere take 0, or `base`'s value. Nothing is rounded.
-
-    weights, base: unsigned integer views, shape (n,), of one width; packed: ceil(n / 8) bytes, element i being bit
-    i % 8 of byte i // 8. scratch: at least 8 * ceil(n / 8) elements' bytes, reused between calls.
-    Raises MftmergeError when `packed` is too short for `weights`.
-    """
-    n = len(weights)
-    if len(packed) != bits.nbytes(n):
-        raise MftmergeError(f"the mask holds {len(packed)} bytes of bits for {n} weights; the file is damaged")
-    width = weights.dtype.itemsize
-    room = scratch if scratch is not None and len(scratch) >= 8 * len(packed) * width else 8 * len(packed) * width
-    rows = np.frombuffer(room if isinstance(room, bytearray) else bytearray(room), weights.dtype, 8 * len(packed))
-    np.take(_expanded(width), packed, axis=0, out=rows.reshape(-1, 8), mode="clip")
-    if base is None:
-        np.bitwise_and(weights, rows[:n], out=weights)
-    else:  # base ^ ((base ^ weights) & kept)
-        np.bitwise_xor(weights, base, out=weights)
-        np.bitwise_and(weights, rows[:n], out=weights)
-        np.bitwise_xor(weights, base, out=weights)
-
-
-@cache
-def _expanded(width: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """For each of the 256 values of a byte of bits, eight integers of `width` bytes: all ones where the bit is 1."""
-    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    kind: np.dtype[Any] = np.dtype(f"u{width}")
-    return (ones.astype(kind) * np.iinfo(kind).max).astype(kind)

@@ -19,7 +19,7 @@ from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo, Parent
-from mftmerge.stream import select
+from mftmerge.select import select
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
 DTYPES = {

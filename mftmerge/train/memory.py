@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mftmerge.dtypes import BY_CODE, named
 from mftmerge.errors import BadInput
 from mftmerge.train.settings import TrainSettings
 
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 GIB = 1 << 30
 Tensor = tuple[str, tuple[int, ...], str]  # name, shape, dtype as safetensors writes it
 
@@ -65,8 +65,8 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
     mask and the one that is compared with it as booleans, and, with `scores`, the best scores and their copy. Batches
     are taken as full and as labelled throughout; of logits the backward pass holds three float32 copies.
     """
-    fixed = {"float32": 4, "bfloat16": 2}.get(settings.dtype)
-    sizes = {name: fixed or BYTES.get(dtype, 1) for name, _, dtype in tensors}
+    fixed = None if settings.dtype == "auto" else named(settings.dtype).nbytes
+    sizes = {name: fixed or -(-BY_CODE[dtype].bits // 8) for name, _, dtype in tensors}
     covered, first, count = _covered(tensors, settings)
     weights = sum(math.prod(shape) * sizes[name] for name, shape, _ in tensors)
     moments = 8 if settings.adam_bits == 32 else 2 + 8 / 256
