@@ -23,8 +23,8 @@ import yaml
 from common import RESULTS, machine, write
 
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
-from mftmerge.recipe.arrival import ArrivalWriter
 
 TARGETS = {"linear": (2, 5), "task_arithmetic": (2, 5), "ties": (5, 1), "masked": (2, 5)}
 
@@ -43,11 +43,11 @@ def make_model(path: Path, seed: int, hidden: int, layers: int, vocabulary: int)
         shapes |= {p + f"mlp.{n}_proj.weight": (wide, hidden) for n in ("up", "gate")}
         shapes |= {p + "mlp.down_proj.weight": (hidden, wide)}
         shapes |= {p + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    writer = ArrivalWriter(path, shapes)
+    writer = CheckpointWriter(path, shapes)
     for name, shape in shapes.items():
         values = rng.standard_normal(int(np.prod(shape)), np.float32) * 0.02
         raw = (values.view(np.uint32) >> 16).astype(np.uint16)
-        writer.add(name, "BF16", shape, raw.view(np.uint8).data, 2)
+        writer.add(name, "BF16", shape, raw.view(np.uint8).data)
     writer.finish()
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -20,8 +20,8 @@ from typing import Any
 
 from mftmerge import card, matching
 from mftmerge.checkpoint import INDEX, Checkpoint, resolve
-from mftmerge.checkpointwriter import OutputDirectory, check_target, checksum, open_new, sync_file
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import OutputDirectory, check_target, checksum, open_new, sync_file
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
 from mftmerge.shard import safe_file

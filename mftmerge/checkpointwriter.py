@@ -1,28 +1,29 @@
-"""An output directory that appears whole or not at all, and the copying of byte ranges inside the kernel (numpy-free).
+"""The one writer of new checkpoints: `model.safetensors`, or shards and an index, from tensors in any order.
 
-The directory is filled beside its place under a temporary name, synced, and renamed. Finished files are listed with
-their checksums, so that a run that was killed can be continued.
+safetensors' own `serialize_file` wants all tensors of a file in memory at once; this writer holds none of them. A merge
+therefore needs the memory of the tensors in flight, not of a shard.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
+import math
 import os
-import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import xxhash
+from mftmerge.checkpoint import INDEX, SINGLE
+from mftmerge.dtypes import BY_CODE
+from mftmerge.errors import MftmergeError
+from mftmerge.files import open_new, sync_file
 
-from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import sync_directory
-
+SHARD_BYTES = 5_000_000_000  # as mergekit and transformers
 PIECE = 1 << 18
-MANIFEST = ".mftmerge-progress.json"
 # The kernel's copy is not possible between these two files: read and write instead.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
@@ -31,129 +32,155 @@ def _unsupported(*_: int) -> int:
     raise OSError(errno.EOPNOTSUPP, "not on this system")
 
 
-# Linux has both; elsewhere files are extended without reserving space, and copied through this process.
+# Linux alone has it; elsewhere files are copied through this process.
 _kernel_copy = getattr(os, "copy_file_range", _unsupported)
-_reserve = getattr(os, "posix_fallocate", _unsupported)
 
 
-class OutputDirectory:
-    """A context manager around a directory being written. Without `commit()` nothing appears under `out`.
+@dataclass
+class _File:
+    """One shard being written: where its data starts and ends so far, and its header."""
 
-    job: gives a text that identifies the work (inputs and options); a leftover of another job is never continued.
-    resume: continue the leftover of a killed run, and leave what was finished in place when this run fails.
+    path: Path
+    fd: int
+    data: int
+    at: int = 0
+    header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+
+
+class CheckpointWriter:
+    """Writes a checkpoint's weights into an existing or new `folder` (an `OutputDirectory` makes that appear whole).
+
+    Two ways, both safe to use from several threads at once, holding no tensor:
+
+    - as they come, dtypes and shapes unknown before, files in the order of the calls:
+          with CheckpointWriter(folder, names) as writer:
+              writer.add(name, "BF16", (rows, columns), data)
+    - all known in advance, written in any order and in pieces; the files do not depend on that order:
+          with CheckpointWriter.planned(folder, {name: ("BF16", (rows, columns))}) as writer:
+              writer.write(name, first_byte, data)
+
+    names: every name that may come (room for the header is reserved in front: the format allows spaces at its end).
+    The end of a `with` block that went well completes the files (`finish`); otherwise they are closed as they are.
     """
 
-    def __init__(self, out: Path, job: Callable[[], str], *, overwrite: bool = False, resume: bool = False) -> None:
-        self.out, self.job, self.overwrite, self.resume = out, job, overwrite, resume
-        self.path = out.parent / f".{out.name}.partial"
-        self._finished: dict[str, str] = {}
+    def __init__(self, folder: Path, names: Iterable[str] = (), shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        room = 64 + sum(len(json.dumps(n)) + 240 for n in names)  # dtype, up to 8 dimensions, two 20-digit offsets
+        self._room = -(-room // 8) * 8
+        self._files: list[_File] = []
+        self._places: dict[str, tuple[_File, int, int]] = {}  # tensor -> its file and its bytes' place in the data
+        self._planned = 0  # bytes that a planned checkpoint has to get
         self._lock = threading.Lock()
-        self._fd = -1
-        self._committed = False
+        self.total = 0
 
-    def __enter__(self) -> OutputDirectory:
-        check_target(self.out, self.overwrite)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as e:
-            raise MftmergeError(f"cannot write beside {self.out}: {e.strerror}") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise MftmergeError(f"{self.out}: another run is writing it; wait for that one, or stop it") from None
-        self._finished = self._read_manifest() if self.resume else {}
-        for child in self.path.iterdir():
-            if child.name not in self._finished:
-                _remove(child)
+    @classmethod
+    def planned(
+        cls, folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int = SHARD_BYTES
+    ) -> CheckpointWriter:
+        """A writer of tensors known in advance: name -> (safetensors dtype code, shape). Reserves the disk's space."""
+        writer = cls(folder, tensors, shard_bytes)
+        width = {name: BY_CODE[code].nbytes for name, (code, _) in tensors.items()}
+        for name in sorted(tensors, key=lambda n: (-width[n], n)):  # wide types first: every tensor stays aligned
+            code, shape = tensors[name]
+            writer._place(name, code, shape, open_file=False)
+        for file in writer._files:
+            file.data = 8 + len(_rendered(file.header))
+            file.fd = open_new(file.path, file.data + file.at)
+        writer._planned, writer.total = sum(file.at for file in writer._files), 0
+        return writer
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: memoryview | bytes) -> None:
+        """Append a tensor: safetensors dtype code, shape, and its bytes in C order."""
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        with self._lock:
+            file, start, stop = self._place(name, dtype, shape)
+        if stop - start != view.nbytes:
+            raise MftmergeError(f"tensor {name!r} has {view.nbytes} bytes, its shape and type say {stop - start}")
+        write_at(file.fd, view, file.data + start)  # outside the lock: each thread has its own place
+
+    def write(self, name: str, first: int, data: memoryview | bytes) -> None:
+        """Bytes of a planned tensor, from its byte `first` on. Each byte is to be written once."""
+        file, start, stop = self._places[name]
+        view = memoryview(data).cast("B")
+        if not 0 <= first <= first + view.nbytes <= stop - start:
+            raise MftmergeError(f"tensor {name!r} has {stop - start} bytes, not [{first}, {first + view.nbytes})")
+        write_at(file.fd, view, file.data + start + first)
+        with self._lock:
+            self.total += view.nbytes
+
+    def finish(self) -> None:
+        """Complete the files, on the disk too, under their final names, with an index where there are several.
+
+        Raises MftmergeError when bytes of a planned checkpoint were not written.
+        """
+        if self._planned and self.total != self._planned:
+            raise MftmergeError(f"{self.folder}: {self.total:,} of {self._planned:,} planned bytes were written")
+        if not self._files:
+            self._next()
+        count = len(self._files)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+        for file, name in zip(self._files, names, strict=True):
+            header = _rendered(file.header).ljust(file.data - 8)
+            if 8 + len(header) > file.data:
+                raise MftmergeError(f"{name}: a header of {len(header)} bytes does not fit in {file.data - 8}")
+            write_at(file.fd, memoryview(len(header).to_bytes(8, "little") + header), 0)
+            os.fsync(file.fd)
+            os.replace(file.path, self.folder / name)
+        self.close()
+        if count > 1:
+            home = {t: n for n, f in zip(names, self._files, strict=True) for t in f.header if t != "__metadata__"}
+            size = sum(stop - start for _, start, stop in self._places.values())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            sync_file(self.folder / INDEX)
+
+    def close(self) -> None:
+        """Close the files without completing them."""
+        for file in self._files:
+            if file.fd >= 0:
+                os.close(file.fd)
+            file.fd = -1
+
+    def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._committed and not (self.resume and self._finished):
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._fd)
-
-    def is_finished(self, name: str) -> bool:
-        """Whether a previous run finished this file: size and checksum are those that were recorded."""
-        path = self.path / name
-        recorded = self._finished.get(name)
-        if recorded is None:
-            return False
-        if path.is_symlink() or not path.is_file() or checksum(path) != recorded:
-            self._finished.pop(name)
-            path.unlink(missing_ok=True)
-            return False
-        return True
-
-    def record(self, name: str, checksum: str) -> None:
-        """Note that a file is complete and synced. Safe to call from any thread."""
-        with self._lock:
-            self._finished[name] = checksum
-            temporary = self.path / f"{MANIFEST}.tmp"
-            temporary.write_text(json.dumps({"job": self.job(), "files": self._finished}))
-            os.replace(temporary, self.path / MANIFEST)
-
-    def commit(self) -> None:
-        """Give the finished directory its name. An old directory of that name is replaced and then deleted."""
-        with self._lock:
-            for name in (MANIFEST, f"{MANIFEST}.tmp"):
-                (self.path / name).unlink(missing_ok=True)
-        os.fsync(self._fd)
-        old = self.out.parent / f".{self.out.name}.replaced"
-        replaced = self.overwrite and self.out.is_dir()
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.out, old)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            os.rename(self.path, self.out)
-        except OSError:
-            if replaced:
-                os.rename(old, self.out)
-            raise
-        self._committed = True
-        sync_directory(self.out.parent)
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
-    def _read_manifest(self) -> dict[str, str]:
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            files = {str(k): str(v) for k, v in manifest["files"].items() if Path(k).name == k}
-            return files if manifest["job"] == self.job() else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+    def _place(
+        self, name: str, dtype: str, shape: tuple[int, ...], *, open_file: bool = True
+    ) -> tuple[_File, int, int]:
+        """A place for one more tensor, at the end of the last file or in a new one."""
+        if name in self._places:
+            raise MftmergeError(f"tensor {name!r} was written already")
+        width = BY_CODE[dtype].nbytes
+        size = width * math.prod(shape)
+        # The format has no gaps, and readers want elements aligned: a wider type after an odd end needs a new file.
+        last = self._files[-1] if self._files else None
+        if last is None or (last.at and last.at + size > self.shard_bytes) or last.at % width:
+            last = self._next(open_file)
+        place = last, last.at, last.at + size
+        last.header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [last.at, last.at + size]}
+        last.at += size
+        self._places[name] = place
+        self.total += size
+        return place
+
+    def _next(self, open_file: bool = True) -> _File:
+        path = self.folder / f"model-{len(self._files) + 1}.part"
+        file = _File(path, open_new(path, 0) if open_file else -1, 8 + self._room)
+        self._files.append(file)
+        return file
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise BadInput unless `out` may become a checkpoint directory."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise BadInput(f"{out}: exists and is not a directory; choose another output")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise BadInput(f"{out}: already exists; give --overwrite to replace it")
-    if not (out / "config.json").exists() and not any(out.glob("*.safetensors")):
-        raise BadInput(f"{out}: is no checkpoint directory, so it is not overwritten; choose another output")
-
-
-def open_new(path: Path, size: int) -> int:
-    """Create a file of `size` bytes with its blocks reserved, so that a full disk shows now. Returns its descriptor."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        if size:
-            try:
-                _reserve(fd, 0, size)
-            except OSError as e:
-                if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                os.ftruncate(fd, size)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def _rendered(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text.ljust(-(-len(text) // 8) * 8)
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
@@ -188,35 +215,3 @@ def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> N
         if not copied:
             raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
         start += copied
-
-
-def checksum(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | None:
-    """XXH3-128 of a file as text, or None when `stopped()` became true before the end.
-
-    Many times faster than a cryptographic hash, which would take longer than the copying: it has to find a file that
-    a crash or a bad disk left damaged, not a forged one.
-    """
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(4 * PIECE)
-    with open(path, "rb", buffering=0) as f:
-        while got := f.readinto(buffer):
-            if stopped():
-                return None
-            digest.update(memoryview(buffer)[:got])
-    return digest.hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

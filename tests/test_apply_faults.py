@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.checkpoints import random_mask, tensors
 from safetensors.torch import load_file
-from test_apply_checkpoint import random_mask, tensors
 
 from mftmerge.apply import apply_mask
-from mftmerge.checkpointwriter import MANIFEST
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import MANIFEST
 from mftmerge.mask import Mask
 
 
@@ -89,7 +89,7 @@ def test_too_little_space_is_seen_before_writing(sharded: Path, place: Path, mon
 
 
 def test_a_failure_keeps_the_old_output(sharded: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mftmerge import checkpointwriter as writer
+    from mftmerge import files as writer
 
     apply_mask(random_mask(sharded, 1), sharded, place / "out")
     before = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
@@ -111,7 +111,7 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from mftmerge import apply
-from mftmerge import checkpointwriter as writer
+from mftmerge import files as writer
 from mftmerge.apply import apply_mask
 apply.WORTH_RESUMING = 0
 record = writer.OutputDirectory.record
@@ -304,10 +304,10 @@ def test_copying_without_the_kernels_help(sharded: Path, place: Path, monkeypatc
     def impossible(*_: object) -> int:
         raise OSError(18, "Invalid cross-device link")
 
-    from mftmerge import checkpointwriter as writer
+    from mftmerge import checkpointwriter, files
 
-    monkeypatch.setattr(writer, "_kernel_copy", impossible)
-    monkeypatch.setattr(writer, "_reserve", writer._unsupported)
+    monkeypatch.setattr(checkpointwriter, "_kernel_copy", impossible)
+    monkeypatch.setattr(files, "_reserve", files._unsupported)
     apply_mask(Mask.from_bools({}), sharded, place / "out")
     assert all((place / "out" / p.name).read_bytes() == p.read_bytes() for p in sharded.glob("*.safetensors"))
     assert load_file(next((place / "out").glob("*.safetensors")))

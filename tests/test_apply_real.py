@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import random_mask
 from safetensors import safe_open
-from test_apply_checkpoint import random_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftmerge.apply import apply_mask

@@ -189,31 +189,6 @@ def test_shards_and_index(kitchen: Path, tmp_path: Path) -> None:
     assert_equal(tensors(tmp_path / "many"), tensors(tmp_path / "one"))
 
 
-def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
-    """The late-header writer: odd sizes, several dtypes, several files."""
-    from safetensors.torch import load_file
-
-    from mftmerge.recipe.arrival import ArrivalWriter
-
-    data = {
-        "a": torch.randn(3, dtype=torch.bfloat16),
-        "b": torch.randn(2, 2),
-        "c": torch.zeros(0, 4),
-        "d": torch.tensor(7),
-    }
-    codes = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
-    writer = ArrivalWriter(tmp_path / "out", data)
-    for name, tensor in data.items():
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-        writer.add(name, codes[tensor.dtype], tuple(tensor.shape), raw, tensor.element_size())
-    writer.finish()
-    found: dict[str, torch.Tensor] = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(file)
-    assert found.keys() == data.keys()
-    assert all(torch.equal(found[n], data[n]) for n in data)
-
-
 def test_mask_bits_are_read_in_pieces() -> None:
     from mftmerge.recipe.stream import _kept
 

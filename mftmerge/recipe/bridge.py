@@ -24,44 +24,19 @@ from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
 
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import SHARD_BYTES, CheckpointWriter
+from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 from mftmerge.matching import match
-from mftmerge.recipe.arrival import SHARD_BYTES, ArrivalWriter
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.locate import absolute
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
 from mftmerge.recipe.translate import Translation
+from mftmerge.select import select_torch
 
 Progress = Callable[[int], None]  # bytes written so far
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def select(kept: torch.Tensor, tensor: torch.Tensor, other: torch.Tensor | None, what: str) -> torch.Tensor:
-    """`tensor` where kept, else `other` (None: 0), exactly: no arithmetic. Raises BadInput if `other` would round."""
-    if kept.shape != tensor.shape:
-        raise BadInput(f"mask has {what} as {tuple(kept.shape)}, the model has {tuple(tensor.shape)}")
-    if other is None:
-        return tensor.masked_fill(~kept, 0)
-    if other.shape != tensor.shape:
-        raise BadInput(
-            f"{what} is {tuple(tensor.shape)} in the model and {tuple(other.shape)} in the base of the delta"
-        )
-    if torch.promote_types(other.dtype, tensor.dtype) != tensor.dtype:
-        raise BadInput(f"{what}: a base in {other.dtype} has no exact value in {tensor.dtype}; convert one of them")
-    return torch.where(kept, tensor, other.to(tensor.dtype))
 
 
 class MaskedLoader(LazyTensorLoader):
@@ -80,7 +55,7 @@ class MaskedLoader(LazyTensorLoader):
         if tensor is None or key not in self.names:
             return tensor
         other = self.base.get_tensor(key, device) if self.base else None
-        return select(torch.from_numpy(self.mask.kept(self.names[key])).to(device), tensor, other, key)
+        return select_torch(torch.from_numpy(self.mask.kept(self.names[key])).to(device), tensor, other, key)
 
 
 @dataclass
@@ -95,7 +70,7 @@ class OutputMask:
             return tensor
         other = self.base.get_tensor(name) if self.base else None
         # The result may be narrower than the base: dropped weights take the base's value in the result's dtype.
-        return select(
+        return select_torch(
             torch.from_numpy(self.mask.kept(name)), tensor, None if other is None else other.to(tensor.dtype), name
         )
 
@@ -210,15 +185,11 @@ class TensorByTensor:
         shared: dict[Any, Any] = {}
         for task in others:  # the tokenizer
             shared[task] = task.execute(**{k: self.value(v, shared) for k, v in task.arguments().items()})
-        writer = ArrivalWriter(self.out, [t.tensor_name for t in saves], self.shard_bytes)
-        try:
+        with CheckpointWriter(self.out, [t.tensor_name for t in saves], self.shard_bytes) as writer:
             for task in saves:
                 self.save(task, writer, shared)
                 if self.progress:
                     self.progress(writer.total)
-            writer.finish()
-        finally:
-            writer.abandon()
         yield from ((task, shared[task]) for task in others)
 
     def value(self, task: Any, shared: dict[Any, Any]) -> Any:
@@ -230,7 +201,7 @@ class TensorByTensor:
                      for k, v in task.arguments().items()}  # fmt: skip
         return task.execute(**arguments)
 
-    def save(self, task: Any, writer: ArrivalWriter, shared: dict[Any, Any]) -> None:
+    def save(self, task: Any, writer: CheckpointWriter, shared: dict[Any, Any]) -> None:
         from mergekit.common import dtype_from_name
 
         tensor = self.value(task.tensor_task, shared)
@@ -243,7 +214,7 @@ class TensorByTensor:
             tensor = self.mask.apply(task.tensor_name, tensor)
         flat = tensor.contiguous().reshape(-1)
         data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-        writer.add(task.tensor_name, CODES[tensor.dtype], tuple(tensor.shape), data, tensor.element_size())
+        writer.add(task.tensor_name, of_torch(tensor.dtype).code, tuple(tensor.shape), data)
         self.written[task.tensor_name] = data.nbytes
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.checkpointwriter import OutputDirectory
 from mftmerge.errors import BadInput
+from mftmerge.files import OutputDirectory
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not

@@ -16,7 +16,7 @@ import yaml
 
 from mftmerge.apply import apply_mask, companion_files
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.checkpointwriter import OutputDirectory
+from mftmerge.files import OutputDirectory
 from mftmerge.mask import Mask
 from mftmerge.recipe.build import Options, build_into, needed, refuse_own_input
 from mftmerge.recipe.card import slug

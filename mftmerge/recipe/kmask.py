@@ -17,8 +17,8 @@ import numpy as np
 
 from mftmerge.apply import companion_files
 from mftmerge.checkpoint import Checkpoint, TensorEntry
+from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
-from mftmerge.recipe.arrival import ArrivalWriter
 from mftmerge.recipe.sizes import LAYER
 from mftmerge.shard import safe_file
 
@@ -32,17 +32,13 @@ def write_kmask(mask: Mask, entries: Sequence[TensorEntry], donor: Path, out: Pa
     donor: a model directory whose configuration and tokenizer go along, since mergekit takes both from the base model;
     dtype: that of the result (None: the donor's), for the configuration.
     """
-    writer = ArrivalWriter(out, [e.name for e in entries])
-    try:
+    with CheckpointWriter(out, [e.name for e in entries]) as writer:
         for entry in entries:
             if entry.name in mask:
                 values = np.where(mask.kept(entry.name), np.uint16(0), np.uint16(K_BITS))
             else:
                 values = np.zeros(entry.shape, np.uint16)
-            writer.add(entry.name, "BF16", entry.shape, values.reshape(-1).view(np.uint8).data, 2)
-        writer.finish()
-    finally:
-        writer.abandon()
+            writer.add(entry.name, "BF16", entry.shape, values.reshape(-1).view(np.uint8).data)
     source = Checkpoint.open(donor)
     for name in companion_files(source):
         if not name.endswith(".index.json"):
