@@ -19,19 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge import card, matching
-from mftmerge.checkpoint import INDEX, Checkpoint, resolve
+from mftmerge.checkpoint import INDEX, Checkpoint, resolve, safe_file
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import OutputDirectory, check_target, checksum, open_new, sync_file
+from mftmerge.files import COMPANION_FOLDERS, COMPANIONS, OutputDirectory, check_target, checksum, open_new, sync_file
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
-from mftmerge.shard import safe_file
 from mftmerge.stream import MaskStream
 
-# Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 WORTH_RESUMING = 5.0  # seconds after which finished shards are recorded, so that a killed run can be continued
 WORKERS = min(4, os.cpu_count() or 1)  # for copying, and again for hashing: more gain nothing on one disk
-COMPANION_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,120 @@
-"""A Hugging Face checkpoint directory as named tensors, read piece by piece as integers (numpy, safetensors only)."""
+"""A checkpoint: a directory of safetensors files as named tensors, read piece by piece as integers.
+
+The safetensors library checks the headers; the bytes are read with `pread` at the places that the headers name, because
+the streaming of `apply` reads pieces of a tensor into buffers that it reuses, which the library has no door for.
+Nothing is memory-mapped; a file that changes between two reads is an error, not a mixture of two checkpoints.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
+import stat
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from safetensors import SafetensorError, safe_open
 
-from mftmerge.dtypes import BY_CODE, BY_NAME
-from mftmerge.errors import BadInput
+from mftmerge.dtypes import BY_CODE, Dtype, to_float32
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import COMPANIONS, read_at
 from mftmerge.select import Integers
-from mftmerge.shard import MAX_HEADER, Shard, TensorEntry, parse_json, read_shard, safe_file
-
-__all__ = ["Checkpoint", "Shard", "TensorEntry", "resolve", "to_float32"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Types that numpy has under the name that torch gives them.
-NUMPY_TYPES = {n for n, d in BY_NAME.items() if n in np.sctypeDict and d.kind != "complex"}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+MAX_RANK = 16
 PIECE = 1 << 20  # bytes hashed at a time
 
-# What a hub download may contain: no pickles and no code.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
-HUB_IGNORED = ["*/*.safetensors", "consolidated*"]  # the same weights again, in another layout
+# The same weights again, in another layout: not downloaded.
+HUB_IGNORED = ["*/*.safetensors", "consolidated*"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint: safetensors dtype code, shape, and its bytes [start, stop) in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def type(self) -> Dtype:
+        """The tensor's type in the table."""
+        return BY_CODE[self.dtype]
+
+    @property
+    def integer(self) -> type[np.unsignedinteger[Any]]:
+        """numpy type of the integer view (uint8/16/32/64). Raises BadInput for types below a byte."""
+        if self.type.integer is None:
+            raise BadInput(
+                f"{self.file.name}: tensor {self.name!r} has dtype {self.dtype}, whose elements are not bytes"
+            )
+        return self.type.integer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name in the checkpoint and where it really is (a hub cache links to blobs), length and
+    hash of its header (8-byte length included), its tensors from front to back, and its identity when it was opened."""
+
+    name: str
+    path: Path
+    header: int
+    header_hash: str
+    tensors: tuple[TensorEntry, ...]
+    identity: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity[0]
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop) of the file. Raises MftmergeError when the file is no longer the one that was opened."""
+        data = bytearray(stop - start)
+        fd = self.open()
+        try:
+            read_at(fd, memoryview(data), start, self.path)
+        finally:
+            os.close(fd)
+        return data
+
+    def open(self) -> int:
+        """A descriptor for reading; the caller closes it. Raises MftmergeError when the file is another one by now."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise MftmergeError(f"{self.path}: {e.strerror}; it was there when the checkpoint was opened") from None
+        try:
+            self.check_unchanged(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def check_unchanged(self, fd: int) -> None:
+        """Raise MftmergeError unless `fd` has the size, modification time and inode seen when the header was read."""
+        if _identity(os.fstat(fd)) != self.identity:
+            raise MftmergeError(f"{self.path}: the file changed while it was being read; run again when it is complete")
 
 
 class Checkpoint:
@@ -107,15 +196,10 @@ class Checkpoint:
     def fingerprint(self, name: str) -> str:
         """XXH3-128 over dtype, shape and raw bytes, as hexadecimal digits; see docs/architecture.md."""
         entry = self.entry(name)
-        h = start_fingerprint(entry)
+        h = xxhash.xxh3_128(f"{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
         for start in range(entry.start, entry.stop, PIECE):
             h.update(self._shard_of[entry.file].read(start, min(start + PIECE, entry.stop)))
         return h.hexdigest()
-
-
-def start_fingerprint(entry: TensorEntry) -> xxhash.xxh3_128:
-    """The hash state before a tensor's bytes: `f"{dtype}\\0{shape joined by ,}\\0"`."""
-    return xxhash.xxh3_128(f"{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
 
 
 def resolve(reference: str | Path) -> Path:
@@ -136,7 +220,10 @@ def resolve(reference: str | Path) -> Path:
 
     try:
         found = snapshot_download(
-            repository, revision=revision or None, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.safetensors", *COMPANIONS],
+            ignore_patterns=HUB_IGNORED,
         )
         return Path(found)
     except Exception as e:
@@ -144,34 +231,108 @@ def resolve(reference: str | Path) -> Path:
         raise BadInput(f"{text}: neither a local directory nor a reachable hub model ({reason})") from None
 
 
-def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Values of an integer view (any shape) as float32; `dtype` is the safetensors code.
+def read_config(directory: Path) -> dict[str, Any]:
+    """A model directory's config.json, {} where it has none. Raises BadInput unless it is a JSON object."""
+    if not (directory / "config.json").exists():
+        return {}
+    try:
+        config = json.loads(safe_file(directory, "config.json").read_bytes())
+    except (ValueError, RecursionError):
+        raise BadInput(f"{directory}: config.json is not readable JSON; get it again") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{directory}: config.json is a {type(config).__name__}, not a JSON object; get it again")
+    return config
 
-    Exact except for F64 and integers above 2^24. Raises BadInput for complex numbers and types below a byte.
+
+def safe_file(directory: Path, name: str) -> Path:
+    """The real path of a file named inside a checkpoint directory.
+
+    Raises BadInput for absolute names, `..`, anything but a regular file, and links that leave the directory. A link
+    from a hub cache's `snapshots/` into the same repository's `blobs/` is how that cache is made, and allowed.
     """
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
-        table: npt.NDArray[np.float32] = _fp8_table(dtype)[array]
-        return table
-    found = BY_CODE.get(dtype)
-    if found is not None and found.name in NUMPY_TYPES:
-        return np.ascontiguousarray(array).view(found.name).astype(np.float32, copy=False)
-    raise BadInput(f"values of dtype {dtype} cannot be turned into float32")
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadInput(f"{directory}: refers to the file {name!r}, which is outside the directory")
+    root = directory.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    try:
+        real = (directory / name).resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadInput(f"{directory}: the file {name!r} is missing; the download or copy is incomplete") from None
+    if not any(real.is_relative_to(r) for r in roots):
+        raise BadInput(f"{directory}: the file {name!r} is a link that leads outside the directory")
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise BadInput(f"{directory}: {name!r} is not a regular file")
+    return real
 
 
-@cache
-def _fp8_table(dtype: str) -> npt.NDArray[np.float32]:
-    """float32 value of each byte, by the OCP 8-bit floating point formats."""
-    byte = np.arange(256, dtype=np.uint16)
-    if dtype == "F8_E5M2":  # the upper half of an IEEE half float
-        return (byte << 8).view(np.float16).astype(np.float32)
-    if dtype == "F8_E8M0":  # a bare exponent; 255 is NaN
-        return np.where(byte == 255, np.nan, np.ldexp(1.0, byte.astype(np.int32) - 127)).astype(np.float32)
-    exponent, mantissa = (byte >> 3 & 15).astype(np.int32), (byte & 7).astype(np.float64)
-    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
-    magnitude = np.where((byte & 127) == 127, np.nan, magnitude)  # E4M3 has no infinities and one NaN a sign
-    return np.where(byte >= 128, -magnitude, magnitude).astype(np.float32)
+def read_shard(path: Path, name: str | None = None) -> Shard:
+    """Read and check the header of a safetensors file. Raises BadInput unless it describes the file exactly.
+
+    The library checks types, shapes, gaps, overlaps and the file's size; here, what it lets pass: a key given twice
+    (JSON readers disagree on which one counts). name: what the checkpoint calls the file, when a link leads to `path`.
+    """
+    with open(path, "rb") as f:
+        identity = _identity(os.fstat(f.fileno()))
+        prefix = f.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, identity[0] - 8):
+            raise BadInput(f"{path}: not a safetensors file, or a truncated one (header length {length} bytes)")
+        raw = f.read(length)
+    header = parse_json(path, raw)
+    header.pop("__metadata__", None)
+    try:
+        with safe_open(path, framework="numpy", backend="pread") as sound:  # not mapped: a file cut short would kill us
+            names = sound.offset_keys()
+        entries = tuple(_entry(path, n, header[n], 8 + length) for n in names)
+    except (SafetensorError, KeyError, OSError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise BadInput(
+            f"{path}: unsound safetensors file, truncated or altered ({reason}); download it again"
+        ) from None
+    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return Shard(name or path.name, path, 8 + length, digest, entries, identity)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice. Raises BadInput for anything else."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            seen: set[str] = set()
+            repeated = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise BadInput(f"{path}: {repeated!r} occurs twice in the header")
+        return keys
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"{path}: unreadable JSON ({str(e)[:100]}); download it again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: its JSON is not an object; download it again")
+    return value
+
+
+def _entry(path: Path, name: str, described: dict[str, Any], data_start: int) -> TensorEntry:
+    """One tensor of a header that the library found sound."""
+    dtype, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
+    if len(shape) > MAX_RANK:
+        raise BadInput(f"{path}: tensor {name!r} has {len(shape)} dimensions; at most {MAX_RANK} are read")
+    # Interned and shared: a checkpoint of single experts has tens of thousands of tensors and few types and shapes.
+    return TensorEntry(name, BY_CODE[dtype].code, _shared(tuple(shape)), path, data_start + start, data_start + stop)
+
+
+@lru_cache(1024)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ therefore needs the memory of the tensors in flight, not of a shard.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -20,20 +19,9 @@ from typing import Any
 from mftmerge.checkpoint import INDEX, SINGLE
 from mftmerge.dtypes import BY_CODE
 from mftmerge.errors import MftmergeError
-from mftmerge.files import open_new, sync_file
+from mftmerge.files import open_new, sync_file, write_at
 
 SHARD_BYTES = 5_000_000_000  # as mergekit and transformers
-PIECE = 1 << 18
-# The kernel's copy is not possible between these two files: read and write instead.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-
-
-def _unsupported(*_: int) -> int:
-    raise OSError(errno.EOPNOTSUPP, "not on this system")
-
-
-# Linux alone has it; elsewhere files are copied through this process.
-_kernel_copy = getattr(os, "copy_file_range", _unsupported)
 
 
 @dataclass
@@ -181,37 +169,3 @@ class CheckpointWriter:
 def _rendered(header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     return text.ljust(-(-len(text) // 8) * 8)
-
-
-def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """`pwrite` of all of `data`."""
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def read_at(fd: int, into: memoryview, offset: int, what: Path) -> None:
-    """`pread` that fills all of `into`. Raises MftmergeError when the file ends before that."""
-    while into:
-        got = os.preadv(fd, [into], offset)
-        if not got:
-            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
-        into, offset = into[got:], offset + got
-
-
-def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> None:
-    """Copy bytes [start, stop) to the same place in another file, inside the kernel where the two files allow it."""
-    step = 64 * PIECE
-    while start < stop:
-        try:
-            copied = _kernel_copy(source, target, min(step, stop - start), start, start)
-        except OSError as e:
-            if e.errno not in _NO_KERNEL_COPY:
-                raise
-            buffer = memoryview(bytearray(min(PIECE, stop - start)))
-            read_at(source, buffer, start, what)
-            write_at(target, buffer, start)
-            copied = len(buffer)
-        if not copied:
-            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
-        start += copied

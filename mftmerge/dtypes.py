@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from mftmerge.errors import BadInput
 
@@ -84,6 +86,8 @@ BY_CODE: dict[str, Dtype] = {
     )
 }
 BY_NAME: dict[str, Dtype] = {d.name: d for d in BY_CODE.values() if d.name}
+# Types that numpy has, under the same names.
+_NUMPY = {n for n, d in BY_NAME.items() if n in np.sctypeDict and d.kind != "complex"}
 
 
 def named(name: str) -> Dtype:
@@ -104,3 +108,33 @@ def integer_view(tensor: torch.Tensor) -> torch.Tensor:
 
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().view(width[tensor.element_size()])
+
+
+def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Values of an integer view (any shape) as float32; `dtype` is the safetensors code.
+
+    Exact except for F64 and integers above 2^24. Raises BadInput for complex numbers and types below a byte.
+    """
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
+        table: npt.NDArray[np.float32] = _fp8_table(dtype)[array]
+        return table
+    found = BY_CODE.get(dtype)
+    if found is not None and found.name in _NUMPY:
+        return np.ascontiguousarray(array).view(found.name).astype(np.float32, copy=False)
+    raise BadInput(f"values of dtype {dtype} cannot be turned into float32")
+
+
+@cache
+def _fp8_table(dtype: str) -> npt.NDArray[np.float32]:
+    """float32 value of each byte, by the OCP 8-bit floating point formats."""
+    byte = np.arange(256, dtype=np.uint16)
+    if dtype == "F8_E5M2":  # the upper half of an IEEE half float
+        return (byte << 8).view(np.float16).astype(np.float32)
+    if dtype == "F8_E8M0":  # a bare exponent; 255 is NaN
+        return np.where(byte == 255, np.nan, np.ldexp(1.0, byte.astype(np.int32) - 127)).astype(np.float32)
+    exponent, mantissa = (byte >> 3 & 15).astype(np.int32), (byte & 7).astype(np.float64)
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
+    magnitude = np.where((byte & 127) == 127, np.nan, magnitude)  # E4M3 has no infinities and one NaN a sign
+    return np.where(byte >= 128, -magnitude, magnitude).astype(np.float32)

@@ -17,14 +17,17 @@ import xxhash
 
 from mftmerge.errors import BadInput, MftmergeError
 
+# Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+COMPANION_FOLDERS = ("additional_chat_templates",)
 MANIFEST = ".mftmerge-progress.json"
 
 
-def _unsupported(*_: int) -> int:
+def unsupported(*_: int) -> int:
     raise OSError(errno.EOPNOTSUPP, "not on this system")
 
 
-_reserve = getattr(os, "posix_fallocate", _unsupported)  # elsewhere files are extended without reserving space
+_reserve = getattr(os, "posix_fallocate", unsupported)  # elsewhere files are extended without reserving space
 
 
 @contextmanager
@@ -186,6 +189,22 @@ def open_new(path: Path, size: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """`pwrite` of all of `data`."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def read_at(fd: int, into: memoryview, offset: int, what: Path) -> None:
+    """`pread` that fills all of `into`. Raises MftmergeError when the file ends before that."""
+    while into:
+        got = os.preadv(fd, [into], offset)
+        if not got:
+            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
+        into, offset = into[got:], offset + got
 
 
 def checksum(path: Path, stopped: Callable[[], bool] = lambda: False) -> str | None:

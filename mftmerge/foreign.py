@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mftmerge import bits
-from mftmerge.checkpoint import Checkpoint, resolve, to_float32
+from mftmerge.checkpoint import Checkpoint, read_shard, resolve
+from mftmerge.dtypes import to_float32
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
-from mftmerge.shard import read_shard
 
 PIECE = 1 << 20  # elements converted at a time
 PICKLES = (".pt", ".pth", ".bin", ".pkl")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint
+from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from mftmerge.errors import BadInput
-from mftmerge.shard import safe_file
 
 
 def load_causal_lm(path: Path, *, dtype: Any = "auto") -> Any:
@@ -41,12 +39,7 @@ def check_directory(path: Path) -> None:
     """Raise BadInput unless the configuration is a JSON object and the safetensors files in the directory are sound."""
     if not (path / "config.json").exists():
         raise BadInput(f"{path}: no config.json in it; give the directory of a transformers model")
-    try:
-        config = json.loads(safe_file(path, "config.json").read_bytes())
-    except (ValueError, RecursionError):
-        raise BadInput(f"{path}: config.json is not readable JSON; get it again") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: config.json is a {type(config).__name__}, not a JSON object; get it again")
+    read_config(path)
     if (path / SINGLE).exists() or (path / INDEX).exists():
         Checkpoint.open(path)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint, TensorEntry, read_config
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
-from mftmerge.shard import TensorEntry, safe_file
 
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
@@ -136,14 +134,7 @@ def _tied_copies(mask: Mask, checkpoint: Checkpoint, names: dict[str, str]) -> d
 
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
     """Whether config.json says that the head is the embeddings."""
-    if not (checkpoint.path / "config.json").exists():
-        return False
-    try:
-        config = json.loads(safe_file(checkpoint.path, "config.json").read_bytes())
-    except ValueError:
-        raise BadInput(f"{checkpoint.path}: config.json is not readable JSON") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{checkpoint.path}: config.json is a {type(config).__name__}, not a JSON object")
+    config = read_config(checkpoint.path)
     inner = config.get("text_config")
     return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in (config, inner))
 

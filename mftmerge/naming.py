@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from mftmerge.errors import BadInput
 
-if TYPE_CHECKING:
-    import torch
-
-Tensors = Mapping[str, "torch.Tensor"]
+Tensors = Mapping[str, torch.Tensor]
 
 
 def layout(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -102,8 +101,6 @@ def iter_parameters(
 
 def _placeholders(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A meta tensor for each name of the state dict, tied names included."""
-    import torch
-
     return {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in model.state_dict(keep_vars=True).items()}
 
 
@@ -180,8 +177,6 @@ def _filled(
     fill: float | bool | None,
 ) -> list[torch.Tensor]:
     """The parts of one fused parameter, with `fill` for those that are not given."""
-    import torch
-
     missing = [name for name in parts if name not in given]
     if missing and fill is None:
         raise BadInput(f"the model fuses {len(parts)} tensors into {target!r}, of which {missing[0]!r} is not given")
@@ -223,3 +218,12 @@ def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> N
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool((a == b).all())
+
+
+def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Name and list of a causal LM's decoder layers: the longest ModuleList that is not inside another one."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    outer = [(n, m) for n, m in found if not any(n.startswith(f"{o}.") for o, _ in found)]
+    if not outer:
+        raise BadInput(f"{type(model).__name__}: no list of decoder layers found; is it a causal language model?")
+    return max(outer, key=lambda pair: len(pair[1]))

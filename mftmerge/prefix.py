@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mftmerge.data import IGNORE, Tokens
-from mftmerge.layers import decoder_layers
+from mftmerge.naming import decoder_layers
 
 log = logging.getLogger(__name__)
 SHARE = 0.4  # of the free memory that states may fill

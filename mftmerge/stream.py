@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -10,13 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from mftmerge.checkpoint import Checkpoint
-from mftmerge.checkpointwriter import PIECE, copy_range, read_at, write_at
+from mftmerge.checkpoint import Checkpoint, Shard, TensorEntry
+from mftmerge.errors import MftmergeError
+from mftmerge.files import read_at, unsupported, write_at
 from mftmerge.mask import Mask
 from mftmerge.select import Integers, select
-from mftmerge.shard import Shard, TensorEntry
 
+PIECE = 1 << 18  # bytes in the processor's cache
 RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
+# The kernel's copy is not possible between these two files: read and write instead.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+# Linux alone has it; elsewhere files are copied through this process.
+_kernel_copy = getattr(os, "copy_file_range", unsupported)
 
 
 class MaskStream:
@@ -116,3 +124,21 @@ class MaskStream:
             select(np.frombuffer(raw, entry.integer), packed, base, buffers["bits"])
             write_at(target, raw, entry.start + start * width)
             self.advance(len(raw))
+
+
+def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> None:
+    """Copy bytes [start, stop) to the same place in another file, inside the kernel where the two files allow it."""
+    step = 64 * PIECE
+    while start < stop:
+        try:
+            copied = _kernel_copy(source, target, min(step, stop - start), start, start)
+        except OSError as e:
+            if e.errno not in _NO_KERNEL_COPY:
+                raise
+            buffer = memoryview(bytearray(min(PIECE, stop - start)))
+            read_at(source, buffer, start, what)
+            write_at(target, buffer, start)
+            copied = len(buffer)
+        if not copied:
+            raise MftmergeError(f"{what}: the file ends early; it was truncated while being read")
+        start += copied

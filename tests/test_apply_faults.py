@@ -304,10 +304,10 @@ def test_copying_without_the_kernels_help(sharded: Path, place: Path, monkeypatc
     def impossible(*_: object) -> int:
         raise OSError(18, "Invalid cross-device link")
 
-    from mftmerge import checkpointwriter, files
+    from mftmerge import files, stream
 
-    monkeypatch.setattr(checkpointwriter, "_kernel_copy", impossible)
-    monkeypatch.setattr(files, "_reserve", files._unsupported)
+    monkeypatch.setattr(stream, "_kernel_copy", impossible)
+    monkeypatch.setattr(files, "_reserve", files.unsupported)
     apply_mask(Mask.from_bools({}), sharded, place / "out")
     assert all((place / "out" / p.name).read_bytes() == p.read_bytes() for p in sharded.glob("*.safetensors"))
     assert load_file(next((place / "out").glob("*.safetensors")))

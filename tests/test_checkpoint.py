@@ -15,7 +15,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from mftmerge.checkpoint import Checkpoint, resolve, to_float32
+from mftmerge.checkpoint import Checkpoint, resolve
+from mftmerge.dtypes import to_float32
 from mftmerge.errors import BadInput, MftmergeError
 
 CODES = {

@@ -31,7 +31,7 @@ def padded(rows: list[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def count_calls(model: Any, layer: int) -> list[int]:
     """A list that grows by one each time that a layer's attention really runs."""
-    from mftmerge.layers import decoder_layers
+    from mftmerge.naming import decoder_layers
 
     calls: list[int] = []
     block = decoder_layers(model)[1][layer]

@@ -16,10 +16,10 @@ import torch
 from mftmerge.data import Tokens, digest
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import LOSS, GridResult
-from mftmerge.layers import decoder_layers
 from mftmerge.live import attach
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
+from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 
 if TYPE_CHECKING:

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from mftmerge.apply import companion_files
-from mftmerge.checkpoint import Checkpoint, TensorEntry
+from mftmerge.checkpoint import Checkpoint, TensorEntry, safe_file
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
 from mftmerge.recipe.sizes import LAYER
-from mftmerge.shard import safe_file
 
 K_BITS = 0x5380  # 2^40 in bfloat16
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -20,9 +20,8 @@ import torch
 
 from mftmerge import bits
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.checkpointwriter import write_at
 from mftmerge.errors import BadInput
-from mftmerge.files import open_new
+from mftmerge.files import open_new, write_at
 from mftmerge.mask import Mask
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe import kernels

@@ -17,8 +17,8 @@ import torch
 from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
 from mftmerge.errors import BadInput
-from mftmerge.layers import decoder_layers
 from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
+from mftmerge.naming import decoder_layers
 from mftmerge.train import memory, sharding
 from mftmerge.train.settings import TrainSettings
 

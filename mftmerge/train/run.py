@@ -18,9 +18,9 @@ from mftmerge import data as rows_of
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import replacing
-from mftmerge.layers import decoder_layers
 from mftmerge.loading import load_causal_lm
 from mftmerge.mask import Mask, MaskInfo
+from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.optimizer import MaskOptimizer

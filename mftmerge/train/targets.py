@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mftmerge.errors import BadInput
-from mftmerge.layers import decoder_layers
+from mftmerge.naming import decoder_layers
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
