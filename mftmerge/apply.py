@@ -12,11 +12,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from mftmerge import card, matching
 from mftmerge.checkpoint import INDEX, Checkpoint, resolve, safe_file
@@ -24,6 +26,8 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import COMPANION_FOLDERS, COMPANIONS, OutputDirectory, check_target, checksum, open_new, sync_file
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
+from mftmerge.progress import Progress, Step
+from mftmerge.settings import Settings
 from mftmerge.stream import MaskStream
 
 WORTH_RESUMING = 5.0  # seconds after which finished shards are recorded, so that a killed run can be continued
@@ -57,10 +61,23 @@ class _Plan:
     mask: Mask
     source: Checkpoint
     base: Checkpoint | None
-    names: dict[str, str]
+    names: dict[str, str]  # checkpoint tensor -> mask tensor
     companions: tuple[str, ...]
     model: str
-    base_name: str | None
+    settings: ApplySettings
+
+
+class ApplySettings(Settings):
+    """The options of `apply_mask` and of `mftmerge apply`."""
+
+    base: str | None = Field(None, description="apply to the delta: dropped weights get this checkpoint's values")
+    overwrite: bool = Field(False, description="replace what is at OUT")
+    require_base: bool = Field(
+        False, description="refuse a model whose covered tensors are not those of the mask's base"
+    )
+    check_base: bool = Field(True, description="say how much the model differs from the mask's base (hashes it)")
+    resume: bool = Field(False, description="continue what a killed run left; keep finished shards")
+    include: list[str] = Field([], description="copy further files too, e.g. '*.py'")
 
 
 def apply_mask(
@@ -68,44 +85,39 @@ def apply_mask(
     model: str | Path,
     out: str | Path,
     *,
-    base: str | Path | None = None,
-    overwrite: bool = False,
-    require_base: bool = False,
-    resume: bool = False,
-    check_base: bool = True,
-    include: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **options: Any,  # fields of ApplySettings, which checks them
 ) -> ApplyReport:
     """Write a complete checkpoint to the directory `out`: `model` with `mask` applied.
 
-    model: checkpoint directory or hub id. base: apply to the delta from this checkpoint, so that dropped weights return
-    to its values; without it they become 0. overwrite: replace an existing checkpoint directory.
-    require_base: refuse, before anything is written, a model whose covered tensors are not those the mask was made for.
-    check_base=False skips that comparison, which hashes the covered tensors beside the copying.
+    model: checkpoint directory or hub id. progress: called with bytes done, from any thread.
+    options: see `ApplySettings`. base: checkpoint to whose values dropped weights return; without it they become 0.
+    require_base refuses before anything is written; check_base hashes the covered tensors beside the copying.
     resume: continue what a killed run left, shard by shard, each checked against its checksum, and keep finished shards
-    should this run fail too.
-    include: patterns of further files of `model` to copy (`*.py` for code, which a plain run leaves out).
-    progress: called with (bytes done, bytes in all).
+    should this run fail too. include: patterns of further files to copy, such as `*.py` for code.
 
     Memory does not grow with the model. Raises BadInput before anything is written when names, shapes or types do not
     fit, MftmergeError on failures; either way `out` is then as it was.
     """
-    plan = _plan(mask, model, base, include)
+    if isinstance(options.get("base"), Path):
+        options["base"] = str(options["base"])
+    settings = ApplySettings.make(options)
+    plan = _plan(mask, model, settings)
     target = Path(os.path.abspath(Path(out).expanduser()))
-    check_target(target, overwrite)
+    check_target(target, settings.overwrite)
     for used in (plan.source, plan.base):
         if used and target.exists() and target.samefile(used.path):
             raise BadInput(f"{target}: is itself an input; choose another output directory")
-    if require_base and not plan.mask.info.fingerprints:
+    if settings.require_base and not plan.mask.info.fingerprints:
         raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
     try:
         with ThreadPoolExecutor(WORKERS, "mftmerge-hash") as pool:
             difference: Future[BaseDifference | None] | None = None
-            if check_base or require_base:
+            if settings.check_base or settings.require_base:
                 difference = pool.submit(matching.base_difference, plan.names, plan.mask, plan.source)
-            if require_base and difference and (found := difference.result()) and found.tensors:
+            if settings.require_base and difference and (found := difference.result()) and found.tensors:
                 raise BadInput(f"{model}: {found}, and --require-base allows no difference")
-            return _write(plan, target, pool, difference, overwrite, resume, progress)
+            return _write(plan, target, pool, difference, progress)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         raise MftmergeError(f"cannot write {target}: {e.strerror or e}{where}; nothing was put there") from None
@@ -129,18 +141,17 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
                 yield name
 
 
-def _plan(mask: Mask | str | Path, model: str | Path, base: str | Path | None, include: Sequence[str]) -> _Plan:
+def _plan(mask: Mask | str | Path, model: str | Path, settings: ApplySettings) -> _Plan:
     """Everything that can be checked without reading a weight."""
     if not isinstance(mask, Mask):
         mask = Mask.load(mask)
     source = Checkpoint.open(resolve(model))
-    foundation = None if base is None else Checkpoint.open(resolve(base))
+    base = None if settings.base is None else Checkpoint.open(resolve(settings.base))
     names = matching.match(mask, source, str(model))
-    if foundation is not None:
-        matching.require_base_tensors(names, source, foundation, str(base))
-    companions = tuple(companion_files(source, include))
-    base_name = None if base is None else card.public_name(str(base))
-    return _Plan(mask, source, foundation, names, companions, card.public_name(str(model)), base_name)
+    if base is not None:
+        matching.require_base_tensors(names, source, base, str(settings.base))
+    companions = tuple(companion_files(source, settings.include))
+    return _Plan(mask, source, base, names, companions, card.public_name(str(model)), settings)
 
 
 def _write(
@@ -148,14 +159,13 @@ def _write(
     out: Path,
     pool: ThreadPoolExecutor,
     difference: Future[BaseDifference | None] | None,
-    overwrite: bool,
-    resume: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> ApplyReport:
     """Fill the output directory and give it its name."""
     digest = pool.submit(lambda: plan.mask.digest)
     stopped = threading.Event()
-    with OutputDirectory(out, lambda: _job(plan, digest.result()), overwrite=overwrite, resume=resume) as directory:
+    how = {"overwrite": plan.settings.overwrite, "resume": plan.settings.resume}
+    with OutputDirectory(out, lambda: _job(plan, digest.result()), **how) as directory:
         try:
             continued = _write_shards(plan, directory, pool, stopped, progress)
             report = _report(plan, out, continued, difference.result() if difference else None)
@@ -172,7 +182,7 @@ def _write_shards(
     directory: OutputDirectory,
     pool: ThreadPoolExecutor,
     stopped: threading.Event,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[str, ...]:
     """Write each shard that is not there yet; one is synced and checked while the next is written."""
     shards = plan.source.shards
@@ -184,7 +194,7 @@ def _write_shards(
         with lock:
             done += count
             if progress:
-                progress(done, total)
+                progress(Step("apply", done, total, "bytes"))
 
     def complete(name: str) -> None:
         sync_file(directory.path / name)
@@ -253,11 +263,12 @@ def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest:
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(safe_file(plan.source.path, name), directory / name)
         sync_file(directory / name)
+    base = plan.settings.base
     density = 1 - report.dropped / report.covered if report.covered else 1.0
     facts = [
         f"{report.tensors} tensors masked: {report.dropped:,} of {report.covered:,} weights dropped "
         f"(density {density:.4f}).",
-        f"Dropped weights have the value of `{plan.base_name}`." if plan.base_name else "Dropped weights are 0.",
+        f"Dropped weights have the value of `{card.public_name(base)}`." if base else "Dropped weights are 0.",
         "All other values are bit for bit those of the original.",
     ]
     if report.difference:

@@ -1,18 +1,25 @@
-"""The model card of a masked checkpoint: what was done to it, the mask's family tree, and the original's own card."""
+"""The model card of a masked checkpoint: what was done to it, the mask's family tree, and the original's own card.
+
+What strangers wrote (a mask's metadata, a card's front matter) is read with limits and shown as inert text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.yamltext import documents
 
 # Front matter that stays true of a masked model. Evaluation results and widget examples do not.
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets", "tags")
 MAX_CARD = 1 << 20  # bytes of an original card that are quoted
+MAX_ENTRY = 1 << 14  # characters of one entry of its front matter
+MAX_TEXT = 200  # characters of one foreign name or value
+KEY = re.compile(r"^([A-Za-z_]+):")
 
 
 def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model: str, original: str | None) -> str:
@@ -22,22 +29,28 @@ def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model:
     or a directory's name); original: that model's own README.md, if it has one.
     """
     front, body = split_front_matter(original or "")
-    front = {k: front[k] for k in KEPT if k in front}
-    tags = front.get("tags")
-    front["tags"] = sorted({*(map(str, tags) if isinstance(tags, list) else []), "mftmerge", "mask-fine-tuning"})
-    if model.count("/") == 1:
-        front["base_model"] = [model]
+    base_model = [model] if model.count("/") == 1 else None
     lines = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {title}",
-        f"`{model}` with a weight mask applied by mftmerge.",
+        front_matter(front, ("mftmerge", "mask-fine-tuning"), base_model),
+        f"# {inert(title)}",
+        f"`{inert(model)}` with a weight mask applied by mftmerge.",
         "\n".join(f"- {fact}" for fact in facts),
         "## The mask",
         "```\n" + "\n".join(family_tree(mask, digest)) + "\n```",
     ]
     if body.strip():
-        lines += [f"## Card of {model}", body.strip()]
+        lines += [f"## Card of `{inert(model)}`", body.strip()]
     return "\n\n".join(lines) + "\n"
+
+
+def front_matter(front: Mapping[str, Any], tags: Sequence[str], base_model: Sequence[str] | None) -> str:
+    """A card's YAML block: entries of `KEPT` as `split_front_matter` gives them, more tags, and the models it is of."""
+    from huggingface_hub import ModelCardData  # a quarter of a second, which only this needs
+
+    own = front.get("tags", [])
+    entries = dict(front) | {"tags": sorted({*([own] if isinstance(own, str) else own), *tags})}
+    data = ModelCardData(base_model=list(base_model) if base_model else None, **entries)
+    return f"---\n{data.to_yaml().strip()}\n---"
 
 
 def family_tree(mask: Mask, digest: str) -> Iterator[str]:
@@ -46,16 +59,42 @@ def family_tree(mask: Mask, digest: str) -> Iterator[str]:
     yield from _parents(mask.info.parents, "  ")
 
 
-def split_front_matter(card: str) -> tuple[dict[str, Any], str]:
-    """YAML front matter and body of a model card. Unreadable front matter counts as none."""
+def split_front_matter(card: str) -> tuple[dict[str, str | list[str]], str]:
+    """The entries of a card's YAML front matter that are in `KEPT`, texts and lists of texts, and the card's body.
+
+    Only those entries are parsed, each for itself: one that is no YAML, too long or nested is left out.
+    """
     if not card.startswith("---\n") or "\n---" not in card[3:]:
         return {}, card
     head, _, body = card[4:].partition("\n---")
+    entries: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in head.split("\n"):
+        if found := KEY.match(line):
+            current = entries.setdefault(found[1], [])
+        elif line[:1] not in ("", " ", "-", "#"):
+            current = []  # something else begins
+        current.append(line)
+    front: dict[str, str | list[str]] = {}
+    for key in KEPT:
+        if key in entries and (value := _parsed(key, "\n".join(entries[key]))):
+            front[key] = value
+    return front, body.lstrip("-")
+
+
+def _parsed(key: str, text: str) -> str | list[str] | None:
+    """The value of one entry `key: ...`; None unless it is a short text or list of such."""
+    nested = text.count("[") + text.count("{") > 20  # PyYAML takes seconds over thousands
+    if len(text) > MAX_ENTRY or nested or any(not (c.isprintable() or c in "\n\t") for c in text):
+        return None
     try:
-        front = yaml.safe_load(head)
-    except yaml.YAMLError:
-        front = None
-    return (front if isinstance(front, dict) else {}), body.lstrip("-")
+        value = documents(Path("README.md"), text)[0][key]
+    except (BadInput, LookupError, TypeError):
+        return None
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, str | int | float) and 0 < len(str(v)) <= MAX_TEXT for v in values):
+        return None
+    return [str(v) for v in values] if isinstance(value, list) else str(value)
 
 
 def read_card(path: Path) -> str | None:
@@ -67,16 +106,27 @@ def read_card(path: Path) -> str | None:
 
 def public_name(reference: str) -> str:
     """A model's name for others to read: a hub id as it is, of a local path only the last part."""
-    local = Path(reference).expanduser()
-    name = local.resolve().name if local.exists() or local.is_absolute() else reference
-    return " ".join(name.replace("`", "'").split())
+    try:
+        local = Path(reference).expanduser()
+        name = local.resolve().name if local.is_absolute() or local.exists() else reference
+    except (OSError, ValueError, RuntimeError):  # no path at all: too long, a NUL, ~nobody
+        name = reference
+    return inert(name)
+
+
+def inert(text: object) -> str:
+    """Foreign text as one line that means nothing to markdown in a heading, between backticks or in a fence."""
+    plain = " ".join(shown(" ".join(str(text)[: 4 * MAX_TEXT].split())).split())
+    for mark, harmless in (("`", "'"), ("<", "‹"), (">", "›")):
+        plain = plain.replace(mark, harmless)
+    return plain if len(plain) <= MAX_TEXT else f"{plain[: MAX_TEXT - 1]}…"
 
 
 def _parents(parents: Sequence[Parent], indent: str) -> Iterator[str]:
     for p in parents:
         weight = f", weight {p.weight:g}" if p.weight is not None else ""
         made = f" = {_operation(p.operation, p.options)} of" if p.operation else ""
-        yield f"{indent}{public_name(p.name)} {p.digest[:12]}{weight}{made}"
+        yield f"{indent}{public_name(p.name)} {inert(p.digest[:12])}{weight}{made}"
         yield from _parents(p.parents, indent + "  ")
 
 
@@ -89,6 +139,6 @@ def _origin(info: MaskInfo) -> str:
     return ", ".join(parts)
 
 
-def _operation(operation: str, options: dict[str, Any]) -> str:
+def _operation(operation: str, options: Mapping[str, Any]) -> str:
     given = ", ".join(f"{k}={v}" for k, v in sorted(options.items()) if v is not None)
-    return f"{operation}({given})" if given else operation
+    return inert(f"{operation}({given})" if given else operation)

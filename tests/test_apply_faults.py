@@ -21,6 +21,7 @@ from mftmerge.apply import apply_mask
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import MANIFEST
 from mftmerge.mask import Mask
+from mftmerge.progress import Step
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def counted(self, name, found):
     if len(self._finished) == {after}:
         os.kill(os.getpid(), 9)
 writer.OutputDirectory.record = counted
-def slowly(done, total):
+def slowly(step):
     time.sleep(0.002)
 apply_mask({mask!r}, {model!r}, {out!r}, progress=slowly)
 """
@@ -221,7 +222,7 @@ def test_two_runs_into_one_target(sharded: Path, place: Path) -> None:
     mask = random_mask(sharded)
     seen: list[BaseException] = []
 
-    def second(done: int, total: int) -> None:
+    def second(_: Step) -> None:
         if not seen:
             try:
                 apply_mask(mask, sharded, place / "out")
@@ -268,10 +269,10 @@ def test_a_file_that_changes_while_being_read(tiny: Callable[..., Path], sharded
     shard = sorted(sharded.glob("*.safetensors"))[-1]
     done_once: list[int] = []
 
-    def meddle(done: int, total: int) -> None:
+    def meddle(step: Step) -> None:
         if done_once:
             return
-        done_once.append(done)
+        done_once.append(step.done)
         if what == "base":
             os.utime(base / "model.safetensors", ns=(1, 1))
         elif what == "touched":

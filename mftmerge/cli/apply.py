@@ -49,8 +49,8 @@ def command(
             require_base=require_base,
             check_base=check_base,
             resume=resume,
-            include=include,
-            progress=progress,
+            include=include or [],
+            progress=progress and (lambda step: progress(step.done, step.total)),
         )
     if as_json:
         import dataclasses

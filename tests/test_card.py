@@ -1,0 +1,80 @@
+"""Model cards: foreign front matter is bounded and harmless, foreign metadata is inert text."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from mftmerge import card
+from mftmerge.mask import Mask, MaskInfo, Parent
+
+BOMB = (
+    "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9))
+    + "tags: [*j]\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "date: 2024-02-30\n",
+        "tags: 2024-02-30\n",
+        f"tags: {'[' * 5000}{']' * 5000}\n",
+        f"x: {'[' * 5000}{']' * 5000}\n",
+        "tags: &a [*a]\n",
+        "tags: !!python/object/apply:os.system ['true']\n",
+        "tags: {a: b}\n",
+        "tags: [{a: b}]\n",
+        f"tags: [{'x' * 100_000}]\n",
+        "tags: ['\\e[2J']\n",
+        "tags:\n  - [a\n",
+        "tags: &t [a]\nlanguage: [*u]\n",
+        "? [a]\n: b\n",
+        "\0",
+    ],
+)
+def test_front_matter_that_is_hostile_or_broken_costs_nothing_else(text: str) -> None:
+    started = time.perf_counter()
+    front, body = card.split_front_matter(f"---\nlicense: mit\n{text}license_name: fine\n---\n# Body\n")
+    assert time.perf_counter() - started < 1
+    assert front.get("license") == "mit"
+    assert front.get("license_name", "fine") == "fine"
+    assert body.strip() == "# Body"
+    assert all(len(str(v)) < 10_000 for v in front.values())
+    made = card.model_card("out", Mask.from_bools({"w": np.ones(3, bool)}), "d" * 32, [], "o/m", f"---\n{text}---\n# B")
+    head = yaml.safe_load(made.split("---")[1])
+    assert head["base_model"] == ["o/m"]
+    assert {"mftmerge", "mask-fine-tuning"} <= set(head["tags"])
+
+
+def test_ordinary_front_matter_is_kept() -> None:
+    text = "---\nlicense: apache-2.0\ntags:\n- chat\n- code\nlanguage:\n  - en\n"
+    text += "model-index:\n- name: x\n  results: []\n---\nhello"
+    front, body = card.split_front_matter(text)
+    assert front == {"license": "apache-2.0", "tags": ["chat", "code"], "language": ["en"]}
+    assert body.strip() == "hello"
+
+
+def test_a_masks_metadata_is_inert_text() -> None:
+    evil = "x\n```\n# Heading\n<img src=a onerror=b>\x1b[2J" + "y" * 10_000
+    info = MaskInfo(
+        operation="vote",
+        options={"note": evil, evil: 1},
+        parents=(
+            Parent(evil, "c" * 32, operation=evil, options={"a": evil}),
+            Parent("~nobody/" + "z" * 5000, "b" * 32),
+        ),
+    )
+    for given in (info, MaskInfo(base=evil)):
+        mask = Mask.from_bools({"w": np.ones(3, bool)}, given)
+        text = card.model_card(evil, mask, "d" * 32, ["a fact"], evil, None)
+        assert text.count("```") == 2
+        assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# {card.inert(evil)}"]
+        assert "<img" not in text
+        assert "\x1b" not in text
+        assert len(text) < 5000
