@@ -22,10 +22,12 @@ class Flag:
     """What the command line needs to know about a field beyond its type, `Annotated[Path, Flag(("--out", "-o"))]`.
 
     names: the option's names where they are not `--` and the field's name. endings: of the files that Tab offers.
+    metavar: how the help page calls a value where the type does not say it.
     """
 
     names: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
+    metavar: str | None = None
 
 
 class Settings(BaseModel):

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import MASKS, files
-from mftmerge.cli.progress import bytes_bar
+from mftmerge.cli.options import AsJson, MaskFile, ModelOut, Overwrite
+from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json
 
 
 def command(
-    mask: Path = typer.Argument(
-        ..., help="The .mask file, here or as hf://owner/name/file.mask.", autocompletion=files(*MASKS)
-    ),
-    model: str = typer.Option(..., "--model", "-m", help="Checkpoint directory or hub id that the mask is applied to."),
-    out: Path = typer.Option(..., "--out", "-o", help="Directory to write."),
-    base: str = typer.Option(None, "--base", help="Apply to the delta: dropped weights get this checkpoint's values."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing checkpoint at OUT."),
-    require_base: bool = typer.Option(
-        False, "--require-base", help="Refuse a model whose covered tensors are not those the mask was made for."
-    ),
-    check_base: bool = typer.Option(
-        True, "--check-base/--no-check-base", help="Say how much the model differs from the mask's base (hashes it)."
-    ),
-    resume: bool = typer.Option(False, "--resume", help="Continue what a killed run left; keep finished shards."),
-    include: list[str] = typer.Option([], "--include", help="Copy further files too, e.g. '*.py'. May be repeated."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    mask: MaskFile,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Checkpoint directory or hub id that the mask is applied to.")
+    ],
+    out: ModelOut,
+    base: Annotated[
+        str | None, typer.Option(help="Apply to the delta: dropped weights get this checkpoint's values.")
+    ] = None,
+    overwrite: Overwrite = False,
+    require_base: Annotated[
+        bool,
+        typer.Option("--require-base", help="Refuse a model whose covered tensors are not those of the mask's base."),
+    ] = False,
+    check_base: Annotated[
+        bool, typer.Option(help="Say how much the model differs from the mask's base (hashes it).")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what a killed run left; keep finished shards.")
+    ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Copy further files too, e.g. '*.py'. May be repeated.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Apply a mask to a checkpoint and write the result as a complete one.
 
@@ -39,7 +47,7 @@ def command(
     """
     from mftmerge.apply import apply_mask
 
-    with bytes_bar("apply", quiet=as_json) as progress:
+    with shown_progress(quiet=as_json) as show:
         report = apply_mask(
             mask,
             model,
@@ -50,11 +58,9 @@ def command(
             check_base=check_base,
             resume=resume,
             include=include or [],
-            progress=progress and (lambda step: progress(step.done, step.total)),
+            progress=show,
         )
     if as_json:
-        import dataclasses
-
         print_json(dataclasses.asdict(report))
         return
     share = report.dropped / report.covered if report.covered else 0.0

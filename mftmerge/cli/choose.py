@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
-from mftmerge.cli.completing import MASKS, ROWS, choices, files
-from mftmerge.cli.named import named
+from mftmerge.cli.options import MASKS, ROWS, files, named
+from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
+from mftmerge.progress import Step
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,9 +39,7 @@ def command(
     ),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
-    dtype: str = typer.Option(
-        "auto", "--dtype", help="auto (as stored), float32 or bfloat16.", autocompletion=choices(*DTYPES)
-    ),
+    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
     archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
@@ -64,7 +63,7 @@ def command(
     from mftmerge.evaluate.choosing import choose_combination
 
     quiet()
-    with Console(stderr=True).status("starting") as status:
+    with shown_progress(quiet=as_json) as show:
         choice = choose_combination(
             model,
             own,
@@ -78,7 +77,7 @@ def command(
             batch_tokens=batch_tokens,
             dtype=dtype,
             device=device,
-            progress=lambda what: status.update(what),
+            progress=lambda what: show(Step(what, 0, 0)),
         )
     if as_json:
         print_json(choice.to_json())

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from mftmerge.cli.completing import MASKS, choices, files, operations
+from mftmerge.cli.options import MASKS, Archive, AsJson, MaskOut, Overwrite, files, operations, pairs
 from mftmerge.cli.reporting import print_json
+from mftmerge.errors import BadInput
 
-
-def command(
-    masks: list[Path] = typer.Argument(
+Masks = Annotated[
+    list[Path],
+    typer.Argument(
         help="Mask files, in the order that --weights and difference refer to.", autocompletion=files(*MASKS)
     ),
-    out: Path = typer.Option(..., "--out", "-o", help="The mask file to write."),
-    op: str = typer.Option(
-        "vote",
-        "--op",
+]
+Op = Annotated[
+    str,
+    typer.Option(
         help="union, intersection, vote, difference, xor, complement or score (see docs/operations.md).",
         autocompletion=operations,
     ),
-    threshold: str | None = typer.Option(
-        None, help="vote: a count such as 2, or a share such as 0.5 (the default: half or more keep)."
-    ),
-    weights: str | None = typer.Option(None, help="vote, score: one number a mask, as in 2,1,1."),
-    density: str | None = typer.Option(
-        None, help="Keep exactly this share of every tensor: by votes, then scores, then position."
-    ),
-    uncovered: str = typer.Option(
-        "abstain",
-        help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it.",
-        autocompletion=choices("abstain", "keep"),
-    ),
-    elect: bool = typer.Option(
-        False, "--elect", help="score: at each weight add only the evidence that has the sign of the sum."
-    ),
-    allow_different_init: bool = typer.Option(
-        False, "--allow-different-init", help="score: add masks that started from different scores."
-    ),
-    settings: list[str] = typer.Option(
-        [], "--set", help="NAME=VALUE: an option of an operation of another package. May be repeated."
-    ),
-    archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+]
+
+
+def command(
+    masks: Masks,
+    out: MaskOut,
+    op: Op = "vote",
+    threshold: Annotated[
+        str | None,
+        typer.Option(help="vote: a count such as 2, or a share such as 0.5 (the default: half or more keep)."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="vote, score: one number a mask, as in 2,1,1.")] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Keep exactly this share of every tensor: by votes, then scores, then position.")
+    ] = None,
+    uncovered: Annotated[
+        Literal["abstain", "keep"],
+        typer.Option(help="A mask on a tensor that it does not cover: 'abstain', or 'keep' all of it."),
+    ] = "abstain",
+    elect: Annotated[
+        bool, typer.Option("--elect", help="score: at each weight add only the evidence that has the sign of the sum.")
+    ] = False,
+    allow_different_init: Annotated[
+        bool, typer.Option("--allow-different-init", help="score: add masks that started from different scores.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: an option of an operation of another package. May be repeated."),
+    ] = None,
+    archive: Archive = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Combine masks into one and say what that did: densities, and how many bits changed.
 
@@ -55,28 +64,16 @@ def command(
       mftmerge combine code.mask math.mask --op vote -o general.mask
     """
     from mftmerge.combine import combine_files
-    from mftmerge.errors import BadInput
 
     options: dict[str, Any] = {"threshold": threshold, "elect": elect, "allow_different_init": allow_different_init}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise BadInput(f"--set {setting}: give NAME=VALUE, such as rate=0.5")
-        options[name] = _scalar(value)
+    options |= {name: _scalar(value) for name, value in pairs(settings or [], "--set").items()}
     if weights is not None:
         try:
             options["weights"] = tuple(float(w) for w in weights.replace(",", " ").split())
         except ValueError:
             raise BadInput(f"--weights {weights!r}: give one number a mask, such as 2,1,1") from None
     report = combine_files(
-        op,
-        masks,
-        out,
-        archive=archive,
-        overwrite=overwrite,
-        density=density,
-        uncovered=uncovered,  # type: ignore[arg-type]  # checked there
-        **options,
+        op, masks, out, archive=archive, overwrite=overwrite, density=density, uncovered=uncovered, **options
     )
     if as_json:
         print_json(report.to_json())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import MASKS, files
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.options import MASKS, files
+from mftmerge.cli.reporting import print_json, print_table
 
 
 def command(
-    masks: list[Path] = typer.Argument(help="Two or more mask files.", autocompletion=files(*MASKS)),
-    as_json: bool = typer.Option(False, "--json", help="Print everything, with the values by layer, as JSON."),
-    plot: Path | None = typer.Option(None, "--plot", help="Write a picture: overlap of the pairs, and by layer."),
+    masks: Annotated[list[Path], typer.Argument(help="Two or more mask files.", autocompletion=files(*MASKS))],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything, with the values by layer, as JSON.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture: overlap of the pairs, and by layer.")] = None,
 ) -> None:
     """Compare masks pairwise: overlap (Jaccard) of what they prune and agreement, against two baselines.
 
@@ -36,23 +39,21 @@ def command(
     if as_json:
         print_json(found.to_json())
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=1000)
-    table = Table("masks", "tensors", "Jaccard", "independent", "common start", "agreement", "independent", box=None)
+    heads = ["masks", "tensors", "Jaccard", "independent", "common start", "agreement", "independent"]
+    rows = []
     for p in found.pairs:
-        begun = "unknown" if p.total.jaccard_from_start is None else f"{p.total.jaccard_from_start:.4f}"
-        shares = f"{p.total.agreement:.4f}", f"{p.total.agreement_independent:.4f}"
-        chance = f"{p.total.jaccard_independent:.4f}"
-        table.add_row(f"{p.a}, {p.b}", str(p.tensors), f"{p.total.jaccard:.4f}", chance, begun, *shares)
-    console.print(table)
-    for pair in found.pairs:
-        layers = Table("layer", "Jaccard", "independent", "agreement", title=f"{pair.a}, {pair.b}", box=None)
-        for layer, o in pair.by_layer.items():
-            name = "other" if layer is None else str(layer)
-            layers.add_row(name, f"{o.jaccard:.4f}", f"{o.jaccard_independent:.4f}", f"{o.agreement:.4f}")
-        console.print(layers)
+        t = p.total
+        begun = "unknown" if t.jaccard_from_start is None else f"{t.jaccard_from_start:.4f}"
+        values = f"{t.jaccard:.4f}", f"{t.jaccard_independent:.4f}", begun
+        rows.append([f"{p.a}, {p.b}", str(p.tensors), *values, f"{t.agreement:.4f}", f"{t.agreement_independent:.4f}"])
+    print_table(heads, rows)
+    for p in found.pairs:
+        layers = {"other" if layer is None else str(layer): o for layer, o in p.by_layer.items()}
+        print_table(
+            ["layer", "Jaccard", "independent", "agreement"],
+            [[n, f"{o.jaccard:.4f}", f"{o.jaccard_independent:.4f}", f"{o.agreement:.4f}"] for n, o in layers.items()],
+            title=f"{p.a}, {p.b}",
+        )
     for name, o in found.moved.items():
         print(f"{name}: Jaccard {o.jaccard:.4f} with its own untrained mask")
     if plot is not None:

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from mftmerge.cli.completing import choices
+from mftmerge.cli.options import Archive, AsJson, MaskOut, Overwrite
 from mftmerge.cli.reporting import new_mask
 
 
 def command(
-    base: str = typer.Argument(help="The checkpoint before fine-tuning (directory or hub id)."),
-    fine_tuned: str = typer.Argument(help="The checkpoint after it."),
-    out: Path = typer.Option(..., "--out", "-o", help="The mask file to write."),
-    method: str = typer.Option(
-        "magnitude",
-        help="magnitude: largest changes; tall: TALL-mask rule; sign: the multi-task vector's sign.",
-        autocompletion=choices("magnitude", "tall", "sign"),
-    ),
-    keep: str = typer.Option(None, "--keep", help="magnitude: share of each tensor to keep, such as 0.1."),
-    strength: float = typer.Option(0.4, "--lambda", help="tall: keep where |tau| >= lambda |tau_mtl - tau|."),
-    merged: str = typer.Option(None, "--merged", help="tall, sign: the multi-task checkpoint."),
-    others: list[str] = typer.Option(
-        [], "--others", help="tall, sign: in its place the other fine-tuned checkpoints, whose changes are added."
-    ),
-    only: str = typer.Option(
-        None, "--only", help="Regular expression for tensor names (default: all of 2 or more dimensions)."
-    ),
-    archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    base: Annotated[str, typer.Argument(help="The checkpoint before fine-tuning (directory or hub id).")],
+    fine_tuned: Annotated[str, typer.Argument(help="The checkpoint after it.")],
+    out: MaskOut,
+    method: Annotated[
+        Literal["magnitude", "tall", "sign"],
+        typer.Option(help="magnitude: largest changes; tall: TALL-mask rule; sign: the multi-task vector's sign."),
+    ] = "magnitude",
+    keep: Annotated[str | None, typer.Option(help="magnitude: share of each tensor to keep, such as 0.1.")] = None,
+    strength: Annotated[
+        float, typer.Option("--lambda", help="tall: keep where |tau| >= lambda |tau_mtl - tau|.")
+    ] = 0.4,
+    merged: Annotated[str | None, typer.Option(help="tall, sign: the multi-task checkpoint.")] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(help="tall, sign: in its place the other fine-tuned checkpoints, whose changes are added."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Regular expression for tensor names (default: all of 2 or more dimensions)."),
+    ] = None,
+    archive: Archive = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Derive a mask from what fine-tuning changed, without training. Apply it to the delta (apply --base).
 
@@ -43,7 +46,6 @@ def command(
     from mftmerge.files import refuse_existing
 
     refuse_existing(out, overwrite)
-    settings = DiffSettings(method, keep, strength, merged, tuple(others), only)  # type: ignore[arg-type]
-    mask, notes = diff_mask(base, fine_tuned, settings)
+    mask, notes = diff_mask(base, fine_tuned, DiffSettings(method, keep, strength, merged, tuple(others or ()), only))
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, notes, as_json)

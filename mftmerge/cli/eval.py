@@ -6,10 +6,11 @@ from pathlib import Path
 
 import typer
 
-from mftmerge.cli.completing import MASKS, ROWS, files
-from mftmerge.cli.named import named
+from mftmerge.cli.options import MASKS, ROWS, files, named, pairs
+from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import quiet
 from mftmerge.errors import BadInput
+from mftmerge.progress import Step
 
 
 def command(
@@ -71,27 +72,19 @@ def command(
         check(plot)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise BadInput(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
-    rules = {}
-    for text in exact:
-        domain, sign, rule = text.partition("=")
-        if not sign:
-            raise BadInput(f"--exact {text}: give DOMAIN=RULE, such as math=number")
-        rules[domain] = rule
-
     from rich.console import Console
 
     from mftmerge.evaluate.files import Measures, evaluate_files
 
-    console = Console(stderr=True)
     quiet()
-    with console.status("starting") as status:
+    with shown_progress(quiet=as_json) as show:
         result = evaluate_files(
             named(models, "--model"),
             named(masks, "--mask"),
             domains,
             reference=reference,
             measures=Measures(
-                exact=rules,
+                exact=pairs(exact, "--exact"),
                 run_tests=run_tests,
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,
@@ -103,7 +96,7 @@ def command(
             limit=limit,
             dtype=dtype,
             device=device,
-            progress=lambda what: status.update(what),
+            progress=lambda what: show(Step(what, 0, 0)),
         )
     if out:
         result.to_json(out, overwrite=overwrite)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.options import AsJson, Overwrite, Recipe
 from mftmerge.cli.reporting import print_json
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a mergekit YAML plus masks.", autocompletion=files(*YAML))],
+    recipe: Recipe,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for config.yml and its checkpoints.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Run stock mergekit on the export and compare every tensor.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export a recipe to a form that stock mergekit runs with no plug-in.
 
@@ -29,9 +31,6 @@ def command(
     Example:
       mftmerge export recipes/vote_mask_on_merge.yml -o exported --verify
     """
-    import dataclasses
-    import sys
-
     from mftmerge.recipe.export import export
 
     report = export(recipe, out, verify=verify, overwrite=overwrite, notify=lambda text: print(text, file=sys.stderr))
@@ -44,8 +43,6 @@ def command(
     for form in report.forms:
         print(f"  {form}")
     print(f"run with: {report.command}")
-    if report.verification:
-        v = report.verification
-        print(
-            f"verified: {v.tensors} tensors, {v.weights} weights equal; {v.different_bits} differ in the sign of zero"
-        )
+    if v := report.verification:
+        equal = f"{v.tensors} tensors, {v.weights} weights equal"
+        print(f"verified: {equal}; {v.different_bits} differ in the sign of zero")

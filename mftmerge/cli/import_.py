@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import files
+from mftmerge.cli.options import Archive, AsJson, MaskOut, Overwrite, files
 from mftmerge.cli.reporting import new_mask
+
+MODEL = "The checkpoint it belongs to: checks names and shapes, records fingerprints."
 
 
 def command(
-    source: Path = typer.Argument(
-        help="A .pt pickle (dict of names to 0/1 tensors), or a .safetensors file of masks.",
-        autocompletion=files(".pt", ".pth", ".bin", ".pkl", ".safetensors"),
-    ),
-    out: Path = typer.Option(..., "--out", "-o", help="The mask file to write."),
-    model: str = typer.Option(
-        None, "--model", "-m", help="The checkpoint it belongs to: checks names and shapes, records fingerprints."
-    ),
-    archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
-    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A .pt pickle (dict of names to 0/1 tensors), or a .safetensors file of masks.",
+            autocompletion=files(".pt", ".pth", ".bin", ".pkl", ".safetensors"),
+        ),
+    ],
+    out: MaskOut,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL)] = None,
+    archive: Archive = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Import a mask from another tool's file: one bit a weight instead of a number.
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.options import YAML, AsJson, Overwrite, files
 from mftmerge.cli.reporting import print_json
 
 
 def command(
     config: Annotated[Path, typer.Argument(help="A mergekit YAML.", autocompletion=files(*YAML))],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Recipe to write; default: print it.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the recipe and the notes as JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read any mergekit YAML as a recipe.
 
@@ -25,14 +26,11 @@ def command(
     Example:
       mftmerge import-recipe mergekit_config.yml -o recipe.yml
     """
-    import sys
-
-    from mftmerge.errors import BadInput
-    from mftmerge.files import replacing
+    from mftmerge.files import refuse_existing, replacing
     from mftmerge.recipe.importing import import_recipe
 
-    if out is not None and out.exists() and not overwrite:
-        raise BadInput(f"{out}: already exists; give --overwrite to replace it")
+    if out is not None:
+        refuse_existing(out, overwrite)
     report = import_recipe(config, folder=out.parent if out else None)
     if out is not None:
         with replacing(out) as temporary:

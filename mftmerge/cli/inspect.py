@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mftmerge.cli.completing import MASKS, files
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.options import AsJson, MaskFile
+from mftmerge.cli.reporting import print_json, print_table
+
+if TYPE_CHECKING:
+    from mftmerge.inspection import Inspection, Share
+
+COLUMNS = 8  # layers beside each other in the table
 
 
 def command(
-    mask: Path = typer.Argument(help="The mask file.", autocompletion=files(*MASKS)),
-    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
-    plot: Path | None = typer.Option(None, "--plot", help="Write a picture of the density by layer and module."),
+    mask: MaskFile,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the density by layer and module.")] = None,
 ) -> None:
     """Show a mask's size, density by layer and module, provenance and family tree; checks every bit on the way.
 
@@ -21,9 +27,9 @@ def command(
     Example:
       mftmerge inspect code.mask --plot code.png
     """
-    from mftmerge import inspection as inspecting
+    from mftmerge import inspection
 
-    found = inspecting.inspect(mask)
+    found = inspection.inspect(mask)
     if plot is not None:
         from mftmerge import plots
 
@@ -37,37 +43,29 @@ def command(
     if found.scores:
         print(f"scores: {found.scores}{', with those before training' if found.initial_scores else ''}")
     _table(found)
-    for what, value in inspecting.provenance(found.info):
+    for what, value in inspection.provenance(found.info):
         print(f"{what}: {value}")
     if found.info.parents:
-        print("\n".join(["", *inspecting.family_tree(mask.name, found.info)]))
+        print("\n".join(["", *inspection.family_tree(mask.name, found.info)]))
     if plot is not None:
         print(f"wrote {plot}")
 
 
-def _table(found: object) -> None:
+def _table(found: Inspection) -> None:
     """Density of each module (rows) in each layer (columns), in blocks of layers that fit a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from mftmerge.inspection import Inspection, Share
-
-    assert isinstance(found, Inspection)
     modules, layers, cells = found.table()
-    by_module, by_layer, empty = found.by_module(), found.by_layer(), Share(0, 0)
-    for start in range(0, len(layers), 8):
-        some = layers[start : start + 8]
-        table = Table("module", *("other" if n is None else str(n) for n in some), "all", box=None)
+    by_module, by_layer = found.by_module(), found.by_layer()
+    for start in range(0, len(layers), COLUMNS):
+        some = layers[start : start + COLUMNS]
+        heads = ["module", *("other" if n is None else str(n) for n in some), "all"]
+        rows = []
         for module in modules:
-            row = [cells.get((module, n), empty) for n in some]
-            if any(share.size for share in row):
-                table.add_row(module, *(_cell(share) for share in row), _cell(by_module[module]))
-        table.add_row("all", *(_cell(by_layer[n]) for n in some), _cell(found.total))
-        Console(width=1000).print(table)
+            shares = [cells.get((module, n)) for n in some]
+            if any(share and share.size for share in shares):
+                rows.append([module, *map(_cell, shares), _cell(by_module[module])])
+        rows.append(["all", *(_cell(by_layer[n]) for n in some), _cell(found.total)])
+        print_table(heads, rows)
 
 
-def _cell(share: object) -> str:
-    from mftmerge.inspection import Share
-
-    assert isinstance(share, Share)
-    return f"{share.density:.3f}" if share.size else ""
+def _cell(share: Share | None) -> str:
+    return f"{share.density:.3f}" if share and share.size else ""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from mftmerge.errors import BadInput
+
 
 def command(
-    directory: Path = typer.Argument(Path("quickstart"), help="Where everything goes; a second run continues there."),
-    tiny: bool = typer.Option(False, "--tiny", help="A small model made on the spot, in under two minutes."),
-    model: str = typer.Option(None, "--model", help="Your own fine-tuned model: checkpoint directory or hub id."),
-    seed: int = typer.Option(0, "--seed", help="Seed of the data and of the training order."),
-    as_json: bool = typer.Option(False, "--json", help="Print the results as JSON instead of a table."),
+    directory: Annotated[Path, typer.Argument(help="Where everything goes; a second run continues there.")] = Path(
+        "quickstart"
+    ),
+    tiny: Annotated[bool, typer.Option("--tiny", help="A small model made on the spot, in under two minutes.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Your own fine-tuned model: checkpoint directory or hub id.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the data and of the training order.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
     """Run the whole path: two domains, a mask each, combinations, a built model, and an honest table.
 
@@ -25,8 +32,6 @@ def command(
       mftmerge quickstart try --tiny
       mftmerge quickstart mine --model path/to/checkpoint
     """
-    from mftmerge.errors import BadInput
-
     if tiny and model:
         raise BadInput("--tiny makes a model of its own; leave out --model or --tiny")
     from mftmerge.quickstart.plan import full_plan, tiny_plan

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from mftmerge.cli.options import Overwrite
+from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json
+from mftmerge.errors import shown
+from mftmerge.progress import Step
 
 
 def command(
-    directory: Path = typer.Argument(..., metavar="DIR", help="Directory with masks and results, at any depth."),
-    out: Path = typer.Option(None, "--out", "-o", help="The page; DIR/report.html by default."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing page."),
-    as_json: bool = typer.Option(False, "--json", help="Also print what is on the page as JSON."),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory with masks and results, at any depth.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; DIR/report.html by default.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print what is on the page as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about the masks and results in a directory.
 
@@ -25,16 +31,10 @@ def command(
     Example:
       mftmerge report . -o report.html
     """
-    import sys
-
-    from rich.console import Console
-    from rich.text import Text
-
-    from mftmerge.errors import shown
     from mftmerge.report.page import write_report
 
-    with Console(stderr=True).status("starting") as status:
-        report = write_report(directory, out, overwrite=overwrite, say=lambda what: status.update(Text(shown(what))))
+    with shown_progress(quiet=as_json) as show:
+        report = write_report(directory, out, overwrite=overwrite, say=lambda what: show(Step(what, 0, 0)))
     for name, problem in report.found.problems:
         print(shown(f"mftmerge: note: {name}: {problem}"), file=sys.stderr)
     if as_json:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mftmerge.errors import shown
+
 if TYPE_CHECKING:
     from mftmerge.mask import Mask
 
@@ -24,6 +26,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout; names are shown as they are, whatever a terminal or rich would make of them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*heads, title=title and Text(shown(title), style="italic"), box=None)
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    Console(width=1000).print(table)
 
 
 def new_mask(mask: Mask, out: Path, notes: Sequence[str], as_json: bool) -> None:

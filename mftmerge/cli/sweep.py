@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mftmerge.cli.completing import YAML, files
+from mftmerge.cli.options import YAML, AsJson, Overwrite, files
+from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
+from mftmerge.progress import Step
 
 
 def command(
-    plan: Path = typer.Argument(
-        ..., metavar="SWEEP.YML", help="The sweep file, as above.", autocompletion=files(*YAML)
-    ),
-    out: Path = typer.Option(..., "--out", "-o", help="Directory for results.jsonl and masks/; continued if there."),
-    markdown: Path = typer.Option(None, "--markdown", help="Write both tables as Markdown."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing Markdown file."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="List the runs and stop."),
-    as_json: bool = typer.Option(False, "--json", help="Print the runs, the choice and the test results as JSON."),
+    plan: Annotated[
+        Path, typer.Argument(metavar="SWEEP.YML", help="The sweep file, as above.", autocompletion=files(*YAML))
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory for results.jsonl and masks/; continued if there.")
+    ],
+    markdown: Annotated[Path | None, typer.Option(help="Write both tables as Markdown.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a mask for every combination of settings and every seed; choose on validation rows, report on test rows.
 
@@ -61,8 +66,8 @@ def command(
             print(f"{describe(run.combination)}, seed {run.settings.seed}")
         return
     quiet()
-    with Console(stderr=True).status("starting") as status:
-        result = run_sweep(wanted, out, progress=status.update)
+    with shown_progress(quiet=as_json) as progress:
+        result = run_sweep(wanted, out, progress=lambda what: progress(Step(what, 0, 0)))
     if markdown is not None:
         write_markdown(result, markdown, overwrite=overwrite)
     if as_json:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mftmerge.settings import Settings
+from mftmerge.settings import Flag, Settings
 
 # A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
 # rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
@@ -22,7 +22,7 @@ class TrainSettings(Settings):
     # What is masked
     keep: float = Field(0.9, gt=0, le=1, description="share of weights kept in each matrix")
     layers: str | None = Field(None, description="decoder layers, such as 4-7; the last four by default")
-    modules: str = Field("attn,mlp", description="attn, mlp, names such as q_proj, or a regular expression")
+    modules: str = Field("attn,mlp", description="matrices: attn, mlp, names such as q_proj, or a regular expression")
     scope: Literal["matrix", "global"] = Field("matrix", description="one cut a matrix, or one over all")
     pattern: str | None = Field(None, description="N:M sparsity such as 2:4, instead of keep")
     base: str | None = Field(None, description="learn a mask over the difference from this model instead")
@@ -30,8 +30,10 @@ class TrainSettings(Settings):
 
     # The scores
     init: Literal["magnitude", "normal", "taylor"] = Field("magnitude", description="where the scores start")
-    start: str | None = Field(None, description="a mask with scores to go on from, instead of init's scores")
-    seed: int = Field(42, ge=0, description="of the data order and of normal scores")
+    start: Annotated[str | None, Flag(endings=(".mask",))] = Field(
+        None, description="a mask with scores to go on from, instead of init's scores"
+    )
+    seed: int = Field(42, ge=0, description="seed of the data order and of normal scores")
     keep_warmup: int = Field(0, ge=0, description="steps over which the share kept falls from 1 to keep")
     scores: bool = Field(False, description="store final and initial scores in the mask, for score arithmetic")
 
@@ -39,7 +41,9 @@ class TrainSettings(Settings):
     steps: int = Field(60, ge=0, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="rows in a forward pass, on each device")
     accumulate: int = Field(1, ge=1, description="forward passes in a step")
-    lr: float | None = Field(None, gt=0, description="of the scores; by default 2 * 0.0125 / steps, at most 0.001")
+    lr: float | None = Field(
+        None, gt=0, description="learning rate of the scores; by default 2 * 0.0125 / steps, at most 0.001"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps over which the learning rate rises")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the score gradients")
 
@@ -56,13 +60,13 @@ class TrainSettings(Settings):
     control: bool = Field(False, description="also run the matched control and the random and magnitude masks")
 
     # The machine
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; scores are float32")
-    adam_bits: Literal[8, 32] = Field(32, description="of each of Adam's moments; 8 saves memory and costs time")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of the weights; scores are float32")
+    adam_bits: Literal[8, 32] = Field(32, description="bits of each of Adam's moments; 8 saves memory and costs time")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     compile: bool = Field(False, description="compile the trained layers")
     prefix: Literal["memory", "disk", "off"] = Field("memory", description="where hidden states below are cached")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; eval_every by default")
-    log_to: str = Field("none", description="none, tensorboard (in <out>.logs) or wandb")
+    log_to: str = Field("none", description="where the numbers go: none, tensorboard (in <out>.logs) or wandb")
     check_memory: bool = Field(True, description="refuse a model that will not fit, before loading it")
 
     @field_validator("pattern")
