@@ -58,18 +58,18 @@ class TensorEntry:
         return self.stop - self.start
 
     @property
-    def type(self) -> Dtype:
+    def element(self) -> Dtype:
         """The tensor's type in the table."""
         return BY_CODE[self.dtype]
 
     @property
     def integer(self) -> type[np.unsignedinteger[Any]]:
         """numpy type of the integer view (uint8/16/32/64). Raises BadInput for types below a byte."""
-        if self.type.integer is None:
+        if self.element.integer is None:
             raise BadInput(
                 f"{self.file.name}: tensor {self.name!r} has dtype {self.dtype}, whose elements are not bytes"
             )
-        return self.type.integer
+        return self.element.integer
 
 
 @dataclass(frozen=True)

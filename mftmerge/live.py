@@ -243,7 +243,7 @@ def _values_of(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     """Reads a tensor of a checkpoint as a torch tensor of its own type."""
 
     def read(name: str) -> torch.Tensor:
-        dtype = checkpoint.entry(name).type
+        dtype = checkpoint.entry(name).element
         if not dtype.floating:
             raise BadInput(f"{checkpoint.path}: tensor {name!r} is {dtype.code}, not floating point weights")
         return torch.from_numpy(checkpoint.read(name)).view(dtype.torch)

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from mftmerge.errors import BadInput
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_causal_lm(path: Path, *, dtype: Any = "auto") -> Any:
+Loaded = TypeVar("Loaded")
+
+
+def load_causal_lm(
+    path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal language model in a checkpoint directory, on the CPU. dtype: "auto" (as stored) or torch's.
 
-    Raises BadInput where the directory is no sound checkpoint, where its configuration is none that transformers
-    knows, and where the files lack weights, which transformers would fill with random numbers.
+    trust_remote_code: whether Python code that comes with the checkpoint may run; otherwise a model that needs it is
+    refused, and nobody is asked. Raises BadInput where the directory is no sound checkpoint, where its configuration is
+    none that transformers knows, and where the files lack weights, which transformers would fill with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
     check_directory(path)
-    model, report = _guarded(
-        path,
-        "as a causal language model",
-        lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True),
-    )
+
+    def load() -> tuple[PreTrainedModel, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # because of output_loading_info
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+
+    model, report = _guarded(path, "as a causal language model", load)
     if missing := sorted(report["missing_keys"]):
         raise BadInput(f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); is the model of another kind?")
     return model
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a checkpoint directory. Raises BadInput where there is none."""
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint directory. Raises BadInput where there is none; see `load_causal_lm`."""
     from transformers import AutoTokenizer
 
-    return _guarded(path, "with its tokenizer", lambda: AutoTokenizer.from_pretrained(path))
+    def load() -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+
+    return _guarded(path, "with its tokenizer", load)
 
 
 def check_directory(path: Path) -> None:
@@ -44,7 +59,7 @@ def check_directory(path: Path) -> None:
         Checkpoint.open(path)
 
 
-def _guarded(path: Path, what: str, load: Any) -> Any:
+def _guarded(path: Path, what: str, load: Callable[[], Loaded]) -> Loaded:
     """What `load` gives. transformers raises many kinds of error for what is wrong with a checkpoint."""
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
@@ -57,5 +72,10 @@ def _guarded(path: Path, what: str, load: Any) -> Any:
         error: Exception = e
     except (SafetensorError, TypeError, ValueError) as e:
         error = e
+    if "trust_remote_code" in str(error):
+        raise BadInput(
+            f"{path}: this model needs Python code that comes with it; look at that code, and allow it with "
+            "--trust-remote-code if you trust it"
+        ) from None
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise BadInput(f"{path}: cannot be loaded {what} ({reason.strip()[:300]})") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mftmerge.checkpoint import Checkpoint, TensorEntry, read_config
@@ -44,7 +44,7 @@ def match(mask: Mask, checkpoint: Checkpoint, what: str) -> dict[str, str]:
         entry, shape = checkpoint.entry(here), mask.shape(there)
         if entry.shape != shape:
             raise BadInput(f"{what}: tensor {here!r} has shape {entry.shape}, the mask has {shape}")
-        if not entry.type.floating:
+        if not entry.element.floating:
             raise BadInput(f"{what}: tensor {here!r} is {entry.dtype}; masks apply to floating point weights only")
         _ = entry.integer
     return {**names, **_tied_copies(mask, checkpoint, names)}
@@ -61,6 +61,37 @@ def require_base_tensors(names: dict[str, str], checkpoint: Checkpoint, base: Ch
                 f"{what}: tensor {name!r} is {b.dtype} {b.shape}, the model has {a.dtype} {a.shape}; "
                 "exact selection needs both alike"
             )
+        require_same_scales(name, checkpoint, base, what)
+
+
+def require_same_scales(name: str, checkpoint: Checkpoint, base: Checkpoint, what: str) -> None:
+    """Raise BadInput unless an 8-bit tensor means the same numbers in both: its scales are tensors of their own.
+
+    A base's bytes under the model's scale would be neither model's value.
+    """
+    if checkpoint.entry(name).element.bits > 8:
+        return
+    for scale in sorted({*scales_of(name, checkpoint.names), *scales_of(name, base.names)}):
+        alike = scale in checkpoint and scale in base and checkpoint.fingerprint(scale) == base.fingerprint(scale)
+        if not alike:
+            raise BadInput(
+                f"{what}: tensor {name!r} is {checkpoint.entry(name).dtype} with another scale ({scale!r}) than the "
+                "model's, so its values do not fit in there; convert both to bfloat16 first"
+            )
+
+
+def scales_of(name: str, names: Iterable[str]) -> list[str]:
+    """The tensors that say what the numbers of an 8-bit tensor are to be multiplied with, whoever wrote the file.
+
+    `x.weight` has `x.weight_scale`, `x.weight_scale_inv`, `x.scale`, `x.scales` or `x.weight.scale...`; the scale of
+    the layer's inputs is none of the weights'.
+    """
+    parent, _, own = name.rpartition(".")
+    tails = (f"{own}_scale", f"{own}.", "scale")
+    begin = f"{parent}." if parent else ""
+    return [
+        n for n in names if n != name and n.startswith(begin) and n[len(begin) :].startswith(tails) and "scale" in n
+    ]
 
 
 def base_difference(names: dict[str, str], mask: Mask, checkpoint: Checkpoint) -> BaseDifference | None:
@@ -119,7 +150,7 @@ def _tied_name(missing: list[str], checkpoint: Checkpoint) -> str | None:
 
 
 def _tied_copies(mask: Mask, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, str]:
-    """Where head and embeddings are tied but both stored, the one that the mask does not name."""
+    """Where head and embeddings are tied but both stored, and alike, the one that the mask does not name."""
     embeddings = [n for n in checkpoint.names if n.endswith(EMBEDDINGS)]
     heads = [n for n in checkpoint.names if n.endswith(HEADS)]
     if len(embeddings) != 1 or len(heads) != 1 or not ties_embeddings(checkpoint):
@@ -127,6 +158,9 @@ def _tied_copies(mask: Mask, checkpoint: Checkpoint, names: dict[str, str]) -> d
     pair = (embeddings[0], heads[0])
     covered = [n for n in pair if n in names]
     if len(covered) != 1 or len({checkpoint.entry(n).shape for n in pair}) != 1:
+        return {}
+    # As transformers does: two stored copies are tied only while they are equal, whatever the configuration says.
+    if checkpoint.fingerprint(pair[0]) != checkpoint.fingerprint(pair[1]):
         return {}
     other = pair[1 - pair.index(covered[0])]
     return {other: names[covered[0]]}

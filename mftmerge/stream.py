@@ -104,7 +104,7 @@ class MaskStream:
     def _write_pieces(
         self, entry: TensorEntry, source: int, target: int, base_entry: TensorEntry | None, base_fd: int
     ) -> None:
-        width = entry.type.nbytes
+        width = entry.element.nbytes
         step = PIECE // width
         buffers = self._buffers.__dict__
         if not buffers:

@@ -17,7 +17,7 @@ from helpers.checkpoints import random_mask, tensors
 from safetensors.torch import load_file, save_file
 
 from mftmerge.apply import apply_mask
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpoint import SINGLE, Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo, Parent
 from mftmerge.select import select
@@ -208,6 +208,46 @@ def test_tied_embeddings_are_masked_wherever_they_are_stored(tiny: Callable[...,
     result = tensors(tmp_path / "two")
     assert torch.equal(result["lm_head.weight"], expected)
     assert torch.equal(result["model.embed_tokens.weight"], expected)
+
+
+def test_two_stored_embeddings_that_differ_are_not_tied_whatever_config_says(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "both"
+    shutil.copytree(tiny("qwen2"), path)  # its config.json says tied
+    state = load_file(path / "model.safetensors")
+    embeddings = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": embeddings + 1}, path / "model.safetensors", metadata={"format": "pt"})
+    kept = np.random.default_rng(0).random(tuple(embeddings.shape)) < 0.5
+    apply_mask(Mask.from_bools({"lm_head.weight": kept}), path, tmp_path / "out")
+    result = tensors(tmp_path / "out")
+    assert torch.equal(result["lm_head.weight"], (embeddings + 1) * torch.from_numpy(kept))
+    assert torch.equal(result["model.embed_tokens.weight"], embeddings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    assert torch.equal(model.lm_head.weight, result["lm_head.weight"])
+
+
+@pytest.mark.parametrize("scale", ["l.weight_scale_inv", "l.weight_scale", "l.scale", "l.weight.scale"])
+@pytest.mark.parametrize("change", ["other", "absent", "added"])
+def test_eight_bit_weights_with_other_scales_are_not_mixed(tmp_path: Path, scale: str, change: str) -> None:
+    def write(name: str, value: float | None = None) -> Path:
+        (tmp_path / name).mkdir()
+        weights = {"l.weight": torch.ones(4).to(torch.float8_e4m3fn), "l.input_scale": torch.tensor([len(name)])}
+        if value is not None:
+            weights[scale] = torch.tensor([value])
+        save_file(weights, tmp_path / name / SINGLE)
+        return tmp_path / name
+
+    mask = Mask.from_bools({"l.weight": np.array([1, 1, 0, 0], bool)})
+    model = write("model") if change == "added" else write("model", 2.0)
+    base = write("base") if change == "absent" else write("base", 0.5)
+    with pytest.raises(BadInput, match="another scale"):
+        apply_mask(mask, model, tmp_path / "out", base=base)
+    apply_mask(mask, model, tmp_path / "zeros")
+    apply_mask(mask, model, tmp_path / "same", base=model)
 
 
 def test_fused_experts_in_the_file_are_refused_with_the_way_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
