@@ -120,6 +120,8 @@ def to_float32(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
         table: npt.NDArray[np.float32] = _fp8_table(dtype)[array]
         return table
+    if dtype == "BOOL":  # by its bytes: numpy would read any byte but 0 as True, and a damaged mask as a sound one
+        return array.astype(np.float32)
     found = BY_CODE.get(dtype)
     if found is not None and found.name in _NUMPY:
         return np.ascontiguousarray(array).view(found.name).astype(np.float32, copy=False)
