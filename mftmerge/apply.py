@@ -23,9 +23,10 @@ from pydantic import Field
 from mftmerge import card, matching
 from mftmerge.checkpoint import INDEX, Checkpoint, resolve, safe_file
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import COMPANION_FOLDERS, COMPANIONS, OutputDirectory, check_target, checksum, open_new, sync_file
+from mftmerge.files import COMPANION_FOLDERS, checksum, is_companion, open_new, protect, sync_file
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
+from mftmerge.outputdirectory import OutputDirectory, check_target
 from mftmerge.progress import Progress, Step
 from mftmerge.settings import Settings
 from mftmerge.stream import MaskStream
@@ -104,10 +105,9 @@ def apply_mask(
     settings = ApplySettings.make(options)
     plan = _plan(mask, model, settings)
     target = Path(os.path.abspath(Path(out).expanduser()))
+    own = mask if isinstance(mask, str | Path) else None
+    protect(target, (own, plan.source.path, plan.base.path if plan.base else None))
     check_target(target, settings.overwrite)
-    for used in (plan.source, plan.base):
-        if used and target.exists() and target.samefile(used.path):
-            raise BadInput(f"{target}: is itself an input; choose another output directory")
     if settings.require_base and not plan.mask.info.fingerprints:
         raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
     try:
@@ -133,7 +133,7 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
     for folder in folders:
         for path in sorted((checkpoint.path / folder).iterdir()):
             name = str(path.relative_to(checkpoint.path))
-            usual = any(path.match(p) for p in COMPANIONS) and not path.name.endswith(".index.json")
+            usual = is_companion(path.name) and not path.name.endswith(".index.json")
             index = name == INDEX and checkpoint.has_index
             wanted = usual or index or any(path.match(p) for p in include)
             if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):

@@ -1,17 +1,19 @@
-"""Outputs that appear whole or not at all: a file (`replacing`), a directory (`OutputDirectory`)."""
+"""Files: what belongs to a model, outputs that appear whole and cost no input, locks, whole reads and writes.
+
+A file is written through `replacing`, a directory through `outputdirectory.OutputDirectory`. Every command that writes
+calls `protect` (or `refuse_existing`, which does) with its inputs before it starts.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import platform
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
@@ -20,7 +22,9 @@ from mftmerge.errors import BadInput, MftmergeError
 # Files that belong to a model beside its weights: configuration, tokenizer, templates, licence. No pickles, no code.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 COMPANION_FOLDERS = ("additional_chat_templates",)
-MANIFEST = ".mftmerge-progress.json"
+POINTER = b"version https://git-lfs.github.com/spec/"
+# What flock says where a file system has none: Lustre without -o flock, NFS without lockd, some FUSE.
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 def unsupported(*_: int) -> int:
@@ -30,148 +34,183 @@ def unsupported(*_: int) -> int:
 _reserve = getattr(os, "posix_fallocate", unsupported)  # elsewhere files are extended without reserving space
 
 
+def temporary(path: Path) -> Path:
+    """A name beside `path`, with its ending, that no other process on any machine that sees the directory uses."""
+    return path.with_name(f".{path.stem[:100]}.{os.getpid()}-{secrets.token_hex(6)}.tmp{path.suffix}")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a name beside `path`, with its ending, to write to; the file takes its name when the block ends well."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    beside = temporary(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield beside
+        os.replace(beside, path)
     except OSError as e:
-        if e.filename in (None, str(temporary)):  # a write that failed does not say where
+        if e.filename in (None, str(beside)):  # a write that failed does not say where
             raise MftmergeError(f"{path}: cannot be written ({e.strerror or e})") from e
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
-def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise BadInput for an output that is there and may not be replaced, is a directory, or has none to be in.
+def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise BadInput for an output file that is there and may not be replaced, is a directory, or has none to be in.
 
-    Called before the work as well, so that hours of it do not end in a misspelt path.
+    inputs: what the work reads, see `protect`. Called before the work as well, so that hours of it do not end in a
+    misspelt path.
     """
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a directory; give the name of a file")
+    protect(path, inputs, directory=False)
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give another path or --overwrite")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
 
 
+def protect(out: str | Path, inputs: Iterable[str | Path | None], *, directory: bool = True) -> None:
+    """Raise BadInput when writing `out` (a directory, or else a file) would touch what the work reads.
+
+    inputs: paths of files and directories; what is no local path (a hub id) is passed over, so is None. Refused: an
+    input that is `out` or lies in it, an output directory inside an input directory, and an output that is a file of an
+    input model. Compared by what the paths lead to, not by how they are written: links, relative paths, hard links.
+    """
+    out = Path(out).expanduser()
+    for given in inputs:
+        if given is None or not (path := _local(given)):
+            continue
+        if _same(path, out):
+            raise BadInput(f"{out}: is itself an input; choose another output")
+        if _inside(path, out) or (path.is_dir() and any(_inside(p, out) for p in path.iterdir() if p.is_symlink())):
+            raise BadInput(f"{out}: holds an input ({path}); choose another output")
+        if out.is_dir() and (shared := _hard_link(path, out)):
+            raise BadInput(f"{out}: {shared.name} in it is an input too, as a hard link; choose another output")
+        if path.is_dir() and _inside(out, path):
+            replaced = out.exists() and (out.suffix in (".safetensors", ".py") or is_companion(out.name))
+            if directory or replaced:  # a new file there, such as a model's masks, touches nothing
+                raise BadInput(f"{out}: lies in an input ({path}); choose another output")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name goes along with a model's weights."""
+    return any(Path(name).match(p) for p in COMPANIONS)
+
+
+def _local(given: str | Path) -> Path | None:
+    try:
+        path = Path(given).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # text that is no path
+        return None
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _inside(path: Path, directory: Path) -> bool:
+    """Whether `path` leads into `directory`, seen by inode, so that other mounts and spellings of it count."""
+    return any(_same(parent, directory) for parent in path.resolve().parents)
+
+
+def _hard_link(path: Path, out: Path) -> Path | None:
+    """A file in the directory `out` that is also a file of the input `path` under another name."""
+
+    def inodes(place: Path) -> dict[tuple[int, int], Path]:
+        found = place.rglob("*") if place.is_dir() else (place,)
+        stats = [(p, p.stat()) for p in found if p.is_file() and not p.is_symlink()]
+        return {(s.st_dev, s.st_ino): p for p, s in stats if s.st_nlink > 1}
+
+    theirs = inodes(path)
+    return next((p for key, p in inodes(out).items() if key in theirs), None) if theirs else None
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise BadInput for a file that begins as Git LFS's stand-in for a large file does."""
+    if start.startswith(POINTER[: len(start)]) and len(start) >= 8:
+        raise BadInput(f"{path}: a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`")
+
+
+def lock(fd: int, out: Path, owner: Path) -> None:
+    """Make this process the one that writes `out`, until the descriptor `fd` is closed and `owner` removed.
+
+    owner: a file that says who it is where the file system has no flock. Raises MftmergeError when another run has it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        raise MftmergeError(f"{out}: another run is writing it; wait for that one, or stop it") from None
+    except OSError as e:
+        if e.errno not in NO_FLOCK:
+            raise MftmergeError(f"{out}: cannot be locked ({e.strerror})") from None
+    me = f"{platform.node()} {os.getpid()}"
+    for _ in range(2):
+        try:
+            with open(owner, "x", encoding="utf-8") as f:
+                f.write(me)
+            return
+        except FileExistsError:
+            host, _, process = owner.read_text(encoding="utf-8", errors="replace").rpartition(" ")
+            if host != platform.node() or _alive(process):
+                raise MftmergeError(
+                    f"{out}: another run (process {process} on {host}) is writing it; wait for that one, or remove "
+                    f"{owner} if it is gone"
+                ) from None
+            owner.unlink(missing_ok=True)
+    raise MftmergeError(f"{out}: another run is writing it; wait for that one, or stop it")
+
+
+@contextmanager
+def locked(out: str | Path) -> Iterator[None]:
+    """For the length of the block nobody else who asks writes `out`. Raises MftmergeError when somebody does."""
+    out = Path(out)
+    path, owner = out.with_name(f".{out.name}.lock"), out.with_name(f".{out.name}.owner")
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as e:
+            raise MftmergeError(f"{out}: cannot be written ({e.strerror})") from None
+        try:
+            lock(fd, out, owner)
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                break  # else its last holder removed it just before it was ours
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        owner.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename durable, where the system can."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    except OSError:
-        pass
+        with suppress(OSError):
+            os.fsync(fd)
     finally:
         os.close(fd)
-
-
-class OutputDirectory:
-    """A context manager around a directory being written. Without `commit()` nothing appears under `out`.
-
-    job: gives a text that identifies the work (inputs and options); a leftover of another job is never continued.
-    resume: continue the leftover of a killed run, and leave what was finished in place when this run fails.
-    """
-
-    def __init__(self, out: Path, job: Callable[[], str], *, overwrite: bool = False, resume: bool = False) -> None:
-        self.out, self.job, self.overwrite, self.resume = out, job, overwrite, resume
-        self.path = out.parent / f".{out.name}.partial"
-        self._finished: dict[str, str] = {}
-        self._lock = threading.Lock()
-        self._fd = -1
-        self._committed = False
-
-    def __enter__(self) -> OutputDirectory:
-        check_target(self.out, self.overwrite)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as e:
-            raise MftmergeError(f"cannot write beside {self.out}: {e.strerror}") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise MftmergeError(f"{self.out}: another run is writing it; wait for that one, or stop it") from None
-        self._finished = self._read_manifest() if self.resume else {}
-        for child in self.path.iterdir():
-            if child.name not in self._finished:
-                _remove(child)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._committed and not (self.resume and self._finished):
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._fd)
-
-    def is_finished(self, name: str) -> bool:
-        """Whether a previous run finished this file: size and checksum are those that were recorded."""
-        path = self.path / name
-        recorded = self._finished.get(name)
-        if recorded is None:
-            return False
-        if path.is_symlink() or not path.is_file() or checksum(path) != recorded:
-            self._finished.pop(name)
-            path.unlink(missing_ok=True)
-            return False
-        return True
-
-    def record(self, name: str, checksum: str) -> None:
-        """Note that a file is complete and synced. Safe to call from any thread."""
-        with self._lock:
-            self._finished[name] = checksum
-            temporary = self.path / f"{MANIFEST}.tmp"
-            temporary.write_text(json.dumps({"job": self.job(), "files": self._finished}))
-            os.replace(temporary, self.path / MANIFEST)
-
-    def commit(self) -> None:
-        """Give the finished directory its name. An old directory of that name is replaced and then deleted."""
-        with self._lock:
-            for name in (MANIFEST, f"{MANIFEST}.tmp"):
-                (self.path / name).unlink(missing_ok=True)
-        os.fsync(self._fd)
-        old = self.out.parent / f".{self.out.name}.replaced"
-        replaced = self.overwrite and self.out.is_dir()
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.out, old)
-        try:
-            os.rename(self.path, self.out)
-        except OSError:
-            if replaced:
-                os.rename(old, self.out)
-            raise
-        self._committed = True
-        sync_directory(self.out.parent)
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _read_manifest(self) -> dict[str, str]:
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            files = {str(k): str(v) for k, v in manifest["files"].items() if Path(k).name == k}
-            return files if manifest["job"] == self.job() else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise BadInput unless `out` may become a checkpoint directory."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise BadInput(f"{out}: exists and is not a directory; choose another output")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise BadInput(f"{out}: already exists; give --overwrite to replace it")
-    if not (out / "config.json").exists() and not any(out.glob("*.safetensors")):
-        raise BadInput(f"{out}: is no checkpoint directory, so it is not overwritten; choose another output")
 
 
 def open_new(path: Path, size: int) -> int:
@@ -230,10 +269,3 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

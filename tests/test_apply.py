@@ -295,6 +295,31 @@ def test_target_is_never_replaced_unasked(tiny: Callable[..., Path], tmp_path: P
         apply_mask(mask, out, out, overwrite=True)
 
 
+@pytest.mark.parametrize("which", ["mask", "model", "base", "inside the model"])
+def test_overwrite_never_touches_an_input_or_what_is_no_checkpoint(
+    tiny: Callable[..., Path], tmp_path: Path, which: str
+) -> None:
+    run, inputs = tmp_path / "run", {"mask": tmp_path / "a.mask", "model": tmp_path / "m", "base": tmp_path / "b"}
+    shutil.copytree(tiny("llama"), run)
+    (run / "notes.txt").write_text("mine")
+    (run / ".git").mkdir()
+    if which in inputs:
+        inputs[which] = run / inputs[which].name
+    random_mask(run).save(inputs["mask"])
+    for name in ("model", "base"):
+        shutil.copytree(tiny("llama"), inputs[name])
+    before = {p: p.is_file() and p.read_bytes() for p in run.rglob("*")}
+    out = run if which in inputs else inputs["model"] / "sub"
+    with pytest.raises(BadInput, match="an input"):
+        apply_mask(inputs["mask"], inputs["model"], out, base=inputs["base"], overwrite=True)
+    assert {p: p.is_file() and p.read_bytes() for p in run.rglob("*")} == before
+    if which in inputs:
+        return
+    apply_mask(inputs["mask"], inputs["model"], run, overwrite=True)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / ".git").is_dir()
+
+
 def test_command_line(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny("llama", dtype="bfloat16")
     random_mask(path).save(tmp_path / "a.mask")

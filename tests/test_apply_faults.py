@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from mftmerge.apply import apply_mask
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import MANIFEST
 from mftmerge.mask import Mask
+from mftmerge.outputdirectory import MANIFEST
 from mftmerge.progress import Step
 
 
@@ -90,7 +90,7 @@ def test_too_little_space_is_seen_before_writing(sharded: Path, place: Path, mon
 
 
 def test_a_failure_keeps_the_old_output(sharded: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mftmerge import files as writer
+    from mftmerge import outputdirectory as writer
 
     apply_mask(random_mask(sharded, 1), sharded, place / "out")
     before = {p.name: p.read_bytes() for p in (place / "out").iterdir()}
@@ -112,7 +112,7 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from mftmerge import apply
-from mftmerge import files as writer
+from mftmerge import outputdirectory as writer
 from mftmerge.apply import apply_mask
 apply.WORTH_RESUMING = 0
 record = writer.OutputDirectory.record

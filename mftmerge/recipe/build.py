@@ -11,7 +11,7 @@ from typing import Literal
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.files import OutputDirectory
+from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
 from mftmerge.recipe.eligible import why_not

@@ -16,8 +16,8 @@ import yaml
 
 from mftmerge.apply import apply_mask, companion_files
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.files import OutputDirectory
 from mftmerge.mask import Mask
+from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.recipe.build import Options, build_into, needed, refuse_own_input
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.catalogue import METHODS

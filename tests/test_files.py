@@ -1,0 +1,149 @@
+"""What all commands that write have in common: no input is lost, names are nobody else's, one run an output."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mftmerge import files
+from mftmerge.errors import BadInput, MftmergeError
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """run/ with a checkpoint and a model in it; models/a beside it. The working directory."""
+    for name in ("run/checkpoint-500", "models/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_text("weights")
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "run" / "code.mask").write_text("mask")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "given"),
+    [
+        ("run", "run"),
+        ("run", "run/checkpoint-500"),
+        ("run", "run/code.mask"),
+        ("run", "./models/../run/code.mask"),
+        ("models/../run", "run/code.mask"),
+        ("link", "run/code.mask"),
+        ("run", "link/code.mask"),
+        ("run", "mask.link"),
+        ("run", "links"),
+        ("run", "hard.mask"),
+        ("run", "hard"),
+        ("run/checkpoint-500/masked", "run"),
+        ("models/a/v1.5", "models/a"),
+        ("models/a", "models/a"),
+        ("models", "models/a"),
+    ],
+)
+def test_a_directory_that_holds_or_lies_in_an_input_is_refused(place: Path, out: str, given: str) -> None:
+    os.symlink("run", "link")
+    os.symlink("run/code.mask", "mask.link")
+    os.mkdir("links")
+    os.symlink(place / "run/checkpoint-500/model.safetensors", "links/model.safetensors")
+    os.link("run/code.mask", "hard.mask")
+    os.mkdir("hard")
+    os.link("run/checkpoint-500/model.safetensors", "hard/weights")
+    for spelt in (given, Path(given), place / given):
+        with pytest.raises(BadInput, match=r"an input|itself an input") as caught:
+            files.protect(out, ["owner/name", None, spelt])
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_beside_each_other_is_fine(place: Path) -> None:
+    files.protect("run2", ["run", "rows.jsonl", "models/a"])
+    files.protect("models/b", ["models/a", "owner/name", "\0", "x" * 5000, "~nobody/x"])
+    files.refuse_existing("models/a/new.mask", False, ["models/a"])
+    files.refuse_existing("run/code.mask", True, ["run"])
+
+
+@pytest.mark.parametrize(
+    ("out", "given"),
+    [
+        ("rows.jsonl", "rows.jsonl"),
+        ("rows.jsonl", "./rows.jsonl"),
+        ("rows.jsonl", "rows.link"),
+        ("rows.link", "rows.jsonl"),
+        ("rows.hard", "rows.jsonl"),
+        ("models/a/config.json", "models/a"),
+        ("models/a/model.safetensors", "models/a"),
+    ],
+)
+def test_a_file_that_is_an_input_is_refused_also_with_overwrite(place: Path, out: str, given: str) -> None:
+    os.symlink("rows.jsonl", "rows.link")
+    os.link("rows.jsonl", "rows.hard")
+    with pytest.raises(BadInput, match="input"):
+        files.refuse_existing(out, True, [given])
+
+
+def test_temporary_names_are_nobody_elses(tmp_path: Path) -> None:
+    names = {files.temporary(tmp_path / "out.mask").name for _ in range(100)}
+    assert len(names) == 100
+    assert all(n.startswith(".out.") and n.endswith(".mask") for n in names)
+    assert len(files.temporary(tmp_path / ("x" * 240 + ".mask")).name) < 255
+
+
+def test_one_run_an_output(tmp_path: Path) -> None:
+    out = tmp_path / "a.mask"
+    with files.locked(out):
+        with pytest.raises(MftmergeError, match="another run is writing it"), files.locked(out):
+            pass
+        code = f"from mftmerge import files\nwith files.locked({str(out)!r}): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another run" in done.stderr
+    with files.locked(out):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_lock_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    def no(*_: object) -> None:
+        raise OSError(getattr(errno, code), "no flock here")
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    out, owner = tmp_path / "a.mask", tmp_path / ".a.mask.owner"
+    with files.locked(out):
+        assert owner.exists()
+        with pytest.raises(MftmergeError, match="another run"), files.locked(out):
+            pass
+    assert not list(tmp_path.iterdir())
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner.write_text(f"{platform.node()} {gone.pid}")  # a run that was killed
+    with files.locked(out):
+        pass
+    owner.write_text("another-machine 1")
+    with pytest.raises(MftmergeError, match="another-machine") as caught, files.locked(out):
+        pass
+    assert str(owner) in str(caught.value)
+
+
+def test_other_trouble_with_a_lock_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    with pytest.raises(MftmergeError, match="Input/output error"), files.locked(tmp_path / "a"):
+        pass
+
+
+def test_lfs_pointers_are_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="git lfs pull"):
+        files.refuse_pointer(tmp_path / "x", b"version https://git-lfs.github.com/spec/v1\noid sha256:")
+    files.refuse_pointer(tmp_path / "x", b"version")
+    files.refuse_pointer(tmp_path / "x", b"{}")
+    files.refuse_pointer(tmp_path / "x", b"")

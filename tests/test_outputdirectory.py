@@ -1,0 +1,162 @@
+"""Replacing a checkpoint directory: nothing of the user's is lost, and OUT is there at any moment."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mftmerge import outputdirectory
+from mftmerge.errors import MftmergeError
+from mftmerge.outputdirectory import OutputDirectory
+
+OLD = {
+    "config.json": "old",
+    "model-00001-of-00002.safetensors": "old 1",
+    "odd-name.safetensors": "old 2",
+    "model.safetensors.index.json": '{"weight_map": {"a": "odd-name.safetensors"}}',
+    "chat_template.jinja": "old template",
+    "masks/code.mask": "old mask",
+}
+THEIRS = {
+    "notes.txt": "mine",
+    "results.json": "mine",
+    ".git/HEAD": "ref",
+    "checkpoint-500/model.safetensors": "other weights",
+    "checkpoint-500/config.json": "other",
+    "masks/own.mask": "mine",
+    "adapter_model.safetensors": "an adapter",
+    "modeling.py": "code",
+}
+NEW = {"config.json": "new", "model.safetensors": "new weights", "masks/code.mask": "new mask", "README.md": "card"}
+
+
+def fill(path: Path, content: dict[str, str]) -> None:
+    for name, text in content.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+
+
+def content(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file() and not p.is_symlink()}
+
+
+def replace(out: Path) -> None:
+    with OutputDirectory(out, lambda: "job", overwrite=True) as output:
+        fill(output.path, NEW)
+        output.commit()
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_only_a_checkpoints_own_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool) -> None:
+    if not swap:
+        monkeypatch.setattr(outputdirectory, "_swap", lambda a, b: False)
+    out = tmp_path / "out"
+    fill(out, OLD | THEIRS)
+    (out / "elsewhere").symlink_to(tmp_path)
+    replace(out)
+    assert content(out) == THEIRS | NEW
+    assert (out / "elsewhere").readlink() == tmp_path
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    replace(out)
+    assert content(out) == THEIRS | NEW
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from mftmerge import outputdirectory
+if not {swap}:
+    outputdirectory._swap = lambda a, b: False
+count = 0
+def counting(real):
+    def call(*arguments, **options):
+        global count
+        if count == {after}:
+            os.kill(os.getpid(), 9)
+        count += 1
+        return real(*arguments, **options)
+    return call
+os.rename = counting(os.rename)
+Path.unlink = counting(Path.unlink)
+outputdirectory.exchange = counting(outputdirectory.exchange)
+with outputdirectory.OutputDirectory(Path({out!r}), lambda: "job", overwrite=True) as output:
+    for name, text in {new!r}.items():
+        (output.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (output.path / name).write_text(text)
+    output.commit()
+print("finished", count)
+"""
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, swap: bool) -> None:
+    after = 0
+    while True:
+        out = tmp_path / str(after) / "out"
+        fill(out, OLD | THEIRS)
+        code = KILLED.format(tests=str(Path(__file__).parent), swap=swap, after=after, out=str(out), new=NEW)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        finished = process.returncode == 0
+        assert finished or process.returncode == -signal.SIGKILL, process.stderr
+        if swap:  # OUT is there, and whole: the old checkpoint or the new one
+            found = content(out)
+            assert all(found[k] == v for k, v in OLD.items()) or all(found[k] == v for k, v in NEW.items())
+        anywhere = list(content(out.parent).values())
+        assert all(anywhere.count(text) >= list(THEIRS.values()).count(text) for text in THEIRS.values())
+        replace(out)
+        found = content(out)
+        assert found == THEIRS | NEW, after
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+        if finished:
+            break
+        after += 1
+    assert after > 8
+
+
+def test_a_file_that_came_meanwhile_is_never_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, NEW | {"notes.txt": "newer"})
+    fill(tmp_path / ".out.replaced", OLD | {"notes.txt": "older"})
+    (tmp_path / ".out.written").write_text('["masks/code.mask"]')
+    replace(out)
+    assert content(out)["notes.txt"] == "newer"
+    assert content(tmp_path / ".out.replaced") == {"notes.txt": "older"}
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_written_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    def no(*_: object) -> None:
+        raise OSError(getattr(errno, code), "no flock here")
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    out = tmp_path / "out"
+    with OutputDirectory(out, lambda: "job") as output:
+        with pytest.raises(MftmergeError, match="another run"), OutputDirectory(out, lambda: "job"):
+            pass
+        fill(output.path, NEW)
+        output.commit()
+    assert content(out) == NEW
+    replace(out)
+    assert content(out) == NEW
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_swap_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(new: Path, out: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(outputdirectory, "exchange", broken)
+    out = tmp_path / "out"
+    fill(out, OLD | THEIRS)
+    with pytest.raises(OSError, match="Input/output"):
+        replace(out)
+    assert content(out) == OLD | THEIRS
+    assert os.listdir(tmp_path) == ["out"]
