@@ -21,9 +21,9 @@ from typing import Any
 from pydantic import Field
 
 from mftmerge import card, matching
-from mftmerge.checkpoint import INDEX, Checkpoint, resolve, safe_file
+from mftmerge.checkpoint import INDEX, Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import COMPANION_FOLDERS, checksum, is_companion, open_new, protect, sync_file
+from mftmerge.files import COMPANION_FOLDERS, checksum, is_companion, open_new, protect, refuse_pointer, sync_file
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
 from mftmerge.outputdirectory import OutputDirectory, check_target
@@ -78,6 +78,7 @@ class ApplySettings(Settings):
     )
     check_base: bool = Field(True, description="say how much the model differs from the mask's base (hashes it)")
     resume: bool = Field(False, description="continue what a killed run left; keep finished shards")
+    follow_links: bool = Field(False, description="follow links that lead out of the checkpoint's directory")
     include: list[str] = Field([], description="copy further files too, e.g. '*.py'")
 
 
@@ -137,7 +138,8 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
             index = name == INDEX and checkpoint.has_index
             wanted = usual or index or any(path.match(p) for p in include)
             if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):
-                safe_file(checkpoint.path, name)
+                with open(checkpoint.file(name), "rb") as f:
+                    refuse_pointer(checkpoint.path / name, f.read(64))
                 yield name
 
 
@@ -145,8 +147,10 @@ def _plan(mask: Mask | str | Path, model: str | Path, settings: ApplySettings) -
     """Everything that can be checked without reading a weight."""
     if not isinstance(mask, Mask):
         mask = Mask.load(mask)
-    source = Checkpoint.open(resolve(model))
-    base = None if settings.base is None else Checkpoint.open(resolve(settings.base))
+    source = Checkpoint.open(resolve(model), follow_links=settings.follow_links)
+    base = (
+        None if settings.base is None else Checkpoint.open(resolve(settings.base), follow_links=settings.follow_links)
+    )
     names = matching.match(mask, source, str(model))
     if base is not None:
         matching.require_base_tensors(names, source, base, str(settings.base))
@@ -261,7 +265,7 @@ def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest:
     """Copy configuration, tokenizer, templates and licence; write the model card."""
     for name in plan.companions:
         (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(safe_file(plan.source.path, name), directory / name)
+        shutil.copyfile(plan.source.file(name), directory / name)
         sync_file(directory / name)
     base = plan.settings.base
     density = 1 - report.dropped / report.covered if report.covered else 1.0
@@ -274,7 +278,7 @@ def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest:
     if report.difference:
         text = str(report.difference)
         facts.append(f"{text[0].upper()}{text[1:]}.")
-    original = card.read_card(safe_file(plan.source.path, "README.md")) if _has_card(plan.source.path) else None
+    original = card.read_card(plan.source.file("README.md")) if _has_card(plan.source.path) else None
     text = card.model_card(report.out.name, plan.mask, digest, facts, plan.model, original)
     (directory / "README.md").write_text(text, encoding="utf-8")
     sync_file(directory / "README.md")

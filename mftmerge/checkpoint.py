@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from mftmerge.dtypes import BY_CODE, Dtype, to_float32
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import COMPANIONS, read_at
+from mftmerge.files import COMPANIONS, read_at, refuse_pointer
 from mftmerge.select import Integers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -120,28 +120,30 @@ class Shard:
 class Checkpoint:
     """A checkpoint directory, opened for reading. All headers are read and checked by `open`; no weight is."""
 
-    def __init__(self, path: Path, shards: tuple[Shard, ...], has_index: bool) -> None:
-        self.path, self.shards, self.has_index = path, shards, has_index
+    def __init__(self, path: Path, shards: tuple[Shard, ...], has_index: bool, follow_links: bool = False) -> None:
+        self.path, self.shards, self.has_index, self.follow_links = path, shards, has_index, follow_links
         self._entries = {e.name: e for s in shards for e in s.tensors}
         self._shard_of = {s.path: s for s in shards}
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, follow_links: bool = False) -> Checkpoint:
         """Open a directory holding `model.safetensors` or `model.safetensors.index.json` with its shards.
 
-        As in transformers, the single file wins when both are there. Raises BadInput for anything that is not a sound
-        safetensors checkpoint: an index pointing outside the directory, tensors missing from or repeated in the shards,
-        headers that do not describe the file, pickles.
+        As in transformers, the single file wins when both are there. follow_links: see `safe_file`. Raises BadInput for
+        anything that is not a sound safetensors checkpoint: an index pointing outside the directory, tensors missing
+        from or repeated in the shards, headers that do not describe the file, pickles.
         """
         path = Path(path)
         if not path.is_dir():
             raise BadInput(f"{path}: not a checkpoint directory")
         if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
-            return cls(path, (read_shard(safe_file(path, SINGLE), SINGLE),), False)
+            real = safe_file(path, SINGLE, follow_links=follow_links)
+            return cls(path, (read_shard(real, SINGLE),), False, follow_links)
         if not (path / INDEX).exists():
             raise BadInput(f"{path}: no {SINGLE} or {INDEX} in it{_what_else(path)}")
-        weight_map = _read_index(safe_file(path, INDEX))
-        shards = tuple(read_shard(safe_file(path, name), name) for name in sorted(set(weight_map.values())))
+        weight_map = _read_index(safe_file(path, INDEX, follow_links=follow_links))
+        files = {name: safe_file(path, name, follow_links=follow_links) for name in sorted(set(weight_map.values()))}
+        shards = tuple(read_shard(real, name) for name, real in files.items())
         home: dict[str, str] = {}
         for shard in shards:
             for entry in shard.tensors:
@@ -151,7 +153,7 @@ class Checkpoint:
         for tensor, name in weight_map.items():
             if home.get(tensor) != name:
                 raise BadInput(f"{path}: {INDEX} says that {tensor!r} is in {name}, but it is not; download it again")
-        return cls(path, shards, True)
+        return cls(path, shards, True, follow_links)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -170,6 +172,10 @@ class Checkpoint:
         if name not in self._entries:
             raise BadInput(f"{self.path}: no tensor {name!r} in this checkpoint")
         return self._entries[name]
+
+    def file(self, name: str) -> Path:
+        """The real path of another file of the directory; see `safe_file`."""
+        return safe_file(self.path, name, follow_links=self.follow_links)
 
     def shard_of(self, entry: TensorEntry) -> Shard:
         """The file that holds a tensor."""
@@ -231,12 +237,14 @@ def resolve(reference: str | Path) -> Path:
         raise BadInput(f"{text}: neither a local directory nor a reachable hub model ({reason})") from None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """A model directory's config.json, {} where it has none. Raises BadInput unless it is a JSON object."""
     if not (directory / "config.json").exists():
         return {}
+    raw = safe_file(directory, "config.json", follow_links=follow_links).read_bytes()
+    refuse_pointer(directory / "config.json", raw)
     try:
-        config = json.loads(safe_file(directory, "config.json").read_bytes())
+        config = json.loads(raw)
     except (ValueError, RecursionError):
         raise BadInput(f"{directory}: config.json is not readable JSON; get it again") from None
     if not isinstance(config, dict):
@@ -244,11 +252,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def safe_file(directory: Path, name: str) -> Path:
+def safe_file(directory: Path, name: str, *, follow_links: bool = False) -> Path:
     """The real path of a file named inside a checkpoint directory.
 
-    Raises BadInput for absolute names, `..`, anything but a regular file, and links that leave the directory. A link
-    from a hub cache's `snapshots/` into the same repository's `blobs/` is how that cache is made, and allowed.
+    Raises BadInput for absolute names, `..`, anything but a regular file, and links that leave the directory: a
+    stranger's checkpoint could have a private file copied into an output that way. Two kinds are allowed: a link from a
+    hub cache's `snapshots/` into the same repository's `blobs/`, which is how that cache is made, and all with
+    `follow_links`, or MFTMERGE_FOLLOW_LINKS=1 in the environment, for stores of one's own (DVC, Nix).
     """
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadInput(f"{directory}: refers to the file {name!r}, which is outside the directory")
@@ -256,12 +266,22 @@ def safe_file(directory: Path, name: str) -> Path:
     roots = [root]
     if root.parent.name == "snapshots":
         roots.append(root.parent.parent / "blobs")
+    path = directory / name
     try:
-        real = (directory / name).resolve(strict=True)
+        real = path.resolve(strict=True)
     except (OSError, RuntimeError):
+        if path.is_symlink():
+            target = os.readlink(path)
+            raise BadInput(
+                f"{directory}: the file {name!r} is missing: it is a link to {target}, where nothing is; fetch it first"
+            ) from None
         raise BadInput(f"{directory}: the file {name!r} is missing; the download or copy is incomplete") from None
-    if not any(real.is_relative_to(r) for r in roots):
-        raise BadInput(f"{directory}: the file {name!r} is a link that leads outside the directory")
+    allowed = follow_links or os.environ.get("MFTMERGE_FOLLOW_LINKS", "0") not in ("", "0")
+    if not allowed and not any(real.is_relative_to(r) for r in roots):
+        raise BadInput(
+            f"{directory}: the file {name!r} is a link that leads outside the directory, to {real}; if it is your own, "
+            "set MFTMERGE_FOLLOW_LINKS=1 (apply: --follow-links)"
+        )
     if not stat.S_ISREG(real.stat().st_mode):
         raise BadInput(f"{directory}: {name!r} is not a regular file")
     return real
@@ -276,6 +296,7 @@ def read_shard(path: Path, name: str | None = None) -> Shard:
     with open(path, "rb") as f:
         identity = _identity(os.fstat(f.fileno()))
         prefix = f.read(8)
+        refuse_pointer(path, prefix)  # read as a length it would be an absurd one
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, identity[0] - 8):
             raise BadInput(f"{path}: not a safetensors file, or a truncated one (header length {length} bytes)")
@@ -338,7 +359,9 @@ def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > MAX_HEADER:
         raise BadInput(f"{path}: an index of {path.stat().st_size} bytes; that is no index")
-    index = parse_json(path, path.read_bytes())
+    raw = path.read_bytes()
+    refuse_pointer(path, raw)
+    index = parse_json(path, raw)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise BadInput(f"{path}: has no weight_map from tensor names to file names")

@@ -168,7 +168,7 @@ def _tied_copies(mask: Mask, checkpoint: Checkpoint, names: dict[str, str]) -> d
 
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
     """Whether config.json says that the head is the embeddings."""
-    config = read_config(checkpoint.path)
+    config = read_config(checkpoint.path, follow_links=checkpoint.follow_links)
     inner = config.get("text_config")
     return any(isinstance(c, dict) and c.get("tie_word_embeddings") is True for c in (config, inner))
 

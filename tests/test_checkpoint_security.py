@@ -87,6 +87,50 @@ def test_links_out_of_the_directory_are_refused(two_shards: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_links_to_a_store_of_ones_own_are_followed_on_request(
+    two_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (two_shards / "tokenizer.json").write_text("{}")
+    (two_shards / "README.md").write_text("hello")
+    for file in list(two_shards.iterdir()):  # as DVC and Nix do
+        os.rename(file, store / file.name)
+        file.symlink_to(store / file.name)
+    with pytest.raises(BadInput, match="leads outside") as caught:
+        apply_mask(EMPTY, two_shards, tmp_path / "out")
+    assert "MFTMERGE_FOLLOW_LINKS=1" in str(caught.value)
+    if how == "environment":
+        monkeypatch.setenv("MFTMERGE_FOLLOW_LINKS", "1")
+        assert Checkpoint.open(two_shards).names == ("a", "b")
+    apply_mask(EMPTY, two_shards, tmp_path / "out", follow_links=how == "option")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in two_shards.iterdir()}
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    (store / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"a link to .*store.*, where nothing is"):
+        Checkpoint.open(two_shards, follow_links=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json", "LICENSE"],
+)
+def test_git_lfs_pointers_are_named_as_such(two_shards: Path, tmp_path: Path, name: str) -> None:
+    weights = {n: np.ones((4, 2), np.float32) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(weights, two_shards / "model-00002-of-00002.safetensors")
+    index(
+        two_shards,
+        {"a": "model-00001-of-00002.safetensors", **dict.fromkeys(weights, "model-00002-of-00002.safetensors")},
+    )
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+    (two_shards / name).write_text(pointer)
+    mask = Mask.from_bools({"lm_head.weight": np.ones((4, 2), bool)})
+    with pytest.raises(BadInput, match="git lfs pull"):
+        apply_mask(mask, two_shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_hub_caches_own_links_are_followed(two_shards: Path, tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--owner--name"
     (repository / "blobs").mkdir(parents=True)
