@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from mftmerge import card, matching
+from mftmerge.applysettings import ApplySettings
 from mftmerge.checkpoint import INDEX, Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import COMPANION_FOLDERS, checksum, is_companion, open_new, protect, refuse_pointer, sync_file
@@ -28,7 +27,6 @@ from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
 from mftmerge.outputdirectory import OutputDirectory, check_target
 from mftmerge.progress import Progress, Step
-from mftmerge.settings import Settings
 from mftmerge.stream import MaskStream
 
 WORTH_RESUMING = 5.0  # seconds after which finished shards are recorded, so that a killed run can be continued
@@ -66,20 +64,6 @@ class _Plan:
     companions: tuple[str, ...]
     model: str
     settings: ApplySettings
-
-
-class ApplySettings(Settings):
-    """The options of `apply_mask` and of `mftmerge apply`."""
-
-    base: str | None = Field(None, description="apply to the delta: dropped weights get this checkpoint's values")
-    overwrite: bool = Field(False, description="replace what is at OUT")
-    require_base: bool = Field(
-        False, description="refuse a model whose covered tensors are not those of the mask's base"
-    )
-    check_base: bool = Field(True, description="say how much the model differs from the mask's base (hashes it)")
-    resume: bool = Field(False, description="continue what a killed run left; keep finished shards")
-    follow_links: bool = Field(False, description="follow links that lead out of the checkpoint's directory")
-    include: list[str] = Field([], description="copy further files too, e.g. '*.py'")
 
 
 def apply_mask(

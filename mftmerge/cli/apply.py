@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mftmerge.cli.options import AsJson, MaskFile, ModelOut, Overwrite
+from mftmerge.applysettings import ApplySettings
+from mftmerge.cli.options import AsJson, MaskFile, ModelOut, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json
 
 
+@options(given=ApplySettings)
 def command(
+    *,
     mask: MaskFile,
     model: Annotated[
         str, typer.Option("--model", "-m", help="Checkpoint directory or hub id that the mask is applied to.")
     ],
     out: ModelOut,
-    base: Annotated[
-        str | None, typer.Option(help="Apply to the delta: dropped weights get this checkpoint's values.")
-    ] = None,
-    overwrite: Overwrite = False,
-    require_base: Annotated[
-        bool,
-        typer.Option("--require-base", help="Refuse a model whose covered tensors are not those of the mask's base."),
-    ] = False,
-    check_base: Annotated[
-        bool, typer.Option(help="Say how much the model differs from the mask's base (hashes it).")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue what a killed run left; keep finished shards.")
-    ] = False,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Copy further files too, e.g. '*.py'. May be repeated.")
-    ] = None,
+    given: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Apply a mask to a checkpoint and write the result as a complete one.
@@ -48,18 +35,7 @@ def command(
     from mftmerge.apply import apply_mask
 
     with shown_progress(quiet=as_json) as show:
-        report = apply_mask(
-            mask,
-            model,
-            out,
-            base=base,
-            overwrite=overwrite,
-            require_base=require_base,
-            check_base=check_base,
-            resume=resume,
-            include=include or [],
-            progress=show,
-        )
+        report = apply_mask(mask, model, out, progress=show, **given)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
