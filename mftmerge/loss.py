@@ -1,45 +1,86 @@
-"""Held-out loss of a model, row by row, so that every comparison can be a paired one."""
+"""The loss of a model on rows, in one place: training, validation, evaluation and Taylor evidence all use it.
+
+A token's loss is the cross entropy in nats of the token that follows a position. Logits are computed only where there
+is a label, and the softmax in float32 whatever the model's dtype.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
 from mftmerge.data import IGNORE, Tokens
 from mftmerge.errors import MftmergeError
-from mftmerge.evaluate.pairing import Values
-from mftmerge.prefix import logits_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Losses = npt.NDArray[np.float64]  # (rows, 2): the sum of a row's token losses, and how many there are
 
 LOGITS = 1 << 26  # logits that exist at one time (256 MB in float32); a batch has at least one row
 PIECE = 256  # positions whose float32 softmax exists at one time
 
 
+@contextlib.contextmanager
+def logits_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
+    """Inside the block the model's head sees only the positions where `wanted` (batch, length) is True.
+
+    `model(...).logits` then has shape (1, number wanted, vocabulary), in row-major order, with whatever the model does
+    after its head (scaling, soft capping). The head is the largest product of a small model, and most positions of a
+    chat have no label.
+    """
+
+    def select(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][wanted][None],)  # (batch, length, hidden) -> (1, number wanted, hidden)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def token_losses(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss of every labelled token, float32 (number labelled,), and their positions, booleans (batch, length).
+
+    ids, labels: shape (batch, length); label i belongs to token i and is what position i - 1 is to predict, so that a
+    label at position 0 takes no part. call: the wrapper to call (DDP) where it is not the model itself.
+    inputs: what else the model's forward takes, such as `position_ids`.
+    """
+    following = pad(labels[:, 1:], (0, 1), value=IGNORE)
+    wanted = following != IGNORE
+    with logits_at(model, wanted):
+        logits = (call or model)(input_ids=ids, use_cache=False, **inputs).logits[0]  # (number labelled, vocabulary)
+    # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
+    pieces = zip(logits.split(PIECE), following[wanted].split(PIECE), strict=True)
+    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+
+
 @torch.no_grad()
-def row_losses(model: Any, rows: Sequence[Tokens], *, batch_tokens: int = 4096) -> Values:
+def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: int = 4096) -> Losses:
     """Loss of each row: float64 array of shape (rows, 2), the sum of its token losses in nats and its labelled tokens.
 
     rows: as `data.tokenize` gives them, `{"input_ids": [...], "labels": [...]}` with -100 where there is no loss.
     batch_tokens: padded tokens in one forward pass; rows go through longest first, so that padding is short and a
-    lack of memory shows at once.
-
-    Logits are computed only where there is a label, and the softmax in float32 whatever the model's dtype.
+    lack of memory shows at once. Raises MftmergeError, with the row, where a loss is not finite.
     """
     result = np.zeros((len(rows), 2))
-    lengths, labelled = [len(row["input_ids"]) for row in rows], [_labelled(row) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
+    labelled = [sum(label != IGNORE for label in row["labels"][1:]) for row in rows]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     with _evaluating(model):
         for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
-            ids, attention, labels = _padded([rows[i] for i in batch], model.device)
-            wanted = labels != IGNORE
-            with logits_at(model, wanted):
-                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[0]
-            pieces = zip(logits.split(PIECE), labels[wanted].split(PIECE), strict=True)
-            losses = torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces])
+            ids, labels, attention = padded([rows[i] for i in batch], model.device)
+            losses, wanted = token_losses(model, ids, labels, attention_mask=attention)
             place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
             result[:, 0] += np.bincount(place, losses.double().cpu().numpy(), len(rows))
             result[:, 1] += np.bincount(place, minlength=len(rows))
@@ -49,6 +90,24 @@ def row_losses(model: Any, rows: Sequence[Tokens], *, batch_tokens: int = 4096) 
             "check the model's weights, or load it in float32"
         )
     return result
+
+
+def mean_loss(losses: Losses) -> float:
+    """Nats a token over all rows."""
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
+
+
+def padded(rows: Sequence[Tokens], device: torch.device | str = "cpu", fill: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels (-100 in the padding) and attention mask of rows, each (rows, longest), padded on the right."""
+    width = max(len(r["input_ids"]) for r in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    labels, attention = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids[i, :n] = torch.tensor(row["input_ids"])
+        labels[i, :n] = torch.tensor(row["labels"])
+        attention[i, :n] = 1
+    return ids.to(device), labels.to(device), attention.to(device)
 
 
 def length_batches(
@@ -71,25 +130,8 @@ def length_batches(
         yield batch
 
 
-def _labelled(row: Tokens) -> int:
-    return sum(label != IGNORE for label in row["labels"][1:])
-
-
-def _padded(rows: Sequence[Tokens], device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask and next-token labels (label i is the token after position i), padded on the right."""
-    width = max(len(r["input_ids"]) for r in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        ids[i, :n] = torch.tensor(row["input_ids"])
-        attention[i, :n] = 1
-        labels[i, : n - 1] = torch.tensor(row["labels"][1:], dtype=torch.long)
-    return ids.to(device), attention.to(device), labels.to(device)
-
-
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, the mode from before afterwards."""
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Cheap forward passes: the layers below the first masked one computed once, and logits only where there is a label.
+"""Cheap forward passes: the layers below the first masked one computed once a row.
 
 The layers below the first masked layer are the same in every epoch, for every mask, so their output for a row is too.
 `PrefixCache` keeps it. Inside `with cache.use():` any forward pass of the model over rows that it knows (padded on the
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mftmerge.data import IGNORE, Tokens
+from mftmerge.data import Tokens
 from mftmerge.naming import decoder_layers
 
 log = logging.getLogger(__name__)
@@ -229,34 +229,3 @@ def _budget(directory: str | Path | None) -> int:
 
     free = psutil.virtual_memory().available if directory is None else shutil.disk_usage(Path(directory).parent).free
     return int(SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # processes of one launcher share it
-
-
-@contextmanager
-def logits_at(model: Any, wanted: Tensor) -> Iterator[None]:
-    """Inside the block the model's head sees only the positions where `wanted` (batch, length) is True.
-
-    `model(...).logits` then has shape (1, number wanted, vocabulary), in row-major order, with whatever the model does
-    after its head (scaling, soft capping). The head is the largest product of a small model, and most positions of a
-    chat have no label.
-    """
-
-    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][wanted][None],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def token_loss_sum(model: Any, ids: Tensor, labels: Tensor, *, whole: Any = None, **inputs: Any) -> Tensor:
-    """Sum of the token losses in nats over labels that are not -100 (label i belongs to token i: shifted here).
-
-    ids, labels: shape (batch, length). whole: the wrapper to call (DDP) where it is not the model itself.
-    """
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    wanted = following != IGNORE
-    with logits_at(model, wanted):
-        logits = (whole or model)(input_ids=ids, use_cache=False, **inputs).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), following[wanted], reduction="sum")

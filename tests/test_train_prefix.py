@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mftmerge import prefix
 from mftmerge.data import IGNORE, Tokens
+from mftmerge.loss import token_losses
 
 ROWS: list[Tokens] = [
     {"input_ids": ids, "labels": [IGNORE] * 3 + ids[3:]} for ids in (list(range(5, 5 + n)) for n in (6, 9, 12))
@@ -120,7 +121,7 @@ def test_short_head_gives_the_models_loss_and_gradient(tiny: Callable[..., Path]
     weight = next(p for n, p in model.named_parameters() if ".3." in n and p.ndim > 1)
     expected = model(input_ids=ids, labels=labels).loss
     (gradient,) = torch.autograd.grad(expected, weight)
-    found = prefix.token_loss_sum(model, ids, labels) / count
+    found = token_losses(model, ids, labels)[0].sum() / count
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, weight)[0], gradient, rtol=1e-4, atol=1e-7)
     assert model(input_ids=ids, use_cache=False).logits.shape[:2] == ids.shape

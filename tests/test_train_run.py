@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
+from mftmerge.progress import Step
+from mftmerge.train.place import Place
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
 
@@ -249,9 +252,9 @@ def test_wrong_settings_are_named(base: Path, change: dict[str, Any], message: s
 
 def test_wrong_places_are_named(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.mask").touch()
-    with pytest.raises(BadInput, match=r"a\.mask: exists; give --overwrite"):
+    with pytest.raises(BadInput, match=r"a\.mask: exists already; give .*--overwrite"):
         train_mask(base, ROWS, tmp_path / "a.mask")
-    with pytest.raises(BadInput, match="directory does not exist"):
+    with pytest.raises(BadInput, match=r"there is no directory .*; make it first"):
         train_mask(base, ROWS, tmp_path / "no" / "a.mask")
     with pytest.raises(BadInput, match="no such directory"):
         train_mask(tmp_path / "nothing", ROWS)
@@ -327,7 +330,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["sigint", "kill"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["sigint", "sigterm", "kill"])
 def test_an_interrupted_run_continues_to_the_same_bits(base: Path, tmp_path: Path, how: signal.Signals) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "broken.mask"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
@@ -343,12 +346,16 @@ def test_an_interrupted_run_continues_to_the_same_bits(base: Path, tmp_path: Pat
         time.sleep(0.05)
     process.send_signal(how)
     stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     assert (how == signal.SIGKILL) or b"continue with --resume" in stdout
     assert not out.exists()
 
+    with pytest.raises(BadInput, match=r"holds the checkpoints of a run that was stopped; --resume .*--overwrite"):
+        train_mask(str(base), rows, out, settings=SETTINGS)
     with pytest.raises(BadInput, match="needs the same settings; changed: keep"):
         train_mask(str(base), rows, out, settings=SETTINGS, keep=0.8, resume=True)
+    with pytest.raises(BadInput, match="needs the same settings; changed: data, eval_data"):
+        train_mask(str(base), ROWS[1:], out, settings=SETTINGS, resume=True)
     notes: list[str] = []
     resumed = train_mask(str(base), rows, out, settings=SETTINGS, resume=True, note=notes.append)
     assert "resuming at step" in notes[0]
@@ -359,6 +366,49 @@ def test_an_interrupted_run_continues_to_the_same_bits(base: Path, tmp_path: Pat
     assert a.info.training == b.info.training
     assert resumed.history == straight.history
     assert not Path(f"{out}.run").exists()
+
+
+def test_two_runs_do_not_write_to_one_place(base: Path, tmp_path: Path) -> None:
+    with Place(tmp_path / "a.mask", overwrite=False, resume=False).open():
+        with pytest.raises(BadInput, match=r"a\.mask: another run is writing it"):
+            train_mask(base, ROWS, tmp_path / "a.mask", layers="3", steps=1)
+        assert (tmp_path / "a.mask.run").is_dir()
+    assert not (tmp_path / "a.mask.run").exists()
+
+
+def test_a_stop_in_the_middle_of_a_validation_loses_no_step(base: Path, tmp_path: Path) -> None:
+    """The step whose validation was cut off is validated when the run goes on."""
+    settings: dict[str, Any] = {"layers": "3", "steps": 6, "eval_every": 3, "scores": True}
+    calls = 0
+
+    def interrupt(step: Step) -> None:
+        nonlocal calls
+        calls += 1
+
+    def cut_off(*given: Any) -> Any:
+        if sys._getframe(2).f_locals.get("step") == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row_losses(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mftmerge.train.run.row_losses", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train_mask(base, ROWS, tmp_path / "a.mask", settings=settings, progress=interrupt)
+    assert calls == 2
+    resumed = train_mask(base, ROWS, tmp_path / "a.mask", settings=settings, resume=True)
+    straight = train_mask(base, ROWS, settings=settings)
+    assert resumed.history == straight.history
+    assert resumed.mask.digest == straight.mask.digest
+
+
+def test_the_run_is_written_down_whole(base: Path, tmp_path: Path) -> None:
+    """OUT.yaml names the validation rows too, so that running it again gives the same mask."""
+    for name, rows in (("rows", ROWS[:40]), ("valid", ROWS[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, valid = str(tmp_path / "rows.jsonl"), str(tmp_path / "valid.jsonl")
+    train_mask(base, data, tmp_path / "a.mask", eval_data=valid, layers="3", steps=2)
+    written = yaml.safe_load((tmp_path / "a.mask.yaml").read_text())
+    assert (written["data"], written["eval_data"]) == (data, valid)
 
 
 def test_the_command_prints_one_line_of_json(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from study.common import Plan, read_rows
 
 from mftmerge.loss import row_losses
 from mftmerge.train.control import trained_weights
+from mftmerge.train.inputs import pad_id
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
 
@@ -62,10 +62,7 @@ def main() -> None:
         print(f"validation {found[:, 0].sum() / found[:, 1].sum():.4f}", flush=True)
         return found
 
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        trained_weights(model, tokenizer, targets, train, settings, losses, Path(scratch), lr=given.lr) as best,
-    ):
+    with trained_weights(model, targets, train, settings, losses, lr=given.lr, pad=pad_id(tokenizer)) as best:
         print(f"best step {best.step}, {best.loss:.4f}")
         model.to(torch.bfloat16).save_pretrained(given.out)
         tokenizer.save_pretrained(given.out)

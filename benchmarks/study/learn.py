@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from study.common import Bench, Weights
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
 from mftmerge.train.control import trained_weights
+from mftmerge.train.inputs import pad_id
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
@@ -55,16 +55,14 @@ def weights(bench: Bench, seed: int, name: str, domains: list[str], **more: Any)
         for rate in bench.plan.weight_rates:
             with (
                 bench.cache.use(),
-                tempfile.TemporaryDirectory() as scratch,
                 trained_weights(
                     bench.model,
-                    bench.tokenizer,
                     targets,
                     rows,
                     settings,
                     lambda: row_losses(bench.model, valid),
-                    Path(scratch),
                     lr=rate,
+                    pad=pad_id(bench.tokenizer),
                 ) as best,
             ):
                 print(f"seed {seed}: weights {name}: rate {rate:g}, step {best.step}, {best.loss:.4f}", flush=True)

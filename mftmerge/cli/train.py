@@ -12,7 +12,6 @@ from mftmerge.cli.options import ROWS, YAML, AsJson, Overwrite, files, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
-from mftmerge.progress import Step
 from mftmerge.train.settings import RUN_KEYS, TrainSettings
 
 Model = Annotated[
@@ -75,11 +74,10 @@ def command(
         raise BadInput("--target delta needs --base, the model that dropped weights go back to, and only it")
 
     quiet()
-    from mftmerge.train import inputs
+    from mftmerge.train import sharding
     from mftmerge.train.run import train_mask
 
-    main = inputs.is_main()  # one process of several that train together speaks
-    steps = TrainSettings.make(values).steps
+    main = sharding.is_main()  # one process of several that train together speaks
     with shown_progress(quiet=as_json or not main) as show:
         result = train_mask(
             run["model"],
@@ -89,7 +87,7 @@ def command(
             eval_data=run["eval_data"],
             resume=resume,
             overwrite=overwrite,
-            progress=lambda entry: show(_step(entry, steps)),
+            progress=show,
             note=lambda line: print(line, file=sys.stderr if as_json else sys.stdout) if main else None,
         )
     if not main:
@@ -102,8 +100,3 @@ def command(
     else:
         what = f"{len(result.mask.names)} tensors, density {result.mask.density():.4f}"
         print(f"{run['out']}: {what}, {result.seconds:.0f} s")
-
-
-def _step(entry: dict[str, Any], steps: int) -> Step:
-    facts = {name: entry.get(name) for name in ("loss", "validation", "density", "flipped")}
-    return Step("train", entry["step"], steps, "steps", facts)

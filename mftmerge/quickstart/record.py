@@ -16,6 +16,7 @@ from rich.console import Console
 from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.files import replacing
+from mftmerge.progress import Progress
 from mftmerge.quickstart.plan import Layout, Plan
 
 
@@ -90,10 +91,10 @@ class Record:
             yield lambda done: progress.update(task, completed=done)
 
     @contextmanager
-    def training(self, what: str, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A progress bar; gives a function of an entry of the training history."""
+    def training(self, what: str, steps: int) -> Iterator[Progress]:
+        """A progress bar; gives what training reports to."""
         with self.bar(what, steps) as advance:
-            yield lambda entry: advance(entry["step"])
+            yield lambda step: advance(step.done)
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -187,6 +186,7 @@ class _Run:
         from mftmerge.evaluate.grid import grid
         from mftmerge.loss import row_losses
         from mftmerge.train.control import trained_weights
+        from mftmerge.train.inputs import pad_id
         from mftmerge.train.settings import TrainSettings
         from mftmerge.train.targets import find, freeze_others
 
@@ -201,16 +201,14 @@ class _Run:
             for rate in self.plan.weight_rates:
                 with (
                     self.record.training(f"weights, learning rate {rate:g}", settings.steps) as progress,
-                    tempfile.TemporaryDirectory() as scratch,
                     trained_weights(
                         self.model,
-                        self.tokenizer,
                         targets,
                         train,
                         settings,
                         lambda: row_losses(self.model, valid),
-                        Path(scratch),
                         lr=rate,
+                        pad=pad_id(self.tokenizer),
                         progress=progress,
                     ) as best,
                 ):

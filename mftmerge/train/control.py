@@ -11,20 +11,20 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mftmerge.data import Tokens
+from mftmerge.loss import Losses
+from mftmerge.progress import Progress
 from mftmerge.train import scores
+from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import Target
-
-if TYPE_CHECKING:
-    from mftmerge.train.trainer import Best
 
 # Learning rates of AdamW on weights: each is tried, and the one with the lower validation loss is the control. On
 # SmolLM2-135M, 40 steps of 8, 1e-3 did better than 3e-4 on GSM8K and WikiSQL, and 1e-4 gained far less: a straw man.
@@ -34,7 +34,7 @@ CONTROL_RATES = (3e-4, 1e-3)
 class WeightOptimizer(torch.optim.AdamW):
     """Fused AdamW on the targets' own weights, with what validation asks of a mask optimiser."""
 
-    flipped, current_keep = 0, 1.0
+    flipped, current_keep, gradient_norm = 0, 1.0, 0.0
 
     def __init__(self, targets: Sequence[Target], lr: float = CONTROL_RATES[0], clip: float | None = 1.0) -> None:
         self.targets, self.clip = list(targets), clip
@@ -44,8 +44,8 @@ class WeightOptimizer(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; all gradients together are clipped to the norm `clip`."""
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_([t.parameter for t in self.targets], self.clip)
+        norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.targets], self.clip or math.inf)
+        self.gradient_norm = float(norm)
         return super().step(closure)
 
     def mask(self) -> dict[str, Tensor]:
@@ -68,31 +68,33 @@ class WeightOptimizer(torch.optim.AdamW):
         for t in self.targets:
             t.parameter.copy_(weights[t.name])
 
+    def scores(self) -> dict[str, Tensor]:
+        """There are none."""
+        return {}
+
     def restore(self) -> None:
         """The original weights, bit for bit."""
         self.put(self.originals)
 
 
 def run_controls(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
     targets: Sequence[Target],
     rows: Sequence[Tokens],
     settings: TrainSettings,
-    losses: Callable[[], Any],
-    directory: Path,
+    losses: Callable[[], Losses],
     *,
     dropped: Mapping[str, Tensor] | None = None,
-    rates: Sequence[float] = CONTROL_RATES,
-    progress: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+    pad: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Losses]:
     """Validation losses of each row, shape (rows, 2), under `weights`, `random` and `magnitude`.
 
     model: with its original weights in place, which come back bit for bit. settings: the run's own (steps, batch, data
     order; keep, scope and pattern). losses: gives the validation rows' losses of the model as it is. dropped: values
-    that dropped weights take, as for `MaskOptimizer`. rates: what the matched control may choose from.
+    that dropped weights take, as for `MaskOptimizer`. pad: as for `Loop`.
     """
-    out: dict[str, Any] = {}
+    out: dict[str, Losses] = {}
     for name, init in (("random", "normal"), ("magnitude", "magnitude")):
         start = scores.initial(targets, init, seed=settings.seed, dropped=dropped)
         masked = MaskOptimizer(
@@ -109,49 +111,39 @@ def run_controls(
         masked.restore()
         del masked, start  # scores and moments: they would be there beside those of the next
     lowest = math.inf
-    for rate in rates:
-        with trained_weights(
-            model, tokenizer, targets, rows, settings, losses, directory, lr=rate, progress=progress
-        ) as best:
-            if best.loss < lowest:
+    for rate in CONTROL_RATES:
+        with trained_weights(model, targets, rows, settings, losses, lr=rate, pad=pad, progress=progress) as best:
+            if best.loss < lowest and best.rows is not None:
                 lowest, out["weights"] = best.loss, best.rows
         del best
-        gc.collect()  # the trainer refers to itself; its optimiser would be there beside the next one
+        gc.collect()  # the loop refers to itself; its optimiser would be there beside the next one
     return out
 
 
 @contextmanager
 def trained_weights(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
     targets: Sequence[Target],
     rows: Sequence[Tokens],
     settings: TrainSettings,
-    losses: Callable[[], Any],
-    directory: Path,
+    losses: Callable[[], Losses],
     *,
     lr: float = CONTROL_RATES[0],
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    pad: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Best]:
     """Train the targets' own weights; inside the block the model has the best validated ones, afterwards its own.
 
     Arguments as for `run_controls`. Gives the record of validations, `rows` of which are the best one's losses.
+    Raises KeyboardInterrupt after SIGINT; after SIGTERM, what that did before.
     """
-    from mftmerge.train.trainer import Best, interruptible, make_trainer
-
     plain = settings.model_copy(update={"lr": lr, "scores": False, "keep_warmup": 0, "log_to": "none"})
     weights = WeightOptimizer(targets, lr, settings.clip)
     best = Best(weights, plain, losses, progress)
     best.consider(0)
     try:
-        trainer = make_trainer(model, tokenizer, rows, weights, plain, directory, save=False, callbacks=[best])
-        with interruptible(best):
-            trainer.train()
-        if best.interrupted:
-            raise KeyboardInterrupt
-        vars(model).pop("forward", None)  # SFTTrainer adds its own head
+        Loop(model, rows, weights, best, plain, pad=pad, name=f"control, weights at {lr:g}").run()
         with weights.masked_by(best.mask or {}):
             yield best
     finally:
         weights.restore()
-        vars(model).pop("forward", None)

@@ -1,21 +1,20 @@
-"""What a run starts from: the model, the rows, and the place of the result."""
+"""What a run starts from: the model, the rows, and whoever logs it."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
+from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
 from mftmerge.naming import decoder_layers
@@ -23,76 +22,27 @@ from mftmerge.train import memory, sharding
 from mftmerge.train.settings import TrainSettings
 
 
-class Output:
-    """The mask's place, and the directory beside it that holds the run's checkpoints until it is done."""
-
-    def __init__(self, out: str | Path | None, overwrite: bool, resume: bool) -> None:
-        self.path, self.resume = None if out is None else Path(out), resume
-        if self.path is None:
-            if resume:
-                raise BadInput("resume needs the output file of the run that is to be continued")
-            return
-        if self.path.exists() and not overwrite:
-            raise BadInput(f"{self.path}: exists; give --overwrite to replace it, or another name")
-        if not self.path.absolute().parent.is_dir():
-            raise BadInput(f"{self.path}: its directory does not exist; make it first")
-
-    @contextmanager
-    def directory(self) -> Iterator[Path]:
-        """`<out>.run`, removed when the block ends well or left no checkpoint; a temporary one without an output."""
-        if self.path is None:
-            with tempfile.TemporaryDirectory() as d:
-                yield Path(d)
-            return
-        path = Path(f"{self.path}.run")
-        if path.exists() and not self.resume and is_main():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            yield path
-        except BaseException:
-            if is_main() and not any(path.glob("checkpoint-*")):  # nothing that --resume could continue
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        if is_main():
-            shutil.rmtree(path, ignore_errors=True)
-
-    def last(self, directory: Path, settings: TrainSettings, model: str, say: Callable[[str], None]) -> Path | None:
-        """The checkpoint to continue from. Raises BadInput when the settings are not those of the interrupted run."""
-        from mftmerge.train.trainer import last_checkpoint
-
-        said = directory / "settings.json"
-        now = {"model": model, **settings.model_dump()}
-        found = last_checkpoint(directory) if self.resume else None
-        if found is not None and said.exists():
-            before = json.loads(said.read_text())
-            changed = sorted(k for k in now if before.get(k) != now[k])
-            if changed:
-                raise BadInput(f"{self.path}: --resume needs the same settings; changed: {', '.join(changed)}")
-        if self.resume:
-            say(f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0")
-        if is_main():
-            said.write_text(json.dumps(now))
-        return found
-
-
-def logging_place(log_to: str, out: str | Path | None) -> dict[str, str]:
-    """Environment that makes tensorboard write to `<out>.logs`, since `<out>.run` goes away at the end.
-
-    Raises BadInput when what `log_to` names is not installed.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    if log_to == "none":
-        return {}
-    found = get_available_reporting_integrations()
-    if log_to not in found:
+def require_logger(name: str) -> None:
+    """Raise BadInput when what `log_to` names is not installed."""
+    found = [str(t) for t in get_available_trackers()]
+    if name != "none" and name not in found:
         there = f"there is {', '.join(found)}" if found else "nor is any other logger"
-        raise BadInput(f"--log-to {log_to}: not installed ({there}); pip install {log_to}, or leave --log-to out")
-    return {"TENSORBOARD_LOGGING_DIR": os.environ.get("TENSORBOARD_LOGGING_DIR", f"{out}.logs")} if out else {}
+        raise BadInput(f"--log-to {name}: not installed ({there}); pip install {name}, or leave --log-to out")
 
 
-def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bool = False) -> tuple[Any, Any, str]:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills the end of short rows: no loss sees it, and the tokenizer is left as it is."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found) if isinstance(found, int) else 0
+
+
+def load_model(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: TrainSettings,
+    *,
+    shard: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
@@ -101,7 +51,7 @@ def load_model(model: Any, tokenizer: Any, settings: TrainSettings, *, shard: bo
         if settings.check_memory and not shard:  # a rank needs less than one process would
             memory.require(memory.estimate(path, settings), reference, settings)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        loaded: Any = load_causal_lm(path, dtype=dtype)
+        loaded = load_causal_lm(path, dtype=dtype)
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
@@ -128,10 +78,12 @@ def named(data: Any) -> Any:
     return [str(d) for d in data] if all(isinstance(d, str | Path) for d in data) else f"{len(data)} rows"
 
 
-def read_rows(data: Any, eval_data: Any, tokenizer: Any, settings: TrainSettings) -> tuple[list[Any], list[Any]]:
+def read_rows(
+    data: Any, eval_data: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings
+) -> tuple[list[Tokens], list[Tokens]]:
     """Tokenised rows to train on and to validate on."""
 
-    def tokens(source: Any) -> list[Any]:
+    def tokens(source: Any) -> list[Tokens]:
         if is_tokenised(source):
             return list(source)
         several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
@@ -151,6 +103,12 @@ def read_rows(data: Any, eval_data: Any, tokenizer: Any, settings: TrainSettings
     return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
 
 
-def is_main() -> bool:
-    """Whether this process writes and speaks: rank 0 of those that a launcher started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def ranges(numbers: Sequence[int]) -> str:
+    """4,5,6,9 as "4-6,9"."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -72,6 +72,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         self.clip, self.keep_warmup, self.reference_rounding = clip, keep_warmup, reference_rounding
         self.adam_bits = adam_bits
         self.flipped = 0  # weights switched on or off by the last step (weights that are exactly 0 never count)
+        self.gradient_norm = 0.0  # of all score gradients together at the last step, before clipping
         self.steps = 0
         super().__init__([t.parameter for t in self.targets], {"lr": lr, "betas": betas, "eps": eps})
         with torch.no_grad():
@@ -151,6 +152,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             raise MftmergeError(
                 f"step {self.steps + 1}: the gradient is not finite; use float32 or a lower learning rate"
             )
+        self.gradient_norm = float(total)
         return (total / self.clip).clamp(min=1.0) if self.clip else None
 
     @staticmethod

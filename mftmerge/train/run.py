@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +15,32 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge import data as rows_of
+from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
-from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.data import Tokens
+from mftmerge.errors import BadInput
+from mftmerge.evaluate.pairing import paired
 from mftmerge.files import replacing
 from mftmerge.loading import load_causal_lm
+from mftmerge.loss import Losses, mean_loss, row_losses, token_losses
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
+from mftmerge.progress import Progress
 from mftmerge.train import inputs, scores, sharding, targets
+from mftmerge.train.control import run_controls
+from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
+from mftmerge.train.place import Place
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.sharding import Shard
+from mftmerge.train.stops import Interrupted
 
 log = logging.getLogger(__name__)
-Progress = Callable[[dict[str, Any]], None]
+Note = Callable[[str], None]
 
 
 @dataclass
@@ -44,27 +56,27 @@ class TrainResult:
     mask: Mask
     history: list[dict[str, Any]]
     comparison: dict[str, Any] = field(default_factory=dict)
-    losses: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
     best_step: int = 0
     gained: bool = False
     stopped_early: bool = False
     seconds: float = 0.0
-    settings: TrainSettings = field(default_factory=lambda: TrainSettings.make({}))
+    settings: TrainSettings = field(default_factory=TrainSettings)
 
 
 def train_mask(
-    model: Any,
+    model: str | Path | PreTrainedModel,
     data: Any,
     out: str | Path | None = None,
     *,
     settings: TrainSettings | Mapping[str, Any] | None = None,
     eval_data: Any = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     prefix: PrefixCache | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
     **overrides: Any,
 ) -> TrainResult:
     """Learn a mask over a model and write it to `out`.
@@ -72,71 +84,94 @@ def train_mask(
     model: a checkpoint's directory or hub id, or a loaded causal LM (which is left as it was, bit for bit).
     data, eval_data: anything that `data.load_rows` takes, a list of such files (a mixture), or rows that
     `data.tokenize` made. settings and overrides: see `TrainSettings`. prefix: a cache to share between runs over one
-    model. progress: called with each entry of the history; note: with what a user should read.
+    model. progress: called after each step; note: with what a user should read.
 
     Raises BadInput for what the user gave, MftmergeError when training fails; KeyboardInterrupt after SIGINT, when a
-    checkpoint has been saved if `out` is given (`resume` continues from it).
+    checkpoint has been saved if `out` is given (`resume` continues from it). SIGTERM does the same and then what it
+    did before.
     """
     given = settings.model_dump() if isinstance(settings, TrainSettings) else dict(settings or {})
     chosen = TrainSettings.make({**given, **overrides})
-    target = inputs.Output(out, overwrite, resume)
+    inputs.require_logger(chosen.log_to)
+    place = Place(out, overwrite, resume)
     say = note or log.info
     shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
-    with patch_environment(ACCELERATE_USE_FSDP="false", **inputs.logging_place(chosen.log_to, out)):
+    with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
-        train_rows, valid_rows = inputs.read_rows(data, eval_data, tokenizer, chosen)
-        run = _Run(loaded, tokenizer, reference, train_rows, valid_rows, chosen, prefix, say, progress)
-        with target.directory() as directory:
-            result = run.train(directory, save=out is not None, resume=target.last(directory, chosen, reference, say))
-            if out is not None and inputs.is_main():
-                result.mask.save(out)
-                used = chosen.to_yaml(model=reference, data=inputs.named(data))
-                with replacing(f"{out}.yaml") as temporary:
-                    temporary.write_text(used, encoding="utf-8")
+        rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen)
+        run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)
+        resumed = place.checkpoint(run.identity()) if out is not None else None
+        if resume:
+            say(
+                f"resuming at step {resumed.name.split('-')[1]}" if resumed else "nothing to resume: starting at step 0"
+            )
+        try:
+            result = run.train(directory, save=out is not None, resume=resumed)
+        except Interrupted as e:  # of the mask's training or of a control's
+            where = f"; continue with --resume (saved in {directory})" if out is not None else ""
+            say(f"stopped after step {e.step}{where}")
+            if e.number != signal.SIGINT:
+                signal.raise_signal(e.number)  # whoever listened before us decides what it means
+            raise KeyboardInterrupt from None
+        if out is not None and sharding.is_main():
+            result.mask.save(out)
+            sources = {"data": inputs.named(data)} | (
+                {} if eval_data is None else {"eval_data": inputs.named(eval_data)}
+            )
+            with replacing(f"{out}.yaml") as temporary:
+                temporary.write_text(chosen.to_yaml(model=reference, **sources), encoding="utf-8")
     return result
 
 
 class _Run:
-    """A loaded model, rows and settings, and the steps from them to a mask."""
+    """A loaded model, rows and settings, and the way from them to a mask."""
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         reference: str,
-        rows: list[Any],
-        valid: list[Any],
+        rows: list[Tokens],
+        valid: list[Tokens],
         settings: TrainSettings,
         cache: PrefixCache | None,
-        say: Callable[[str], None],
+        say: Note,
         progress: Progress | None,
+        out: str | Path | None,
     ) -> None:
         self.model, self.tokenizer, self.reference = model, tokenizer, reference
         self.rows, self.valid, self.settings, self.say, self.progress = rows, valid, settings, say, progress
+        self.logs = Path(f"{out or 'mftmerge'}.logs")
         self.targets = targets.find(model, settings.layers, settings.modules)
         self.layers = sorted({t.layer for t in self.targets})
         self.cache = cache or self._new_cache()
         if self.cache is not None:
             self.cache.add([*rows, *valid])
 
+    def identity(self) -> dict[str, Any]:
+        """All that decides the mask, for a run that is to be continued."""
+        weights = targets.digest(self.targets)
+        digests = {"data": rows_of.digest(self.rows), "eval_data": rows_of.digest(self.valid), "weights": weights}
+        return {"model": self.reference, **self.settings.model_dump(), **digests}
+
     def _new_cache(self) -> PrefixCache | None:
-        sharded = Shard.of(self.targets[0].parameter).group is not None  # layers that are skipped would not gather
+        sharded = sharding.Shard.of(self.targets[0].parameter).group is not None  # skipped layers would not gather
         if self.settings.prefix == "off" or self.layers[0] == 0 or sharded:
             return None
         directory = Path(tempfile.gettempdir()) if self.settings.prefix == "disk" else None
         return PrefixCache(self.model, self.layers[0], directory=directory)
 
-    def losses(self) -> Any:
+    def losses(self) -> Losses:
         """Losses of the validation rows under the weights that are in the model now: shape (rows, 2)."""
-        from mftmerge.loss import row_losses
-
         return row_losses(self.model, self.valid)
 
     def train(self, directory: Path, *, save: bool, resume: Path | None) -> TrainResult:
         """Train, validate, and put the model back as it was."""
         start = time.monotonic()
         flags = targets.freeze_others(self.model, self.targets)
-        training, self.model.config.use_cache = self.model.training, False
+        training, checkpointing = self.model.training, self.model.is_gradient_checkpointing
+        if self.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             with ExitStack() as stack:
                 if self.cache is not None:
@@ -147,10 +182,10 @@ class _Run:
                 p.requires_grad_(flags[name])
                 p.grad = None
             self.model.train(training)
+            if self.settings.gradient_checkpointing and not checkpointing:
+                self.model.gradient_checkpointing_disable()
 
     def _train(self, directory: Path, save: bool, resume: Path | None, start: float) -> TrainResult:
-        from mftmerge.train.trainer import Best
-
         losses = {"base": self.losses()} if self.valid else {}
         dropped = self._dropped()
         first = self._initial_scores(dropped)
@@ -162,50 +197,46 @@ class _Run:
                 best.consider(0)
                 if self.valid:
                     best.history.append({"step": 0, "validation": best.loss, "density": float(optimizer.keep)})
-                    losses["initial"] = best.rows
             if self.settings.steps:
-                self._loop(optimizer, best, directory, save, resume)
+                self._loop(optimizer, best, directory if save else None, resume)
         finally:
             optimizer.restore()
         if self.valid:
-            losses["mask"] = best.rows
+            losses |= {"initial": best.initial, "mask": best.rows}
         if self.settings.control and self.valid:
-            from mftmerge.train.control import run_controls
-
             self.say("training the matched control: the same steps on the weights")
-            place = directory / "control"
             losses |= run_controls(
-                self.model, self.tokenizer, self.targets, self.rows, self.settings, self.losses, place, dropped=dropped
+                self.model,
+                self.targets,
+                self.rows,
+                self.settings,
+                self.losses,
+                dropped=dropped,
+                pad=inputs.pad_id(self.tokenizer),
+                progress=self.progress,
             )
         return self._result(best, losses, first, time.monotonic() - start)
 
-    def _loop(self, optimizer: MaskOptimizer, best: Any, directory: Path, save: bool, resume: Path | None) -> None:
-        from mftmerge.train.trainer import BEST, interruptible, make_trainer
-
-        trainer = make_trainer(
-            self.model, self.tokenizer, self.rows, optimizer, self.settings, directory, save=save, callbacks=[best]
+    def _loop(self, optimizer: MaskOptimizer, best: Best, place: Path | None, resume: Path | None) -> None:
+        loop = Loop(
+            self.model,
+            self.rows,
+            optimizer,
+            best,
+            self.settings,
+            pad=inputs.pad_id(self.tokenizer),
+            place=place,
+            logs=self.logs,
         )
-        trainer.best = best
-        if resume is not None:
-            best.load_state_dict(torch.load(resume / BEST, weights_only=False))
         compiled = self._compile()
         try:
-            with interruptible(best):
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        except MftmergeError as e:  # a gradient that is not finite: the step was not taken
-            if save:
-                trainer._save_checkpoint(trainer.model, None)
-            raise MftmergeError(f"{e}{'; the state before it is saved (--resume)' if save else ''}") from None
+            loop.run(resume)
         finally:
-            vars(self.model).pop("forward", None)  # SFTTrainer adds its own head
             for layer in compiled:
-                layer._compiled_call_impl = None
-        if best.interrupted:
-            where = f"; continue with --resume (saved in {directory})" if save else ""
-            self.say(f"stopped after step {trainer.state.global_step}{where}")
-            raise KeyboardInterrupt
+                layer._compiled_call_impl = None  # torch has no public way back from `Module.compile`
+            gc.collect()  # what the loop wrapped refers to itself; the scores would stay beside those of a control
 
-    def _compile(self) -> list[Any]:
+    def _compile(self) -> list[torch.nn.Module]:
         """Compile each trained layer by itself: one graph for all of them, and hooks around it stay as they are."""
         if not self.settings.compile:
             return []
@@ -216,9 +247,7 @@ class _Run:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _optimizer(
-        self, first: Mapping[str, torch.Tensor], dropped: Mapping[str, torch.Tensor] | None
-    ) -> MaskOptimizer:
+    def _optimizer(self, first: Mapping[str, Tensor], dropped: Mapping[str, Tensor] | None) -> MaskOptimizer:
         s = self.settings
         return MaskOptimizer(
             self.targets,
@@ -235,7 +264,7 @@ class _Run:
             adam_bits=s.adam_bits,
         )
 
-    def _dropped(self) -> dict[str, torch.Tensor] | None:
+    def _dropped(self) -> dict[str, Tensor] | None:
         """The base model's values of the covered parameters, for a mask over the difference."""
         if self.settings.base is None:
             return None
@@ -247,7 +276,7 @@ class _Run:
                 raise BadInput(f"{self.settings.base}: has no tensor {t.name} of shape {tuple(t.parameter.shape)}")
         return {t.name: theirs[t.name] for t in self.targets}
 
-    def _initial_scores(self, dropped: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def _initial_scores(self, dropped: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if self.settings.start is not None:
             signed = scores.is_signed(self.settings.init)
             return scores.of_mask(self.settings.start, self.model, self.targets, signed=signed)
@@ -256,15 +285,13 @@ class _Run:
             self.targets, self.settings.init, seed=self.settings.seed, dropped=dropped, evidence=evidence
         )
 
-    def _evidence(self, dropped: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def _evidence(self, dropped: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Mean of dL/dW * (W - dropped) over as many rows as one training run of 8 steps sees."""
-        from mftmerge.prefix import token_loss_sum
-
         rows = self.rows[: 8 * self.settings.batch_size]
         self.model.zero_grad()
         for row in rows:
             ids, labels = (torch.tensor([row[k]], device=self.model.device) for k in ("input_ids", "labels"))
-            (token_loss_sum(self.model, ids, labels) / len(rows)).backward()
+            (token_losses(self.model, ids, labels)[0].sum() / len(rows)).backward()
         out = {}
         for t in self.targets:
             weight = sharding.whole(t.parameter.detach())
@@ -274,12 +301,12 @@ class _Run:
         self.model.zero_grad()
         return out
 
-    def _announce(self, first: Mapping[str, torch.Tensor]) -> None:
+    def _announce(self, first: Mapping[str, Tensor]) -> None:
         s, count = self.settings, sum(t.parameter.numel() for t in self.targets)
         cut = scores.typical_cut(first, s.keep, scores.is_signed(s.init))
         self.say(
             f"{len(self.rows)} rows, {len(self.valid)} for validation; {len(self.targets)} tensors of layers "
-            f"{_ranges(self.layers)}, {count:,} weights, keep {s.pattern or s.keep}"
+            f"{inputs.ranges(self.layers)}, {count:,} weights, keep {s.pattern or s.keep}"
         )
         ratio = f" ({s.travel / cut:.1f} times)" if cut > 0 else ""
         self.say(
@@ -296,13 +323,11 @@ class _Run:
     # -- after the run ------------------------------------------------------------------------------------------------
 
     def _result(
-        self, best: Any, losses: dict[str, Any], first: Mapping[str, torch.Tensor], seconds: float
+        self, best: Best, losses: dict[str, Losses], first: Mapping[str, Tensor], seconds: float
     ) -> TrainResult:
-        from mftmerge.evaluate.pairing import paired
-
         comparison: dict[str, Any] = {}
         for name in losses:
-            comparison[name] = {"loss": float(losses[name][:, 0].sum() / losses[name][:, 1].sum())}
+            comparison[name] = {"loss": mean_loss(losses[name])}
             if name != "base":
                 d = paired(losses[name], losses["base"])
                 comparison[name] |= {"difference": d.mean, "standard_error": d.standard_error, "rows": d.n}
@@ -314,12 +339,10 @@ class _Run:
             mask, best.history, comparison, losses, best.step, gained, best.stopped_early, seconds, self.settings
         )
 
-    def _mask(self, best: Any, first: Mapping[str, torch.Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
-        from mftmerge import naming
-
+    def _mask(self, best: Best, first: Mapping[str, Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
         checkpoint = self._checkpoint()
 
-        def convert(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        def convert(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             named = naming.to_checkpoint(self.model, tensors, names=checkpoint.names if checkpoint else None)
             return {n: t.contiguous().numpy() for n, t in named.items()}
 
@@ -329,7 +352,7 @@ class _Run:
             "selection": "signed" if scores.is_signed(self.settings.init) else "abs",
             "init_digest": scores.digest(first),
             "lr": self.settings.learning_rate,
-            "layers": _ranges(self.layers),
+            "layers": inputs.ranges(self.layers),
             "data": rows_of.digest(self.rows),
             "rows": len(self.rows),
             "validation": validation,
@@ -356,6 +379,9 @@ class _Run:
             return None
 
 
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
 def _verdict(comparison: Mapping[str, Any], step: int, gained: bool) -> str:
     d = comparison["mask"]
     change = f"{d['difference']:+.4f} +- {d['standard_error']:.4f} nats against the base ({d['rows']} validation rows)"
@@ -364,14 +390,3 @@ def _verdict(comparison: Mapping[str, Any], step: int, gained: bool) -> str:
     if step == 0:
         return f"nothing was gained: no step was better than the initial mask, which is kept ({change})"
     return f"nothing was gained: the best mask (step {step}) is no better than the base ({change})"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """4,5,6,9 as "4-6,9"."""
-    parts: list[list[int]] = []
-    for n in sorted(numbers):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

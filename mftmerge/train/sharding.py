@@ -17,6 +17,11 @@ from mftmerge.errors import BadInput
 from mftmerge.train import selection
 
 
+def is_main() -> bool:
+    """Whether this process writes and speaks: rank 0 of those that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def requested() -> bool:
     """Whether the launcher wants FSDP (`accelerate launch --use_fsdp`). Raises BadInput unless it is FSDP2."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":

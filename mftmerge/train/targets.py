@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import xxhash
 from torch import nn
 
+from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput
 from mftmerge.naming import decoder_layers
+from mftmerge.train.sharding import Shard
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
@@ -102,3 +105,13 @@ def freeze_others(model: nn.Module, targets: list[Target]) -> dict[str, bool]:
     for name, p in model.named_parameters():
         p.requires_grad_(name in learnt)
     return flags
+
+
+def digest(targets: list[Target]) -> str:
+    """Hash of the targets' weights, of this rank's rows: whether two runs train over the same model."""
+    h = xxhash.xxh3_128()
+    for t in targets:
+        local = Shard.local(t.parameter.detach()).cpu().contiguous()
+        h.update(f"{t.name}\0{local.dtype}\0{tuple(local.shape)}\0".encode())
+        h.update(integer_view(local).numpy().data)
+    return h.hexdigest()
