@@ -56,6 +56,17 @@ def test_examples_one_after_the_other(here: Path, tiny: Callable[..., Path]) -> 
     AutoModelForCausalLM.from_pretrained(here / "merged")
 
 
+@pytest.mark.slow
+def test_the_optimiser_works_in_a_trainer_of_ones_own(here: Path, tiny: Callable[..., Path]) -> None:
+    printed = run("own_trainer.py", tiny("llama"), here / "python-train.jsonl", here / "own.mask", 4)
+    assert "density 0.900, 28 tensors" in printed
+    mask = Mask.load(here / "own.mask")
+    assert all(mask.size(n) - mask.count(n) == mask.size(n) // 10 for n in mask.names)
+    run("own_trainer.py", tiny("llama"), here / "python-train.jsonl", here / "start.mask", 1)
+    start = Mask.load(here / "start.mask")
+    assert any((mask.kept(n) != start.kept(n)).any() for n in mask.names), "it learnt something"
+
+
 def test_examples_are_short() -> None:
     programs = sorted(EXAMPLES.glob("*.py"))
     assert programs
