@@ -1,4 +1,4 @@
-"""The mask as an optimiser in a training script of your own: `python examples/own_trainer.py MODEL ROWS.jsonl OUT.mask`.
+"""The mask as an optimiser in a training script of your own: `python own_trainer.py MODEL ROWS.jsonl OUT.mask`.
 
 TRL's SFTTrainer does everything here but the optimiser, which learns scores in the place of weights. Any trainer that
 takes a torch optimiser will do. Clipping is the optimiser's own: of the gradients of scores, not of weights.
