@@ -7,15 +7,17 @@ was after any number of switches.
 
 from __future__ import annotations
 
+import contextvars
+import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from mftmerge import naming
@@ -23,75 +25,33 @@ from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.select import select
+from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, masked_parameter, on_cpu
+from mftmerge.matching import scales_of
 
-UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
-CACHED = 1 << 17  # weights that fit the processor's cache
-PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
-GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
-
-
-@dataclass
-class _Part:
-    """One parameter: packed bits by mask (absent: the mask keeps all of it), and values of weights dropped by any mask.
-
-    originals, dropped: integer views, in the order of the flattened parameter; dropped is None for zeros.
-    stamp: the parameter's memory and version after this module's last write.
-    """
-
-    name: str
-    parameter: torch.nn.Parameter
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    originals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    dropped: torch.Tensor | None = None
-    stamp: tuple[Any, ...] = ()
-
-    def flat(self) -> torch.Tensor:
-        """The parameter's own memory as integers; writes count as changes, so autograd notices them."""
-        return _integers(self.parameter)
-
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        size = self.parameter.numel()
-        step = PIECE if _on_cpu(self.parameter) else GPU_PIECE
-        return ((start, min(start + step, size)) for start in range(0, size, step))
-
-    def bits(self, mask: str | None, start: int, stop: int) -> torch.Tensor | None:
-        """Packed bits of the weights [start, stop), or None where the mask keeps them all."""
-        return self.kept[mask][start // 8 : (stop + 7) // 8] if mask is not None and mask in self.kept else None
-
-    def dropped_by_any(self, start: int, stop: int) -> torch.Tensor:
-        """Positions in [start, stop), relative to start, that at least one mask drops: those with a stored original."""
-        first, *others = (packed[start // 8 : (stop + 7) // 8] for packed in self.kept.values())
-        for packed in others:
-            first = first & packed
-        dropped = _unpack(~first, stop - start)
-        if _on_cpu(dropped):  # numpy's is six times faster than torch's there
-            return torch.from_numpy(np.flatnonzero(dropped.numpy()))
-        return dropped.nonzero().view(-1)
+# The `use` blocks that this thread or task is inside of, or was started from. Each block is an object of its own.
+_BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mftmerge_blocks", default=())
+_CALL = torch.nn.Module._call_impl.__code__  # the frame of every call of a module
 
 
 class Switcher:
     """Masks attached to one model, of which at most one is active. Made by `attach`.
 
-    `use` and `switch` fail with a clear error while another `use`, a switch or a forward pass is going on, and so does
-    a forward pass in a thread other than the one inside `use`. Calls on submodules (`model.model(...)`) and compiled
-    graphs are not watched.
+    `switch` changes the model for everybody; `use` is for the thread or task inside its block, and those started from
+    there: a forward pass of any other meanwhile is an error, and so are switches while the model runs. Compiled graphs
+    are not watched.
     """
 
-    def __init__(self, model: torch.nn.Module, names: tuple[str, ...], parts: list[_Part]) -> None:
+    def __init__(self, names: tuple[str, ...], parts: list[MaskedParameter], watched: list[torch.nn.Module]) -> None:
         self.names = names
         self._parts = parts
         self._active: str | None = None
         self._certain = True  # False after an interrupted switch: the next one rewrites every stored weight
         self._attached = True
-        self._guard = threading.Lock()  # held only while the three fields below are looked at or set
+        self._guard = threading.Lock()  # held only while the fields below are looked at or set
         self._switching = False
-        self._user: tuple[int, str] | None = None
-        self._running: dict[int, int] = {}  # thread -> forward passes it is in
-        self._hooks = [
-            model.register_forward_pre_hook(self._entering),
-            model.register_forward_hook(self._leaving, always_call=True),
-        ]
+        self._block: _Block | None = None
+        self._watched = watched
+        self._hooks = [m.register_forward_pre_hook(_Watch(self)) for m in watched]
 
     @property
     def active(self) -> str | None:
@@ -101,40 +61,96 @@ class Switcher:
     @property
     def nbytes(self) -> int:
         """Bytes kept beside the model: bits of all masks, and the originals of the weights that any of them drops."""
-        tensors = [t for p in self._parts for t in (*p.kept.values(), p.originals, p.dropped) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(part.nbytes for part in self._parts)
 
     def switch(self, name: str | None) -> int:
         """Make mask `name` the active one, None for the model without mask. Returns the number of weights written.
 
         Raises BadInput for an unknown name; MftmergeError inside `use`, while the model is running, after `detach`, and
-        when the parameters were changed by someone else since the masks were attached.
+        when the weights were changed by someone else since the masks were attached: then `detach` is the way out.
         """
         with self._exclusively(name):
             return self._switch(name)
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[Switcher]:
-        """Mask `name` for the length of a `with` block, then whatever was active before. Blocks do not nest."""
+        """Mask `name` for the length of a `with` block, then whatever was active before. Blocks do not nest.
+
+        The block's end always takes the mask off, whatever ended it. Were the weights changed inside, it does as
+        `detach` does and raises MftmergeError.
+        """
+        block = _Block(str(name), threading.get_ident())
         with self._exclusively(name):
             before = self._active
             self._switch(name)
-            self._user = (threading.get_ident(), str(name))
+            self._block = block
+        _BLOCKS.set((*_BLOCKS.get(), block))
         try:
             yield self
-        finally:
-            self._user = None
-            with self._exclusively(before):
-                self._switch(before)
+        except BaseException:
+            self._end(block, before, told=True)
+            raise
+        self._end(block, before, told=False)
 
     def detach(self) -> None:
-        """Put all originals back and let go of the model. The switcher cannot be used afterwards."""
+        """Put all originals back and let go of the model. The switcher cannot be used afterwards.
+
+        Always possible, also after somebody else changed the weights: then those that the active mask drops get their
+        values from before, all others stay as they are found, and a warning says so. Raises MftmergeError inside `use`
+        and while the model runs.
+        """
         with self._exclusively(None):
-            self._switch(None)
-            self._attached = False
-            for hook in self._hooks:
-                hook.remove()
-            self._parts = []
+            said = self._release()
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
+
+    def _release(self) -> str | None:
+        """`detach`, without asking whether it may be. Returns what there is to say, if anything."""
+        state = self._state
+        changed = self._changed(state, self._parts)
+        lost = [p.name for p in changed if not p.give_back(state)]
+        self._write(state, None, [p for p in self._parts if p not in changed])
+        self._active, self._certain, self._attached, self._parts = None, True, False, []
+        for hook in self._hooks:
+            hook.remove()
+        if lost:
+            return f"parameter {lost[0]!r} was replaced since the masks were attached; it stays as it is, masked or not"
+        if changed and state is not None:
+            return (
+                f"parameter {changed[0].name!r} was changed while a mask was on: its dropped weights have their values "
+                "from before, the others stay as they are"
+            )
+        return None
+
+    def _end(self, block: _Block, before: str | None, *, told: bool) -> None:
+        """Take a block's mask off, come what may. told: an exception is on its way that should not be replaced."""
+        _BLOCKS.set(tuple(b for b in _BLOCKS.get() if b is not block))
+        interrupted: BaseException | None = None
+        try:
+            while self._running(but=threading.get_ident()):
+                time.sleep(0.002)  # a thread started inside the block: its forward pass must not see a mixture
+        except BaseException as e:  # Ctrl-C while waiting: the mask goes all the same
+            interrupted = e
+        with self._guard:
+            self._block, self._switching = None, True
+        said = None
+        try:
+            if self._changed(self._state, self._parts):
+                said = f"{self._release()}; the masks are detached, attach them again"
+            else:
+                self._switch(before, check=False)
+        except BaseException as e:  # another one, in the middle of it: `_switch` has gone back, so once more
+            interrupted = e
+            if self._attached:
+                self._switch(before, check=False)
+        finally:
+            self._switching = False
+        if interrupted is not None:
+            raise interrupted
+        if said is not None and not told:
+            raise MftmergeError(said)
+        if said is not None:
+            warnings.warn(said, stacklevel=4)
 
     @contextmanager
     def _exclusively(self, name: str | None) -> Iterator[None]:
@@ -146,9 +162,9 @@ class Switcher:
                 raise MftmergeError("this switcher is detached; attach the masks again")
             if self._switching:
                 raise MftmergeError("another thread is switching this model's masks; switch from one thread at a time")
-            if self._user is not None:
-                raise MftmergeError(f"mask {self._user[1]!r} is in use; leave its `with` block before switching")
-            if self._running:
+            if self._block is not None:
+                raise MftmergeError(f"mask {self._block.name!r} is in use; leave its `with` block before switching")
+            if self._running():
                 raise MftmergeError("the model is running; switch masks when its forward pass has finished")
             self._switching = True
         try:
@@ -156,44 +172,94 @@ class Switcher:
         finally:
             self._switching = False
 
-    @torch.no_grad()
-    def _switch(self, name: str | None) -> int:
+    @property
+    def _state(self) -> str | None:
+        """The mask whose weights the model has now; UNKNOWN where that could be any mixture."""
+        return self._active if self._certain else UNKNOWN
+
+    def _switch(self, name: str | None, check: bool = True) -> int:
         if name == self._active and self._certain:
             return 0
-        for part in self._parts:
-            if part.stamp != _stamp(part.parameter):
-                raise MftmergeError(
-                    f"parameter {part.name!r} was changed or moved since the masks were attached; "
-                    "detach before training, loading or moving a model, and attach again afterwards"
-                )
-        before, self._certain = (self._active if self._certain else UNKNOWN), False
+        before = self._state
         parts = [p for p in self._parts if before is UNKNOWN or before in p.kept or name in p.kept]
-        on_cpu = [p for p in parts if _on_cpu(p.parameter)]
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            written = sum(pool.map(lambda part: _write(part, before, name), on_cpu))
-        written += sum(_write(p, before, name) for p in parts if not _on_cpu(p.parameter))
+        if check and (changed := self._changed(before, parts)):
+            raise MftmergeError(
+                f"parameter {changed[0].name!r} was changed or moved since the masks were attached; "
+                "detach before training, loading or moving a model, and attach again afterwards"
+            )
+        self._certain = False
+        try:
+            written = self._write(before, name, parts)
+        except BaseException:  # not half of one mask and half of another: what was there before
+            self._write(UNKNOWN, self._active, self._parts)
+            self._certain = True
+            raise
         self._active, self._certain = name, True
         return written
 
-    def _entering(self, model: torch.nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
+    def _changed(self, state: str | None, parts: list[MaskedParameter]) -> list[MaskedParameter]:
+        """Those that somebody else has written to, moved or replaced."""
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets go of the interpreter's lock
+            return [p for p, found in zip(parts, pool.map(lambda p: p.changed(state), parts), strict=True) if found]
+
+    def _write(self, before: str | None, after: str | None, parts: list[MaskedParameter]) -> int:
+        try:
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+                here = [p for p in parts if on_cpu(p.parameter)]
+                written = sum(pool.map(lambda part: part.write(before, after), here))
+            return written + sum(p.write(before, after) for p in parts if not on_cpu(p.parameter))
+        finally:
+            torch.clear_autocast_cache()  # it holds the weights in the other dtype, as they were
+
+    def _running(self, but: int | None = None) -> bool:
+        """Whether a thread (other than `but`) is inside a call of the model.
+
+        Read off the threads' stacks and not counted by hooks: a forward pass that ends in a KeyboardInterrupt runs no
+        hook, and would count as running for ever.
+        """
+        watched = set(map(id, self._watched))
+        for thread, top in sys._current_frames().items():
+            frame = None if thread == but else top
+            while frame is not None:
+                if frame.f_code is _CALL and id(frame.f_locals.get("self")) in watched:
+                    return True
+                frame = frame.f_back
+        return False
+
+    def _entering(self) -> None:
+        """Called before each forward pass."""
         with self._guard:
             if self._switching:
                 raise MftmergeError("the model was called while another thread switches its masks")
-            if self._user is not None and self._user[0] != thread:
-                raise MftmergeError(f"the model was called while another thread uses its mask {self._user[1]!r}")
-            self._running[thread] = self._running.get(thread, 0) + 1
+            if self._block is not None and self._block not in _BLOCKS.get():
+                other = "thread" if self._block.thread != threading.get_ident() else "task"
+                raise MftmergeError(f"the model was called while another {other} uses its mask {self._block.name!r}")
+            if not self._certain:
+                raise MftmergeError("switching this model's masks was interrupted; switch again, or detach")
 
-    def _leaving(self, model: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        with self._guard:
-            left = self._running.pop(thread, 0) - 1
-            if left > 0:
-                self._running[thread] = left
+    def __reduce__(self) -> NoReturn:
+        raise MftmergeError("a switcher belongs to one model in one process; attach the masks to the copy again")
+
+
+class _Block:
+    """A `use` block: the mask's name, and the thread that began it."""
+
+    def __init__(self, name: str, thread: int) -> None:
+        self.name, self.thread = name, thread
+
+
+class _Watch:
+    """The hook on a model. A copy of the model, or a pickle, gets one that does nothing: it has its own weights."""
+
+    def __init__(self, switcher: Switcher | None) -> None:
+        self.switcher = switcher
+
+    def __call__(self, module: torch.nn.Module, args: object) -> None:
+        if self.switcher is not None and not torch.compiler.is_compiling():
+            self.switcher._entering()
+
+    def __reduce__(self) -> tuple[type[_Watch], tuple[None]]:
+        return _Watch, (None,)
 
 
 def attach(
@@ -201,6 +267,7 @@ def attach(
 ) -> Switcher:
     """Attach masks to a live model; nothing changes until one is switched on.
 
+    model: may be wrapped by torch.compile, data parallel or peft; the masks are those of the model inside.
     masks: name -> Mask or .mask file, over checkpoint names (see `naming`); a tensor that a mask does not cover keeps
     all its weights under that mask. base: checkpoint whose values dropped weights take, cast to the model's type;
     without it they become 0. Memory: one bit a weight and mask, and one value for each weight that any mask drops
@@ -215,24 +282,56 @@ def attach(
     if not masks:
         raise BadInput("no masks to attach; give at least one, like attach(model, {'code': mask})")
     loaded = {label: m if isinstance(m, Mask) else Mask.load(m) for label, m in masks.items()}
-    parameters = dict(model.named_parameters())
-    parts: dict[str, _Part] = {}
+    inner = _holding(naming.unwrapped(model), loaded)
+    actual, trainable = naming.live_names(inner), dict(inner.named_parameters())
+    parts: dict[str, MaskedParameter] = {}
     for label, mask in loaded.items():
-        for name, kept in naming.iter_parameters(model, mask.names, _kept_of(mask), fill=True):
-            part = parts.setdefault(name, _Part(name, _plain(name, parameters.get(name))))
-            packed = np.packbits(kept.reshape(-1).numpy(), bitorder="little")
-            part.kept[label] = torch.from_numpy(packed).to(part.parameter.device)
+        for name, kept in naming.iter_parameters(inner, mask.names, _kept_of(mask), fill=True):
+            if name not in parts:
+                if actual.get(name) not in trainable:
+                    raise BadInput(f"the mask covers {name!r}, which is no parameter of this model")
+                parts[name] = masked_parameter(inner, actual[name], name)
+            parts[name].add(label, kept)
     for part in parts.values():
-        part.originals = _gather(part, part.flat())
-        part.stamp = _stamp(part.parameter)
+        part.remember()
     if base is not None:
         checkpoint = Checkpoint.open(resolve(base))
         covered = {name for mask in loaded.values() for name in mask.names}
-        for name, values in naming.iter_parameters(model, sorted(covered), _values_of(checkpoint), fill=0):
+        _require_scales(inner, covered, checkpoint)
+        for name, values in naming.iter_parameters(inner, sorted(covered), _values_of(checkpoint), fill=0):
             part = parts[name]
-            like = values.to(part.parameter.device, part.parameter.dtype).contiguous()
-            part.dropped = _gather(part, _integers(like))
-    return Switcher(model, tuple(loaded), list(parts.values()))
+            part.dropped = part.gather(
+                integer_view(values.to(part.parameter.device, part.parameter.dtype).contiguous()).view(-1)
+            )
+    watched = list(dict.fromkeys([model, inner, *_containers(inner, [actual[n] for n in parts])]))
+    return Switcher(tuple(loaded), list(parts.values()), watched)
+
+
+def _holding(model: torch.nn.Module, masks: Mapping[str, Mask]) -> torch.nn.Module:
+    """`model`, or what it wraps: as long as it is a shell around one module and has none of the masks' tensors."""
+    names = {name for mask in masks.values() for name in mask.names}
+    while not names & set(naming.layout(model)):
+        children = list(model.children())
+        if len(children) != 1 or next(model.parameters(recurse=False), None) is not None:
+            break
+        if not {n.rpartition(".")[2] for n in names} & {
+            n.rpartition(".")[2] for n, _ in children[0].named_parameters()
+        }:
+            break
+        model = naming.unwrapped(children[0])
+    return model
+
+
+def _containers(model: torch.nn.Module, names: list[str]) -> Iterator[torch.nn.Module]:
+    """The modules to watch: those that hold masked parameters, from the model down to a layer of a list of layers."""
+    for name in names:
+        module = model
+        for step in name.split(".")[:-1]:
+            parent, module = module, getattr(module, step)
+            if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+                yield module
+            if isinstance(parent, torch.nn.ModuleList):
+                break  # a hook in every matrix would cost more than it finds
 
 
 def _kept_of(mask: Mask) -> Callable[[str], torch.Tensor]:
@@ -251,101 +350,11 @@ def _values_of(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     return read
 
 
-@torch.no_grad()
-def _write(part: _Part, before: str | None, after: str | None) -> int:
-    """Change one parameter from mask `before` to mask `after`; returns the number of weights that differ between them.
-
-    First the stored originals go back, unless the parameter has them already, then the dropped values are written.
-    """
-    flat, taken, changed = part.flat(), 0, 0
-    try:
-        for start, stop in part.pieces():
-            old, new = part.bits(before, start, stop), part.bits(after, start, stop)
-            piece = flat[start:stop]
-            if before is UNKNOWN or old is not None or (new is not None and part.dropped is not None):
-                known = part.dropped_by_any(start, stop)
-                slot = slice(taken, taken + len(known))
-                taken += len(known)
-                values = part.originals[slot]
-                if new is not None and part.dropped is not None:
-                    values = torch.where(_unpack(new, stop - start)[known], values, part.dropped[slot])
-                piece.scatter_(0, known, values)
-            if new is not None and part.dropped is None:
-                _zero(piece, new)
-            changed += _count_differing(old, new, stop - start)
-    finally:
-        flat[:0].zero_()  # some writes go past torch: this counts as one, so that autograd notices them
-        part.stamp = _stamp(part.parameter)
-    return changed
-
-
-def _zero(piece: torch.Tensor, kept: torch.Tensor) -> None:
-    """Set to 0, in place, what `kept` (packed) drops."""
-    if not _on_cpu(piece):
-        piece.masked_fill_(~_unpack(kept, len(piece)), 0)
-        return
-    unsigned = piece.numpy().view(f"u{piece.element_size()}")
-    for start in range(0, len(unsigned), CACHED):
-        part = unsigned[start : start + CACHED]
-        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy())
-
-
-def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
-    """Number of bits in which two packed masks differ; None keeps everything. Padding bits are 0 in both."""
-    if old is None and new is None:
-        return 0
-    if old is None or new is None:
-        given = new if old is None else old
-        assert given is not None
-        return size - _ones(given)
-    return _ones(old ^ new)
-
-
-def _ones(packed: torch.Tensor) -> int:
-    if _on_cpu(packed):
-        return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
-    return int(_unpack(packed, 8 * len(packed)).sum())
-
-
-def _gather(part: _Part, source: torch.Tensor) -> torch.Tensor:
-    """The values of `source`, flat, at all positions that any of the part's masks drops."""
-    return torch.cat([source[start:stop][part.dropped_by_any(start, stop)] for start, stop in part.pieces()])
-
-
-def _integers(values: torch.Tensor) -> torch.Tensor:
-    return integer_view(values).view(-1)
-
-
-def _on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether numpy sees the tensor's memory, and is faster than torch on it."""
-    return tensor.device.type == "cpu"
-
-
-def _unpack(packed: torch.Tensor, size: int) -> torch.Tensor:
-    """The first `size` bits as booleans, on the device of the bytes."""
-    if _on_cpu(packed):
-        return torch.from_numpy(np.unpackbits(packed.numpy(), count=size, bitorder="little")).view(torch.bool)
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) >> shifts & 1).view(-1)[:size].bool()
-
-
-def _plain(name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter:
-    """The parameter, if it can be changed in place."""
-    if parameter is None:
-        raise BadInput(f"the mask covers {name!r}, which is no parameter of this model")
-    if parameter.device.type == "meta":
-        raise BadInput(f"parameter {name!r} is offloaded; load the whole model into memory to attach masks")
-    if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
-        raise BadInput(f"parameter {name!r} is quantised or sharded; masks attach to plain floating point weights")
-    if parameter.is_inference():
-        raise BadInput(
-            f"parameter {name!r} was made in inference mode, which forbids changing it; load the model outside"
-        )
-    if not parameter.is_contiguous():
-        raise BadInput(f"parameter {name!r} is not contiguous in memory; make it so before attaching masks")
-    return parameter
-
-
-def _stamp(parameter: torch.nn.Parameter) -> tuple[Any, ...]:
-    """Changes when someone writes to the parameter or replaces its memory."""
-    return parameter.data_ptr(), parameter.dtype, parameter.device, parameter._version
+def _require_scales(model: torch.nn.Module, names: set[str], base: Checkpoint) -> None:
+    """Raise BadInput where 8-bit weights of the base have scales that are not the model's."""
+    for name in sorted(n for n in names if n in base and base.entry(n).element.bits == 8):
+        state: dict[str, Any] = model.state_dict()
+        for scale in scales_of(name, {*base.names, *state}):
+            theirs = torch.from_numpy(base.read_float32(scale)) if scale in base else None
+            if theirs is None or scale not in state or not torch.equal(theirs, state[scale].float().cpu()):
+                raise BadInput(f"{base.path}: {name!r} has another scale than the model's; convert both to bfloat16")

@@ -99,9 +99,40 @@ def iter_parameters(
         yield first, tensor
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside wrappers that hold it whole: torch.compile, data parallel, peft."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = inner
+        elif isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "peft_config") and callable(found := getattr(model, "get_base_model", None)):
+            model = found()
+        else:
+            return model
+
+
+def live_names(model: torch.nn.Module) -> dict[str, str]:
+    """Parameter name without adapters -> its name in this model, where peft has put its layers between.
+
+    peft calls a layer's own weight `x.base_layer.weight`; the other parameters under `x` are the adapter's.
+    """
+    adapted = [n for n, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), torch.nn.Module)]
+    names: dict[str, str] = {}
+    for name in model.state_dict(keep_vars=True):
+        inside = [a for a in adapted if name.startswith(f"{a}.")]
+        if all(name.startswith(f"{a}.base_layer.") for a in inside):
+            names[name.replace(".base_layer.", ".") if inside else name] = name
+    return names
+
+
 def _placeholders(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A meta tensor for each name of the state dict, tied names included."""
-    return {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in model.state_dict(keep_vars=True).items()}
+    state = model.state_dict(keep_vars=True)
+    return {
+        plain: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta")
+        for plain, name in live_names(model).items()
+    }
 
 
 def _revert(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -195,7 +226,8 @@ def _prefix(model: torch.nn.Module) -> str:
 def _tied(model: torch.nn.Module) -> dict[str, str]:
     """Name -> first name of the same parameter, for all names of the model's parameters."""
     first: dict[int, str] = {}
-    return {k: first.setdefault(id(p), k) for k, p in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {k: first.setdefault(id(parameters[n]), k) for k, n in live_names(model).items() if n in parameters}
 
 
 def _aliases(name: str, tied: Mapping[str, str]) -> Iterable[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import io
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -71,13 +75,14 @@ def test_a_switched_model_equals_the_applied_checkpoint(
 
 def test_the_accelerators_path_does_the_same(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch-only code that runs on a GPU, run here on the CPU: same weights, same counts."""
-    from mftmerge import live
+    from mftmerge import live, maskedparameter
 
     path = tiny("llama", dtype="bfloat16")
     masks = {"a": random_mask(path, 1), "b": random_mask(path, 2)}
     results = []
     for numpy_sees_it in (True, False):
-        monkeypatch.setattr(live, "_on_cpu", lambda _, answer=numpy_sees_it: answer)
+        for module in (live, maskedparameter):
+            monkeypatch.setattr(module, "on_cpu", lambda _, answer=numpy_sees_it: answer)
         for base in (None, tiny("llama", dtype="bfloat16", seed=7)):
             model = load(path)
             switcher = attach(model, masks, base=base)
@@ -238,30 +243,375 @@ def test_backward_after_a_switch_is_an_error(tiny: Callable[..., Path]) -> None:
         loss.backward()
 
 
-def test_an_interrupted_switch_is_repaired_by_the_next(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mftmerge import live
+def interrupting(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> list[int]:
+    """The writes number `at`, and so many after it, end in a KeyboardInterrupt."""
+    from mftmerge.maskedparameter import MaskedParameter
 
+    real, calls = MaskedParameter.write, [0]
+
+    def failing(self: MaskedParameter, before: str | None, after: str | None) -> int:
+        calls[0] += 1
+        if at <= calls[0] < at + times:
+            raise KeyboardInterrupt
+        return real(self, before, after)
+
+    monkeypatch.setattr(MaskedParameter, "write", failing)
+    return calls
+
+
+def test_an_interrupted_switch_goes_back(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny("llama")
     model = load(path)
     original = state(model)
     switcher = attach(model, {"a": random_mask(path, 1), "b": random_mask(path, 2)})
     switcher.switch("a")
-    real, calls = live._write, []
+    under_a = state(model)
+    interrupting(monkeypatch, at=5)
+    with pytest.raises(KeyboardInterrupt):
+        switcher.switch("b")
+    assert switcher.active == "a"
+    assert same(state(model), under_a)
+    switcher.switch(None)
+    assert same(state(model), original)
 
-    def failing(*arguments: object, **options: object) -> int:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(live, "_write", failing)
+def test_a_switch_that_cannot_go_back_is_repaired_by_the_next(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, {"a": random_mask(path, 1), "b": random_mask(path, 2)})
+    switcher.switch("a")
+    interrupting(monkeypatch, at=5, times=10**6)
     with pytest.raises(KeyboardInterrupt):
         switcher.switch("b")
     assert not same(state(model), original)
+    with pytest.raises(MftmergeError, match="interrupted"):
+        model(torch.tensor([[5, 6, 7]]))
+    monkeypatch.undo()
     switcher.switch(None)
     assert same(state(model), original)
+    assert switcher.switch("b") > 0
+    switcher.detach()
+    assert same(state(model), original)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ZeroDivisionError])
+def test_whatever_ends_a_forward_pass_the_mask_comes_off(tiny: Callable[..., Path], error: type[BaseException]) -> None:
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, {"a": random_mask(path, 1)})
+
+    def stop(*_: object) -> None:
+        raise error
+
+    hook = model.model.layers[1].register_forward_hook(stop)
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(error), switcher.use("a"):
+        model(ids)
+    assert switcher.active is None
+    assert same(state(model), original)
+    with pytest.raises(error):  # without a block as well: nothing counts as running afterwards
+        model(ids)
+    with pytest.raises(error):
+        model.generate(ids, max_new_tokens=2)
+    hook.remove()
+    switcher.switch("a")
+    model(ids)
+    switcher.detach()
+    assert same(state(model), original)
+
+
+def test_an_interrupt_while_the_mask_comes_off(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, {"a": random_mask(path, 1)})
+
+    def block() -> None:
+        with switcher.use("a"):
+            interrupting(monkeypatch, at=5)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert switcher.active is None
+    assert same(state(model), original)
+
+
+WRITES: dict[str, Callable[[torch.nn.Parameter], object]] = {
+    "data.add_": lambda p: p.data.add_(1.0),
+    "data.copy_": lambda p: p.data.copy_(p.data * 2),
+    "data[0] =": lambda p: p.data.__setitem__(0, 7.0),
+    "numpy": lambda p: np.add(p.detach().numpy(), 1, out=p.detach().numpy()),
+    "one bit": lambda p: p.data.view(torch.int32).__setitem__((-1, -1), p.data.view(torch.int32)[-1, -1] ^ 1),
+    "exchanged rows": lambda p: p.data.copy_(p.data.flip(0)),
+}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("active", [None, "a"])
+def test_writes_that_no_version_counter_sees_are_noticed_and_not_undone(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, how: str, active: str | None, accelerator: bool
+) -> None:
+    from mftmerge import live, maskedparameter
+
+    if accelerator:
+        for module in (live, maskedparameter):
+            monkeypatch.setattr(module, "on_cpu", lambda _: False)
+    path = tiny("llama")
+    model = load(path)
+    mask = random_mask(path, 1)
+    switcher = attach(model, {"a": mask, "b": random_mask(path, 2)})
+    switcher.switch(active)
+    name = mask.names[5]
+    parameter, original = model.get_parameter(name), load(path).get_parameter(name)
+    WRITES[how](parameter)
+    new = parameter.detach().clone()
+    with pytest.raises(MftmergeError, match=f"{name}.*was changed"):
+        switcher.switch("b")
+    assert torch.equal(parameter, new)
+    if active is None:  # the way out: what somebody wrote is the model's weights by now
+        switcher.detach()
+        assert torch.equal(parameter, new)
+    else:
+        with pytest.warns(UserWarning, match="was changed while a mask was on"):
+            switcher.detach()
+        kept = torch.from_numpy(mask.kept(name))
+        assert torch.equal(parameter, torch.where(kept, new, original))
+    others = {k: p for k, p in state(load(path)).items() if k != name}
+    assert same({k: p for k, p in state(model).items() if k != name}, others)
+    attach(model, {"a": mask}).switch("a")
+
+
+def test_a_write_that_changes_nothing_is_none(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, {"a": random_mask(path, 1)})
+    switcher.switch("a")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.0)
+    switcher.switch(None)
+    assert same(state(model), original)
+
+
+def test_a_change_inside_a_block_is_said_and_the_mask_comes_off(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    mask = random_mask(path, 1)
+    name = mask.names[5]
+    kept, original = torch.from_numpy(mask.kept(name)), load(path).get_parameter(name).detach()
+    for error in (None, ZeroDivisionError):
+        model = load(path)
+        switcher = attach(model, {"a": mask})
+
+        def block(switcher=switcher, model=model, error=error) -> None:  # type: ignore[no-untyped-def]
+            with switcher.use("a"):
+                model.get_parameter(name).data.add_(1.0)
+                if error:
+                    raise error
+
+        if error is None:
+            with pytest.raises(MftmergeError, match=r"was changed while a mask was on.*attach them again"):
+                block()
+        else:  # the block's own error is not replaced
+            with pytest.warns(UserWarning, match="attach them again"), pytest.raises(error):
+                block()
+        assert torch.equal(model.get_parameter(name), torch.where(kept, original + 1, original))
+        others = {k: p for k, p in state(load(path)).items() if k != name}
+        assert same({k: p for k, p in state(model).items() if k != name}, others)
+
+
+@pytest.mark.parametrize("how", ["to", "data", "replaced"])
+def test_a_model_that_was_moved_under_a_mask_gets_its_weights_back(tiny: Callable[..., Path], how: str) -> None:
+    path = tiny("llama")
+    model = load(path)
+    mask = random_mask(path, 1)
+    switcher = attach(model, {"a": mask})
+    switcher.switch("a")
+    if how == "to":
+        model.to(torch.bfloat16)
+    else:
+        for module in model.modules():
+            for leaf, p in list(module.named_parameters(recurse=False)):
+                if how == "data":
+                    p.data = p.data.bfloat16()
+                else:
+                    setattr(module, leaf, torch.nn.Parameter(p.data.bfloat16()))
+    with pytest.raises(MftmergeError, match="was changed or moved"):
+        switcher.switch(None)
+    with pytest.warns(UserWarning, match="was changed while a mask was on"):
+        switcher.detach()
+    assert same(state(model), state(load(path).to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("active", [None, "a"])
+def test_copies_and_pickles_are_models_of_their_own(tiny: Callable[..., Path], active: str | None) -> None:
+    path = tiny("llama")
+    model = load(path)
+    ids = torch.tensor([[5, 6, 7]])
+    switcher = attach(model, {"a": random_mask(path, 1)})
+    with switcher.use(active):
+        now = state(model)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copies.append(torch.load(buffer, weights_only=False))
+        expected = model(ids).logits
+    switcher.switch("a")
+    for other in copies:
+        assert same(state(other), now)
+        assert torch.equal(other(ids).logits, expected)
+        attach(other, {"b": random_mask(path, 2)}).switch("b")
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(MftmergeError, match="belongs to one model"):
+            attempt(switcher)
+
+
+def wrapped(model: torch.nn.Module, how: str) -> torch.nn.Module:
+    if how == "compile":
+        return torch.compile(model, backend="eager")
+    if how == "data parallel":
+        return torch.nn.DataParallel(model)
+    if how == "compiled data parallel":
+        return torch.compile(torch.nn.DataParallel(model), backend="eager")
+    if how == "shell":
+        return torch.nn.ModuleDict({"module": model})
+    from peft import LoraConfig, get_peft_model
+
+    made = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], r=2, init_lora_weights=False))
+    return torch.compile(made, backend="eager") if how == "compiled peft" else made
+
+
+@pytest.mark.parametrize(
+    "how", ["compile", "data parallel", "compiled data parallel", "shell", "peft", "compiled peft"]
+)
+def test_masks_on_a_wrapped_model(tiny: Callable[..., Path], tmp_path: Path, how: str) -> None:
+    path = tiny("llama")
+    mask = random_mask(path, 1, density=0.5)
+    apply_mask(mask, path, tmp_path / "applied")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.manual_seed(0)
+    model = wrapped(load(path), how)
+    torch.manual_seed(0)
+    expected = wrapped(load(tmp_path / "applied"), how)
+    call = (lambda m: m["module"](ids).logits) if how == "shell" else (lambda m: m(ids).logits)
+    before, original = call(model), state(model)
+    switcher = attach(model, {"a": mask})
+    with switcher.use("a"):
+        assert torch.equal(call(model), call(expected))
+        assert same(state(model), state(expected))
+    assert torch.equal(call(model), before)
+    assert same(state(model), original)
+    switcher.detach()
+
+
+def test_merging_an_adapter_under_attached_masks_is_noticed(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    model = wrapped(load(path), "peft")
+    switcher = attach(model, {"a": random_mask(path, 1)})
+    model.merge_adapter()
+    merged = state(model)
+    with pytest.raises(MftmergeError, match="was changed"):
+        switcher.switch("a")
+    switcher.detach()
+    assert same(state(model), merged)
+
+
+def test_under_autocast_each_mask_has_its_effect(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """autocast keeps weights that it has cast; switching must not leave it the old ones."""
+    path = tiny("llama")
+    masks = {"a": random_mask(path, 1, density=0.5), "b": random_mask(path, 2, density=0.5)}
+    ids = torch.tensor([[5, 6, 7]])
+    expected: dict[str | None, torch.Tensor] = {}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected[None] = load(path)(ids).logits
+        for name, mask in masks.items():
+            apply_mask(mask, path, tmp_path / name)
+            expected[name] = load(tmp_path / name)(ids).logits
+    model = load(path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        switcher = attach(model, masks)
+        for name in (None, "a", "b", "a", None):
+            with switcher.use(name):
+                assert torch.equal(model(ids).logits, expected[name])
+            assert torch.equal(model(ids).logits, expected[None])
+        switcher.switch("b")
+        assert torch.equal(model(ids).logits, expected["b"])
+        switcher.detach()
+        assert torch.equal(model(ids).logits, expected[None])
+
+
+def test_another_task_does_not_get_a_mask_silently(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    model = load(path)
+    switcher = attach(model, {"a": random_mask(path, 1, density=0.5)})
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model(ids).logits
+    found: dict[str, object] = {}
+
+    async def with_mask(inside: asyncio.Event, finished: asyncio.Event) -> None:
+        with switcher.use("a"):
+            inside.set()
+            found["own"] = model(ids).logits
+            child = asyncio.create_task(call("child"))  # started inside the block: it is meant
+            thread = asyncio.to_thread(lambda: model(ids).logits)
+            await child
+            found["thread"] = await thread
+            await finished.wait()
+
+    async def call(name: str) -> None:
+        try:
+            found[name] = model(ids).logits
+        except MftmergeError as e:
+            found[name] = str(e)
+
+    async def other(inside: asyncio.Event, finished: asyncio.Event) -> None:
+        await inside.wait()
+        await call("other")
+        try:
+            model.model(ids)
+        except MftmergeError as e:
+            found["inner"] = str(e)
+        finished.set()
+
+    async def main() -> None:
+        inside, finished = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(with_mask(inside, finished), other(inside, finished))
+        await call("after")
+
+    asyncio.run(main())
+    assert isinstance(found["own"], torch.Tensor)
+    assert torch.equal(found["own"], found["child"])  # type: ignore[arg-type]
+    assert torch.equal(found["own"], found["thread"])  # type: ignore[arg-type]
+    assert "another task uses its mask 'a'" in str(found["other"])
+    assert "another task uses its mask 'a'" in str(found["inner"])
+    assert torch.equal(found["after"], plain)  # type: ignore[arg-type]
+
+
+def test_parts_of_the_model_are_watched_too(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    model = load(path)
+    switcher = attach(model, {"a": random_mask(path, 1)})
+    ids, caught = torch.tensor([[5, 6, 7]]), []
+
+    def elsewhere() -> None:
+        for call in (lambda: model.model(ids), lambda: model.generate(ids, max_new_tokens=1)):
+            try:
+                call()
+            except MftmergeError as e:
+                caught.append(str(e))
+
+    with switcher.use("a"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join(60)
+    assert len(caught) == 2
+    assert all("another thread uses its mask 'a'" in c for c in caught)
 
 
 def test_what_cannot_be_switched_is_refused(tiny: Callable[..., Path]) -> None:

@@ -1,0 +1,240 @@
+"""One live parameter under several masks: their bits, the values that they drop, and writing one mask after another.
+
+Weights are moved as integers, so every bit comes back. All work is done in pieces; on the CPU numpy does it, which is
+several times faster than torch there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+
+from mftmerge.dtypes import integer_view
+from mftmerge.errors import BadInput
+from mftmerge.select import select
+
+UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
+CACHED = 1 << 17  # weights that fit the processor's cache
+PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
+GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
+
+
+@dataclass
+class MaskedParameter:
+    """A parameter and, by mask, its packed bits (absent: that mask keeps all of it).
+
+    name: the parameter's, for messages. module, leaf: where the model holds it.
+    originals, dropped: integer views of the weights that any mask drops, in the order of the flattened parameter: their
+    values without a mask, and those that they take when dropped; dropped is None for zeros.
+    """
+
+    name: str
+    module: torch.nn.Module
+    leaf: str
+    parameter: torch.nn.Parameter
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    originals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    dropped: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype, self.place = self.parameter.dtype, self._place()
+        self._checks: dict[str | None, int] = {}  # mask (None: no mask) -> checksum of the contents under it
+
+    def add(self, mask: str, kept: torch.Tensor) -> None:
+        """Take up a mask: booleans of the parameter's shape, on the CPU."""
+        packed = np.packbits(kept.reshape(-1).numpy(), bitorder="little")
+        self.kept[mask] = torch.from_numpy(packed).to(self.parameter.device)
+
+    def remember(self) -> None:
+        """Store the originals, when all masks are known."""
+        self.originals = self.gather(self.flat())
+        self._checks = {None: self.checksum()}
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Of a flat integer view those at positions that any mask drops."""
+        return torch.cat([values[start:stop][self.dropped_by_any(start, stop)] for start, stop in self.pieces()])
+
+    def flat(self) -> torch.Tensor:
+        """The parameter's own memory as integers, shape (n,)."""
+        return integer_view(self.parameter).view(-1)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        size = self.parameter.numel()
+        step = PIECE if on_cpu(self.parameter) else GPU_PIECE
+        return ((start, min(start + step, size)) for start in range(0, size, step))
+
+    def bits(self, mask: str | None, start: int, stop: int) -> torch.Tensor | None:
+        """Packed bits of the weights [start, stop), or None where the mask keeps them all."""
+        return self.kept[mask][start // 8 : (stop + 7) // 8] if mask is not None and mask in self.kept else None
+
+    def dropped_by_any(self, start: int, stop: int) -> torch.Tensor:
+        """Positions in [start, stop), relative to start, that at least one mask drops: those with a stored original."""
+        first, *others = (packed[start // 8 : (stop + 7) // 8] for packed in self.kept.values())
+        for packed in others:
+            first = first & packed
+        dropped = _unpack(~first, stop - start)
+        if on_cpu(dropped):  # numpy's is six times faster than torch's there
+            return torch.from_numpy(np.flatnonzero(dropped.numpy()))
+        return dropped.nonzero().view(-1)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [t for t in (*self.kept.values(), self.originals, self.dropped) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # -- noticing what others do -------------------------------------------------------------------------------------
+
+    def moved(self) -> bool:
+        """Whether the model holds another parameter here by now, or this one has other memory, dtype or shape."""
+        return getattr(self.module, self.leaf, None) is not self.parameter or self._place() != self.place
+
+    def changed(self, mask: str | None) -> bool:
+        """Whether somebody else wrote to the weights since `mask` was switched on.
+
+        Their contents are compared, not version counters: writes through `.data` (peft's merging, weight
+        synchronisation, moving averages) do not count there.
+        """
+        state = mask if mask in self.kept else None
+        known = mask is not UNKNOWN and state in self._checks
+        return self.moved() or (known and self.checksum() != self._checks[state])
+
+    def checksum(self) -> int:
+        """Of all bits of the parameter."""
+        if on_cpu(self.parameter):
+            return xxhash.xxh3_64_intdigest(self.flat().numpy().data.cast("B")) if self.parameter.numel() else 0
+        total = torch.zeros((), dtype=torch.int64, device=self.parameter.device)
+        flat = self.flat()
+        for start, stop in self.pieces():  # by position, so that exchanged values count; sums wrap at 2^64
+            at = torch.arange(start, stop, dtype=torch.int64, device=flat.device)
+            mixed = (at * 0x9E3779B97F4A7C1 + 1) * (flat[start:stop].long() + 0x632BE59BD9B4E01)
+            total = total * 1000003 + (mixed ^ (mixed >> 29)).sum()
+        return int(total)
+
+    def _place(self) -> tuple[int, torch.dtype, torch.device, torch.Size]:
+        return self.parameter.data_ptr(), self.parameter.dtype, self.parameter.device, self.parameter.shape
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write(self, before: str | None, after: str | None) -> int:
+        """Change from mask `before` to mask `after`; returns the number of weights that differ between them.
+
+        First the stored originals go back, unless the parameter has them already, then the dropped values are written.
+        """
+        flat, taken, changed = self.flat(), 0, 0
+        try:
+            for start, stop in self.pieces():
+                old, new = self.bits(before, start, stop), self.bits(after, start, stop)
+                piece = flat[start:stop]
+                if before is UNKNOWN or old is not None or (new is not None and self.dropped is not None):
+                    known = self.dropped_by_any(start, stop)
+                    slot = slice(taken, taken + len(known))
+                    taken += len(known)
+                    values = self.originals[slot]
+                    if new is not None and self.dropped is not None:
+                        values = torch.where(_unpack(new, stop - start)[known], values, self.dropped[slot])
+                    piece.scatter_(0, known, values)
+                if new is not None and self.dropped is None:
+                    _zero(piece, new)
+                changed += _count_differing(old, new, stop - start)
+        finally:
+            _mark_written(flat)
+        state = after if after in self.kept else None
+        if state not in self._checks:  # the same every time: reckoned at the first
+            self._checks[state] = self.checksum()
+        return changed
+
+    @torch.no_grad()
+    def give_back(self, mask: str | None) -> bool:
+        """After others changed the weights: those that `mask` drops get their originals, the rest stays as it is.
+
+        The originals are turned into the dtype and moved to the device that the parameter has by now. mask: UNKNOWN
+        gives back all that are stored. Returns False where the parameter is another one, of another size.
+        """
+        now = getattr(self.module, self.leaf, None)
+        if not isinstance(now, torch.nn.Parameter) or now.numel() != self.parameter.numel() or now.is_meta:
+            return False
+        if mask is not UNKNOWN and mask not in self.kept:
+            return True
+        values = self.originals.view(self.dtype).to(now.device, now.dtype)
+        flat, taken = now.detach().view(-1) if now.is_contiguous() else None, 0
+        if flat is None or type(now.data) is not torch.Tensor:
+            return False
+        for start, stop in self.pieces():
+            known = self.dropped_by_any(start, stop)
+            mine = values[taken : taken + len(known)]
+            taken += len(known)
+            bits = self.bits(None if mask is UNKNOWN else mask, start, stop)
+            if bits is not None:
+                wanted = ~_unpack(bits, stop - start)[known]
+                known, mine = known[wanted], mine[wanted.to(mine.device)]
+            integer_view(flat[start:stop]).scatter_(0, known.to(flat.device), integer_view(mine))
+        _mark_written(flat)
+        return True
+
+
+def masked_parameter(model: torch.nn.Module, name: str, shown: str) -> MaskedParameter:
+    """The model's parameter of this name, if it can be changed in place. shown: its name for messages."""
+    module_name, _, leaf = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    if parameter.device.type == "meta":
+        raise BadInput(f"parameter {shown!r} is offloaded; load the whole model into memory to attach masks")
+    if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
+        raise BadInput(f"parameter {shown!r} is quantised or sharded; masks attach to plain floating point weights")
+    if parameter.is_inference():
+        raise BadInput(
+            f"parameter {shown!r} was made in inference mode, which forbids changing it; load the model outside"
+        )
+    if not parameter.is_contiguous():
+        raise BadInput(f"parameter {shown!r} is not contiguous in memory; make it so before attaching masks")
+    return MaskedParameter(shown, model.get_submodule(module_name), leaf, parameter)
+
+
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether numpy sees the tensor's memory, and is faster than torch on it."""
+    return tensor.device.type == "cpu"
+
+
+def _mark_written(flat: torch.Tensor) -> None:
+    """Some writes go past torch: this one, of nothing, counts as one, so that autograd notices them."""
+    flat[:0].zero_()
+
+
+def _zero(piece: torch.Tensor, kept: torch.Tensor) -> None:
+    """Set to 0, in place, what `kept` (packed) drops."""
+    if not on_cpu(piece):
+        piece.masked_fill_(~_unpack(kept, len(piece)), 0)
+        return
+    unsigned = piece.numpy().view(f"u{piece.element_size()}")
+    for start in range(0, len(unsigned), CACHED):
+        part = unsigned[start : start + CACHED]
+        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy())
+
+
+def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
+    """Number of bits in which two packed masks differ; None keeps everything. Padding bits are 0 in both."""
+    if old is None and new is None:
+        return 0
+    if old is None or new is None:
+        given = new if old is None else old
+        assert given is not None
+        return size - _ones(given)
+    return _ones(old ^ new)
+
+
+def _ones(packed: torch.Tensor) -> int:
+    if on_cpu(packed):
+        return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
+    return int(_unpack(packed, 8 * len(packed)).sum())
+
+
+def _unpack(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """The first `size` bits as booleans, on the device of the bytes."""
+    if on_cpu(packed):
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=size, bitorder="little")).view(torch.bool)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(1) >> shifts & 1).view(-1)[:size].bool()
