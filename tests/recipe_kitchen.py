@@ -64,3 +64,17 @@ def assert_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert sorted(a) == sorted(b)
     different = [n for n in a if a[n].shape != b[n].shape or not np.array_equal(a[n], b[n])]
     assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[0]}"
+
+
+def stock(config: dict[str, object], out: Path) -> Path:
+    """mergekit's own run, in this process, of a configuration."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    LoaderCache.loaders.clear()
+    options = MergeOptions(quiet=True, lora_merge_cache=str(out) + "-lora", random_seed=5, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(config), str(out), options)
+    LoaderCache.loaders.clear()
+    return out

@@ -121,7 +121,7 @@ def test_completion_of_an_operation(tmp_path: Path, shell: str) -> None:
 def test_completion_of_commands_and_options(tmp_path: Path) -> None:
     assert complete("mftmerge co", tmp_path) == ["combine", "compare", "imported []"]
     assert "--threshold" in complete("mftmerge combine --th", tmp_path)
-    assert complete("mftmerge build a.yml --executor st", tmp_path) == ["stream", "imported []"]
+    assert complete("mftmerge combine --uncovered k", tmp_path) == ["keep", "imported []"]
 
 
 def test_completion_of_files_by_their_ending(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ VALUES = {
         --weights 1,1 | --set x | --set nothing=1 | --set =
     """,
     "apply": "--base absent/model/path | --base ./one\ntwo",
-    "build": "--executor nothing | --seed x | --device \x1b[31mnothing",
+    "build": "--seed x | --device \x1b[31mnothing",
     "export": "--verify=maybe",
     "eval": """
         --limit 0 | --limit -1 | --limit x | --max-length 1 | --bootstrap -1 | --dtype x | --device nothing |

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from mftmerge.cli.options import AsJson, Overwrite, Recipe
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json
 from mftmerge.errors import BadInput
-from mftmerge.progress import Step
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -23,9 +22,6 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the built model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Overwrite = False,
-    executor: Annotated[
-        Literal["auto", "stream", "mergekit"], typer.Option(help="Who merges; stream: linear, task_arithmetic, ties.")
-    ] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers (dare, della).")] = None,
     device: Annotated[str, typer.Option(help="Where mergekit does arithmetic: cpu, cuda.")] = "cpu",
     as_json: AsJson = False,
@@ -43,7 +39,7 @@ def command(
     from mftmerge.recipe.plan import plan
 
     if dry_run:
-        planned = plan(recipe, executor=executor)
+        planned = plan(recipe)
         if as_json:
             print_json(dataclasses.asdict(planned))
         else:
@@ -58,10 +54,9 @@ def command(
             recipe,
             out,
             overwrite=overwrite,
-            executor=executor,
             seed=seed,
             device=device,
-            progress=lambda done, total: show(Step("build", done, total, "bytes")),
+            progress=show,
         )
     for warning in report.warnings:
         print(f"warning: {recipe}: {warning}", file=sys.stderr)
@@ -69,4 +64,4 @@ def command(
         print_json(dataclasses.asdict(report))
         return
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
-    print(f"{report.out}: {size} ({', '.join(report.executors)})")
+    print(f"{report.out}: {size}")

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.outputdirectory import OutputDirectory
+from mftmerge.progress import Progress, Step
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
-from mftmerge.recipe.eligible import why_not
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import expected, given, width
-
-Executor = Literal["auto", "stream", "mergekit"]
-Progress = Callable[[int, int], None]
+from mftmerge.recipe.sizes import expected, width
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built: directory, tensors, bytes of weights, seconds; who did each step ("stream", "mergekit")."""
+    """What was built: directory, tensors, bytes of weights, seconds, and what the user should know."""
 
     out: Path
     tensors: int
     nbytes: int
     seconds: float
-    executors: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -39,7 +34,6 @@ class BuildReport:
 class Options:
     """How to build; see `build`."""
 
-    executor: Executor = "auto"
     seed: int | None = None
     device: str = "cpu"
     progress: Progress | None = None
@@ -47,10 +41,9 @@ class Options:
 
 @dataclass
 class Built:
-    """What steps have built so far: bytes by tensor of the last one, who did each, what the user should know."""
+    """What steps have built so far: bytes by tensor of the last one, and what the user should know."""
 
     sizes: dict[str, int] = field(default_factory=dict)
-    executors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -81,18 +74,14 @@ def build(
     out: str | Path,
     *,
     overwrite: bool = False,
-    executor: Executor = "auto",
     seed: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> BuildReport:
     """Merge what the recipe says into the directory `out`, which appears whole or not at all.
 
-    executor: "auto": ours where its result is mergekit's bit for bit (linear, task_arithmetic, ties over checkpoints
-    with the same tensors), else mergekit; "mergekit"; or "stream": ours or nothing, and TIES keeps, of equal magnitudes
-    at its cut, those of lowest index, where mergekit's choice is that of an unstable sort, and slower.
-    seed: for methods that draw random numbers. device: where mergekit does arithmetic. progress: called with bytes
-    done and bytes in all.
+    seed: for methods that draw random numbers. device: where mergekit does arithmetic. progress: called as
+    bytes are written.
     Raises BadInput for everything wrong with the recipe, before a tensor is read.
     """
     recipe = load_recipe(recipe_path)
@@ -100,11 +89,11 @@ def build(
     refuse_own_input(recipe, out)
     started = time.monotonic()
     with OutputDirectory(out, lambda: "build", overwrite=overwrite) as output:
-        built = build_into(recipe, output.path, name=out.name, options=Options(executor, seed, device, progress))
+        built = build_into(recipe, output.path, name=out.name, options=Options(seed, device, progress))
         output.commit()
     seconds = time.monotonic() - started
     warnings = (*recipe.warnings, *built.warnings)
-    return BuildReport(out, len(built.sizes), sum(built.sizes.values()), seconds, tuple(built.executors), warnings)
+    return BuildReport(out, len(built.sizes), sum(built.sizes.values()), seconds, warnings)
 
 
 def build_into(
@@ -136,23 +125,6 @@ def build_into(
     return built
 
 
-def choose(
-    document: Document, folder: Path, stages: Mapping[str, Path | None], executor: Executor, device: str = "cpu"
-) -> tuple[str, str]:
-    """Who merges a document, "stream" or "mergekit", and why. Raises BadInput if "stream" was asked for and cannot."""
-    if executor == "mergekit":
-        return "mergekit", "asked for"
-    reason = why_not(document, folder, stages) if device == "cpu" else f"arithmetic on {device}"
-    if reason is None:
-        why = "like checkpoints and a method that works piece by piece: mergekit's result without its graph"
-        if executor == "auto" and document.merge_method == "ties" and given(document, "density"):
-            why += "; equal magnitudes at TIES' cut are sorted as mergekit does, --executor stream avoids that time"
-        return "stream", why
-    if executor == "stream":
-        raise BadInput(f"cannot be streamed: {reason}; use --executor auto")
-    return "mergekit", reason
-
-
 def _step(
     document: Document,
     folder: Path,
@@ -163,7 +135,6 @@ def _step(
     built: Built,
 ) -> None:
     """Merge one document into `target`."""
-    chosen = choose(document, folder, stages, options.executor, options.device)[0]
     entries = list(expected(document, folder, {n: list(Checkpoint.open(p)) for n, p in stages.items()}))
     total = sum(e.size * width(e, document.out_dtype or document.dtype) for e in entries)
     report, progress = options.progress, None
@@ -171,34 +142,21 @@ def _step(
         watcher = report
 
         def progress(done: int) -> None:
-            watcher(done, max(done, total))
+            watcher(Step("build", done, max(done, total), "bytes"))
 
-    if chosen == "stream":
-        from mftmerge.recipe import stream
+    from mftmerge.recipe.merge import merge  # mergekit takes seconds to import: not before the recipe is checked
 
-        sort = options.executor != "stream"
-        sizes = stream.merge(document, folder, target, stages=stages, sort=sort, progress=progress)
-    else:
-        from mftmerge.recipe import bridge
-
-        sizes = bridge.merge(
-            document,
-            folder,
-            target,
-            scratch,
-            stages=stages,
-            seed=options.seed,
-            device=options.device,
-            progress=progress,
+    merged = merge(
+        document, folder, target, scratch, stages=stages, seed=options.seed, device=options.device, progress=progress
+    )
+    unread = [e.name for e in entries if e.name not in merged.sizes]
+    if document.models and unread and sum(merged.sizes.values()) < total:
+        built.warnings.append(
+            f"mergekit's definition of the architecture does not list {unread[0]}"
+            f"{f' and {len(unread) - 1} more tensors' if len(unread) > 1 else ''}: not in the result"
         )
-        unread = [e.name for e in entries if e.name not in sizes]
-        if document.models and unread and sum(sizes.values()) < total:
-            built.warnings.append(
-                f"mergekit's definition of the architecture does not list {unread[0]}"
-                f"{f' and {len(unread) - 1} more tensors' if len(unread) > 1 else ''}: not in the result"
-            )
-    built.sizes = sizes
-    built.executors.append(chosen)
+    built.sizes = merged.sizes
+    built.warnings += merged.warnings
 
 
 def refuse_own_input(recipe: Recipe, out: Path) -> None:

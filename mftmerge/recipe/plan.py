@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mftmerge.checkpoint import TensorEntry
-from mftmerge.recipe.build import Executor, choose, needed
+from mftmerge.dtypes import named
+from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import WIDTH, expected, given, width
+from mftmerge.recipe.sizes import expected, given, width
 
-# Peak anonymous memory of whole processes, measured by benchmarks/recipe_stream.py: ours at any model size, and
-# mergekit's imports before it reads a tensor. Sorting a tensor for TIES takes about 28 bytes an element.
-STREAM_BYTES, IMPORT_BYTES, SORT_BYTES = 190_000_000, 350_000_000, 28
+# mergekit's imports before it reads a tensor, and what sorting one element for TIES takes: its magnitude, its place,
+# and torch's scratch room.
+IMPORT_BYTES, SORT_BYTES = 350_000_000, 28
 
 
 @dataclass(frozen=True)
 class Step:
-    """One merge: who does it and why, its masks as (whose, label, on, density), and what it writes and holds."""
+    """One merge: its masks as (whose, label, on, density), and what it writes and holds."""
 
     name: str
     method: str
-    executor: str
-    reason: str
     inputs: tuple[str, ...]
     masks: tuple[tuple[str, str, str, float], ...]
     tensors: int
@@ -49,7 +49,6 @@ class Plan:
             rows += [
                 f"  mask {label} on {on} of {whose}, keeps {density:.4f}" for whose, label, on, density in step.masks
             ]
-            rows.append(f"  by {step.executor}: {step.reason}")
             rows.append(
                 f"  writes {step.tensors} tensors, {step.nbytes / 1e6:.1f} MB;"
                 f" needs about {step.peak_memory / 1e6:.0f} MB of memory"
@@ -58,7 +57,7 @@ class Plan:
         return "\n".join(rows + [f"warning: {w}" for w in self.warnings])
 
 
-def plan(recipe_path: str | Path, *, executor: Executor = "auto") -> Plan:
+def plan(recipe_path: str | Path) -> Plan:
     """The plan of `build(recipe_path, ...)`. Raises BadInput for everything wrong with the recipe."""
     recipe = load_recipe(recipe_path)
     stages: dict[str, list[TensorEntry]] = {}
@@ -68,14 +67,11 @@ def plan(recipe_path: str | Path, *, executor: Executor = "auto") -> Plan:
         entries = list(expected(document, recipe.folder, stages))
         if document.name:
             stages[document.name] = entries
-        chosen, reason = choose(document, recipe.folder, dict.fromkeys(stages), executor)
-        steps.append(_step(recipe, document, chosen, reason, entries, executor == "stream"))
+        steps.append(_step(recipe, document, entries))
     return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
 
 
-def _step(
-    recipe: Recipe, document: Document, executor: str, reason: str, entries: list[TensorEntry], fixed: bool
-) -> Step:
+def _step(recipe: Recipe, document: Document, entries: list[TensorEntry]) -> Step:
     book = MaskBook(recipe.folder, document.masks)
     masks = tuple(
         (w, label, u.on, book.evaluate(u.expression()).density()) for w, u, label in masks_used(recipe, document)
@@ -83,18 +79,20 @@ def _step(
     inputs = dict.fromkeys(str(i.model) for _, i in document.parts())
     sizes = [e.size * width(e, document.out_dtype or document.dtype) for e in entries]
     largest = max((e.size for e in entries), default=0)
-    # Each input and the method's own deltas in the dtype of the arithmetic, then the result.
-    held = largest * (WIDTH.get(document.dtype or "", 4)) * (2 * len(inputs) + 2)
-    trims = document.merge_method == "ties" and not fixed and given(document, "density")
-    sorting = SORT_BYTES * largest if trims else 0
+    # In each thread: each input and the method's own deltas in the dtype of the arithmetic, then the result.
+    held = largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
+    sorting = SORT_BYTES * largest if document.merge_method == "ties" and given(document, "density") else 0
     return Step(
         document.name or "result",
         document.merge_method,
-        executor,
-        reason,
         tuple(inputs),
         masks,
         len(entries),
         sum(sizes),
-        STREAM_BYTES + sorting if executor == "stream" else IMPORT_BYTES + held,
+        IMPORT_BYTES + (held + sorting) * cores(),
     )
+
+
+def cores() -> int:
+    """Cores that this process may use; a merge takes a thread for each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

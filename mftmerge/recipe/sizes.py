@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mftmerge.checkpoint import Checkpoint, TensorEntry
+from mftmerge.dtypes import named
 from mftmerge.recipe.check import groups
 from mftmerge.recipe.locate import WEIGHTS, local
 from mftmerge.recipe.schema import Document, Reference
 
 LAYER = re.compile(r"\.(\d+)\.")
-WIDTH = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
 def width(entry: TensorEntry, dtype: str | None) -> int:
     """Bytes an element takes when a tensor is stored in `dtype` (None: as it is)."""
-    return WIDTH[dtype] if dtype else max(entry.nbytes // entry.size, 1) if entry.size else 1
+    return named(dtype).nbytes if dtype else max(entry.nbytes // entry.size, 1) if entry.size else 1
 
 
 def headers(reference: Reference, folder: Path) -> list[TensorEntry]:
@@ -51,12 +51,9 @@ def expected(document: Document, folder: Path, stages: Mapping[str, list[TensorE
         at += stop - start
 
 
-CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
-
-
 def stored(entry: TensorEntry, dtype: str | None) -> TensorEntry:
     """The entry of a tensor after it was stored in `dtype` (None: as it was); its place in a file means nothing."""
-    return TensorEntry(entry.name, CODES[dtype] if dtype else entry.dtype, entry.shape, entry.file, 0, 0)
+    return TensorEntry(entry.name, named(dtype).code if dtype else entry.dtype, entry.shape, entry.file, 0, 0)
 
 
 def entries_of(path: Path) -> list[TensorEntry]:

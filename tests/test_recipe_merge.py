@@ -1,0 +1,164 @@
+"""One merge: bit for bit stock mergekit's results, with any number of threads, tensor by tensor."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_kitchen import assert_equal, make_kitchen, stock, tensors
+
+from mftmerge.apply import apply_mask
+from mftmerge.errors import MftmergeError
+from mftmerge.recipe import merge
+from mftmerge.recipe.build import build
+from mftmerge.recipe.schema import load_recipe
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def kitchen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_kitchen(tmp_path_factory.mktemp(request.param), dtype=request.param)
+
+
+def recipes(models: Path) -> dict[str, dict[str, object]]:
+    def inputs(**parameters: object) -> list[dict[str, object]]:
+        return [{"model": str(models / n), "parameters": parameters} for n in ("math", "code", "instruct")]
+
+    base = {"base_model": str(models / "base")}
+    gradient = [{"filter": "mlp", "value": [0.1, 0.9, 0.4]}, {"value": 0.37}]
+    return {
+        "linear": {"merge_method": "linear", "models": inputs(weight=gradient)},
+        "sum": {"merge_method": "linear", "models": inputs(weight=0.3), "parameters": {"normalize": False}},
+        "linear with base": {
+            **{"merge_method": "linear", "models": inputs(weight=0.3), "parameters": {"weight": 2}, **base},
+        },
+        "task": {"merge_method": "task_arithmetic", "models": inputs(weight=gradient), **base},
+        "task mean": {
+            **{"merge_method": "task_arithmetic", "models": inputs(weight=0.7), **base},
+            "parameters": {"normalize": True, "lambda": 0.8},
+            "dtype": "float32",
+            "out_dtype": "bfloat16",
+        },
+        "ties": {"merge_method": "ties", "models": inputs(weight=gradient, density=[0.2, 0.7]), **base},
+        "ties int8": {
+            **{"merge_method": "ties", "models": inputs(weight=0.5, density=0.33), **base},
+            "parameters": {"int8_mask": True, "normalize": "false", "lambda": "1.5e0"},
+            "dtype": "float16",
+        },
+        "ties edge": {"merge_method": "ties", "models": inputs(weight=1, density=[0, 1, 1e-9]), **base},
+        "slerp": {
+            **{"merge_method": "slerp", "models": inputs()[:2], "parameters": {"t": [0.1, 0.6]}, "dtype": "float32"},
+            "base_model": str(models / "math"),
+        },
+        "dare": {"merge_method": "dare_ties", "models": inputs(weight=0.5, density=0.6), **base},
+        "della": {"merge_method": "della", "models": inputs(weight=0.5, density=0.6, epsilon=0.1), **base},
+        "copy": {"merge_method": "passthrough", "models": [{"model": str(models / "math")}], "out_dtype": "float16"},
+    }
+
+
+NAMES = list(recipes(Path(".")))
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many tensors are merged at a time. Torch itself always has one thread: its sums depend on how many it has."""
+    count = int(request.param)
+    monkeypatch.setattr(merge.torch, "get_num_threads", lambda: count)
+    return count
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", NAMES)
+def test_bit_equal_to_mergekit(name: str, kitchen: Path, tmp_path: Path) -> None:
+    config = recipes(kitchen / "models")[name]
+    path = tmp_path / "r.yml"
+    path.write_text(yaml.safe_dump(config))
+    build(path, tmp_path / "ours", seed=5)
+    stock(config, tmp_path / "theirs")
+    assert_equal(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+    for file in ("config.json", "tokenizer.json"):
+        a, b = ((tmp_path / side / file).read_text() for side in ("ours", "theirs"))
+        assert json.loads(a) == json.loads(b)
+
+
+@pytest.mark.usefixtures("threads")
+def test_masks_on_inputs_and_output(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as mergekit over checkpoints that were masked beforehand, masked again afterwards."""
+    monkeypatch.chdir(kitchen)
+    kinds = itertools.product(("weights", "delta"), ("weights", "delta"))
+    base = apply_mask("masks/instruct.mask", "models/base", tmp_path / "base").out
+    for i, (own, result) in enumerate(kinds):
+        path, here = tmp_path / f"{i}.yml", tmp_path / str(i)
+        path.write_text(f"""
+            merge_method: ties
+            base_model: {{model: models/base, mask: masks/instruct.mask}}
+            models:
+              - model: models/math
+                mask: {{file: masks/math.mask, on: {own}}}
+                parameters: {{weight: 1, density: 0.6}}
+              - {{model: models/code, parameters: {{weight: 0.5}}}}
+            mask: {{file: masks/code.mask, on: {result}}}
+        """)
+        build(path, here / "ours")
+        masked = apply_mask("masks/math.mask", "models/math", here / "math", base=base if own == "delta" else None).out
+        config = {
+            "merge_method": "ties",
+            "base_model": str(base),
+            "models": [
+                {"model": str(masked), "parameters": {"weight": 1, "density": 0.6}},
+                {"model": str(kitchen / "models/code"), "parameters": {"weight": 0.5}},
+            ],
+        }
+        merged = stock(config, here / "merged")
+        apply_mask("masks/code.mask", merged, here / "theirs", base=base if result == "delta" else None)
+        assert_equal(tensors(here / "ours"), tensors(here / "theirs"))
+
+
+def test_shards_and_index(kitchen: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["copy"]))
+    recipe = load_recipe(tmp_path / "r.yml")
+    for name, size in (("many", 100_000), ("one", 1 << 40)):
+        (tmp_path / f"{name}-work").mkdir()
+        work = tmp_path / f"{name}-work"
+        merge.merge(recipe.documents[0], recipe.folder, tmp_path / name, work, shard_bytes=size)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert_equal(tensors(tmp_path / "many"), tensors(tmp_path / "one"))
+
+
+def test_files_do_not_depend_on_threads(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["task"]))
+    for count in (1, 4):
+        monkeypatch.setattr(merge.torch, "get_num_threads", lambda count=count: count)
+        build(tmp_path / "r.yml", tmp_path / str(count))
+    a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("1", "4"))
+    assert a == b
+
+
+def test_mergekit_is_left_as_it_was(kitchen: Path, tmp_path: Path) -> None:
+    """Nothing of it is replaced, and what it remembers of models for the life of the process is not ours."""
+    from mergekit import merge as theirs
+    from mergekit.io.tasks import LoaderCache
+
+    before = theirs.Executor, dict(LoaderCache.loaders)
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["linear"]))
+    build(tmp_path / "r.yml", tmp_path / "out")
+    assert (theirs.Executor, dict(LoaderCache.loaders)) == before
+    assert "loaders" not in vars(LoaderCache())
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_failure_in_the_middle_ends_the_merge(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def fails(self: object, task: object) -> None:
+        if next(calls) == 5:
+            raise ValueError("in the\nmiddle")
+        return None
+
+    monkeypatch.setattr(merge.Evaluation, "tensor", fails)
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["linear"]))
+    with pytest.raises(MftmergeError, match="mergekit: in the middle"):
+        build(tmp_path / "r.yml", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yml"]
