@@ -305,7 +305,7 @@ def combine_files(
 
     Raises BadInput (also where an input's bits do not have their check sum) and leaves no output behind.
     """
-    refuse_existing(Path(out), overwrite)
+    refuse_existing(Path(out), overwrite, paths)
     labels = names or [Path(p).name for p in paths]
     combination = Combination(
         op, [Mask.load(p) for p in paths], labels, density=density, uncovered=uncovered, **options

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import platform
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[object] = ()) -> None:
     """Raise BadInput for an output file that is there and may not be replaced, is a directory, or has none to be in.
 
     inputs: what the work reads, see `protect`. Called before the work as well, so that hours of it do not end in a
@@ -71,17 +72,16 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[str | Pa
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
 
 
-def protect(out: str | Path, inputs: Iterable[str | Path | None], *, directory: bool = True) -> None:
+def protect(out: str | Path, inputs: Iterable[object], *, directory: bool = True) -> None:
     """Raise BadInput when writing `out` (a directory, or else a file) would touch what the work reads.
 
-    inputs: paths of files and directories; what is no local path (a hub id) is passed over, so is None. Refused: an
-    input that is `out` or lies in it, an output directory inside an input directory, and an output that is a file of an
-    input model. Compared by what the paths lead to, not by how they are written: links, relative paths, hard links.
+    inputs: paths of files and directories, also in lists and mappings, with a slice (`rows.jsonl[0:9]`) or as patterns
+    (`rows/*.jsonl`); what is no local path (a hub id, rows in memory, None) is passed over. Refused: an input that is
+    `out` or lies in it, an output directory inside an input directory, and an output that is a file of an input model.
+    Compared by what the paths lead to, not by how they are written: links, relative paths, hard links.
     """
     out = Path(out).expanduser()
-    for given in inputs:
-        if given is None or not (path := _local(given)):
-            continue
+    for path in _local(list(inputs)):
         if _same(path, out):
             raise BadInput(f"{out}: is itself an input; choose another output")
         if _inside(path, out) or (path.is_dir() and any(_inside(p, out) for p in path.iterdir() if p.is_symlink())):
@@ -99,12 +99,25 @@ def is_companion(name: str) -> bool:
     return any(Path(name).match(p) for p in COMPANIONS)
 
 
-def _local(given: str | Path) -> Path | None:
-    try:
-        path = Path(given).expanduser()
-        return path if path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # text that is no path
-        return None
+def _local(given: object) -> Iterator[Path]:
+    """The files and directories that exist here among what was given."""
+    if isinstance(given, Mapping):
+        given = list(given.values())
+    if isinstance(given, str | Path):
+        text = str(given)
+        sliced = text.rpartition("[")[0] if text.endswith("]") else ""
+        for spelt in (text, sliced):
+            try:
+                path = Path(spelt).expanduser()
+                if spelt and path.exists():
+                    yield path
+                elif any(c in spelt for c in "*?"):
+                    yield from map(Path, glob.glob(str(path), recursive=True))
+            except (OSError, ValueError, RuntimeError):  # text that is no path
+                continue
+    elif isinstance(given, list | tuple | set | frozenset):
+        for each in given:
+            yield from _local(each)
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -10,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mftmerge import files
+from mftmerge.cli.main import main
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask
 
 
 @pytest.fixture
@@ -147,3 +151,50 @@ def test_lfs_pointers_are_named_as_such(tmp_path: Path) -> None:
     files.refuse_pointer(tmp_path / "x", b"version")
     files.refuse_pointer(tmp_path / "x", b"{}")
     files.refuse_pointer(tmp_path / "x", b"")
+
+
+def test_every_command_that_writes_refuses_to_write_over_its_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a command reads stays, with --overwrite and exit code 2."""
+    model = tmp_path / "model"
+    model.mkdir()
+    fill = {n: np.ones((4, 4), np.float32) for n in ("model.layers.0.mlp.up_proj.weight",)}
+    save_file(fill, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    mask, other = tmp_path / "a.mask", tmp_path / "b.mask"
+    for path in (mask, other):
+        Mask.from_bools({n: np.ones((4, 4), bool) for n in fill}).save(path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "foreign.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (tmp_path / "config.yml").write_text("merge_method: linear\nmodels: [{model: model}]\n")
+    recipe = f"merge_method: linear\nmodels: [{{model: {model}, mask: {{file: a.mask}}, parameters: {{weight: 1}}}}]\n"
+    (tmp_path / "recipe.yml").write_text(recipe)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    m, r = str(model), str(tmp_path / "rows.jsonl")
+    for command in (
+        ["combine", "union", str(mask), str(other), "-o", str(mask)],
+        ["diff-mask", m, m, "-o", f"{m}/model.safetensors"],
+        ["diff-mask", m, m, "--others", m, "-o", f"{m}/config.json"],
+        ["import", str(tmp_path / "foreign.safetensors"), "-o", str(tmp_path / "foreign.safetensors")],
+        ["import-recipe", str(tmp_path / "config.yml"), "-o", str(tmp_path / "config.yml")],
+        ["train", "-m", m, "-d", r, "-o", r],
+        ["train", "-m", m, "-d", f"{r}[0:1]", "-o", r],
+        ["train", "-m", m, "-d", r, "--eval-data", str(tmp_path / "*.jsonl"), "-o", r],
+        ["train", "-m", m, "-d", r, "--start", str(mask), "-o", str(mask)],
+        ["eval", "--model", m, "--mask", str(mask), "--data", r, "-o", r],
+        ["eval", "--model", m, "--mask", str(mask), "--data", f"x={r}", "--markdown", str(mask)],
+        ["choose", str(mask), str(other), "-m", m, "-d", f"a={r}", "-d", f"b={r}", "-o", str(other)],
+        ["report", str(tmp_path), "-o", r],
+        ["report", str(tmp_path), "-o", str(mask)],
+        ["apply", str(mask), "-m", m, "-o", m],
+        ["build", str(tmp_path / "recipe.yml"), "-o", m],
+        ["build", str(tmp_path / "recipe.yml"), "-o", str(tmp_path)],
+        ["export", str(tmp_path / "recipe.yml"), "-o", f"{m}/out"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--overwrite"])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, (command, said)
+        assert "input" in said or "is no HTML page" in said
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, command

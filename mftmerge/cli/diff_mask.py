@@ -45,7 +45,7 @@ def command(
     from mftmerge.derive import DiffSettings, diff_mask
     from mftmerge.files import refuse_existing
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, (base, fine_tuned, merged, others))
     mask, notes = diff_mask(base, fine_tuned, DiffSettings(method, keep, strength, merged, tuple(others or ()), only))
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, notes, as_json)

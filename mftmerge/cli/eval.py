@@ -65,9 +65,10 @@ def command(
     from mftmerge.plots import check
 
     domains = named([*data, *(more or [])], "--data")
+    inputs = named(models, "--model"), named(masks, "--mask"), domains
     for path in (out, markdown, plot):
         if path is not None:
-            refuse_existing(path, overwrite)
+            refuse_existing(path, overwrite, inputs)
     if plot is not None:
         check(plot)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -79,9 +80,7 @@ def command(
     quiet()
     with shown_progress(quiet=as_json) as show:
         result = evaluate_files(
-            named(models, "--model"),
-            named(masks, "--mask"),
-            domains,
+            *inputs,
             reference=reference,
             measures=Measures(
                 exact=pairs(exact, "--exact"),

@@ -38,7 +38,7 @@ def command(
     from mftmerge.files import refuse_existing
     from mftmerge.foreign import import_mask
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, (source, model))
     mask, notes = import_mask(source, model)
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, [*notes, f"{source.stat().st_size:,} bytes became {out.stat().st_size:,}"], as_json)

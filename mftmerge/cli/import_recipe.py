@@ -30,7 +30,7 @@ def command(
     from mftmerge.recipe.importing import import_recipe
 
     if out is not None:
-        refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite, (config,))
     report = import_recipe(config, folder=out.parent if out else None)
     if out is not None:
         with replacing(out) as temporary:

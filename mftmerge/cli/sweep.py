@@ -45,18 +45,17 @@ def command(
     """
     if not plan.is_file():
         raise BadInput(f"{plan}: no such sweep file")
-    if markdown is not None:
-        from mftmerge.files import refuse_existing
-
-        refuse_existing(markdown, overwrite)
-
     from rich.console import Console
 
+    from mftmerge.files import refuse_existing
     from mftmerge.sweep.plan import describe, load_plan, plan_runs
     from mftmerge.sweep.report import show, write_markdown
     from mftmerge.sweep.run import RESULTS, run_sweep
 
     wanted = load_plan(plan)
+    if markdown is not None:
+        inputs = (plan, wanted.model, wanted.train, wanted.validation, wanted.test)
+        refuse_existing(markdown, overwrite, inputs)
     if dry_run:
         runs = plan_runs(wanted)
         if as_json:

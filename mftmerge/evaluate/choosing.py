@@ -147,7 +147,7 @@ def choose_combination(
     and an output that may not be written; afterwards where no own mask gains on its rows.
     """
     if out is not None:
-        refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite, (model, masks, data))
     _check(masks, data)
     opened = {domain: Mask.load(masks[domain]) for domain in masks}
     rows = {domain: load_rows(data[domain])[:limit] for domain in masks}

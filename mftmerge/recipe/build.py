@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.errors import BadInput
+from mftmerge.files import protect
 from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.progress import Progress, Step
 from mftmerge.recipe.card import write_companions
@@ -160,8 +161,20 @@ def _step(
 
 
 def refuse_own_input(recipe: Recipe, out: Path) -> None:
-    """Raise BadInput when the output, which --overwrite would replace, is a model that the recipe reads."""
+    """Raise BadInput when the output would touch what the recipe reads: itself, models, adapters, masks."""
+    found: list[object] = [recipe.path]
     for document in recipe.documents:
-        for _, reference in references(document):
-            if (used := local(reference.path, recipe.folder)) and out.exists() and used.samefile(out):
-                raise BadInput(f"{out}: is itself an input of the recipe; choose another output directory")
+        used = [text for _, r in references(document) for text in (r.path, r.lora) if text]
+        used += [text for text in _texts(document.model_dump()) if text.endswith(".mask")]
+        found += [local(text, recipe.folder) for text in used]
+    protect(out, found)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for part in value.values() for t in _texts(part))
+    elif isinstance(value, list | tuple):
+        yield from (t for part in value for t in _texts(part))

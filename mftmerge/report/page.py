@@ -73,7 +73,9 @@ def write_report(
     out = Path(directory) / NAME if out is None else Path(out)
     if out.is_dir():
         raise BadInput(f"{out}: is a directory; give the name of a file, such as {out / NAME}")
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, (directory,))
+    if out.exists() and out.suffix not in (".html", ".htm"):  # any other file may be what the report is about
+        raise BadInput(f"{out}: is no HTML page, so it is not overwritten; give another path")
     if Path(directory).is_dir() and not out.parent.is_dir():
         raise BadInput(f"{out}: there is no directory {out.parent}; make it first")
     found = collect(directory, say)

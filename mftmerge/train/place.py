@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mftmerge.errors import BadInput
-from mftmerge.files import refuse_existing
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import lock, protect, refuse_existing
 from mftmerge.train.loop import last_checkpoint
 from mftmerge.train.sharding import is_main
 
-IDENTITY, LOCK = "settings.json", "lock"
-NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)  # a file system that has none
+IDENTITY, LOCK, OWNER = "settings.json", "lock", "owner"
 
 
 class Place:
@@ -29,14 +26,17 @@ class Place:
     for (`overwrite`); without either the next run refuses. Raises BadInput where `out` cannot be written.
     """
 
-    def __init__(self, out: str | Path | None, overwrite: bool, resume: bool) -> None:
+    def __init__(self, out: str | Path | None, overwrite: bool, resume: bool, inputs: Iterable[object] = ()) -> None:
         self.out, self.overwrite, self.resume = None if out is None else Path(out), overwrite, resume
         if self.out is None:
             if resume:
                 raise BadInput("resume needs the output file of the run that is to be continued")
             return
-        refuse_existing(self.out, overwrite)
+        inputs = list(inputs)
+        refuse_existing(self.out, overwrite, inputs)
         self.directory = self.out.with_name(f"{self.out.name}.run")
+        for beside in (self.directory, self.out.with_name(f"{self.out.name}.yaml")):
+            protect(beside, inputs, directory=False)
         if last_checkpoint(self.directory) and not (overwrite or resume):
             raise BadInput(
                 f"{self.directory}: holds the checkpoints of a run that was stopped; "
@@ -59,24 +59,22 @@ class Place:
             if is_main():
                 self._lock(lock.fileno())
                 if not self.resume:
-                    for child in path.iterdir():
-                        if child.name != LOCK:
-                            shutil.rmtree(child) if child.is_dir() else child.unlink()
+                    _remove_own(path, but=LOCK)
             try:
                 yield path
             except BaseException:
                 if is_main() and not last_checkpoint(path):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove_own(path)
                 raise
             if is_main():
-                shutil.rmtree(path, ignore_errors=True)
+                _remove_own(path)
 
     def _lock(self, fd: int) -> None:
+        assert self.out is not None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise BadInput(f"{self.out}: another run is writing it; wait for that one, or stop it") from None
+            lock(fd, self.out, self.directory / OWNER)
+        except MftmergeError as e:
+            raise BadInput(str(e)) from None
 
     def checkpoint(self, identity: Mapping[str, Any]) -> Path | None:
         """The checkpoint to continue from, None to start at step 0.
@@ -97,3 +95,14 @@ class Place:
         if is_main():
             said.write_text(json.dumps(now), encoding="utf-8")
         return found
+
+
+def _remove_own(directory: Path, but: str | None = None) -> None:
+    """Remove what runs have put into their directory, and the directory when nothing else is in it."""
+    for child in directory.iterdir():
+        if child.name == but or not (child.name in (IDENTITY, LOCK, OWNER) or child.name.startswith("checkpoint-")):
+            continue
+        shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+    if but is None:
+        with suppress(OSError):
+            directory.rmdir()

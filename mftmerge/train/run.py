@@ -93,7 +93,7 @@ def train_mask(
     given = settings.model_dump() if isinstance(settings, TrainSettings) else dict(settings or {})
     chosen = TrainSettings.make({**given, **overrides})
     inputs.require_logger(chosen.log_to)
-    place = Place(out, overwrite, resume)
+    place = Place(out, overwrite, resume, (model, data, eval_data, chosen.base, chosen.start))
     say = note or log.info
     shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
