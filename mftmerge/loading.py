@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,13 +18,14 @@ Loaded = TypeVar("Loaded")
 
 
 def load_causal_lm(
-    path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool = False
+    path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool | None = None
 ) -> PreTrainedModel:
     """The causal language model in a checkpoint directory, on the CPU. dtype: "auto" (as stored) or torch's.
 
     trust_remote_code: whether Python code that comes with the checkpoint may run; otherwise a model that needs it is
-    refused, and nobody is asked. Raises BadInput where the directory is no sound checkpoint, where its configuration is
-    none that transformers knows, and where the files lack weights, which transformers would fill with random numbers.
+    refused, and nobody is asked. None: as MFTMERGE_TRUST_REMOTE_CODE=1 in the environment says, else not.
+    Raises BadInput where the directory is no sound checkpoint, where its configuration is none that transformers
+    knows, and where the files lack weights, which transformers would fill with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,7 +33,7 @@ def load_causal_lm(
 
     def load() -> tuple[PreTrainedModel, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # because of output_loading_info
-            path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=_trusted(trust_remote_code)
         )
 
     model, report = _guarded(path, "as a causal language model", load)
@@ -40,12 +42,12 @@ def load_causal_lm(
     return model
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint directory. Raises BadInput where there is none; see `load_causal_lm`."""
     from transformers import AutoTokenizer
 
     def load() -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=_trusted(trust_remote_code))  # type: ignore[no-any-return]
 
     return _guarded(path, "with its tokenizer", load)
 
@@ -57,6 +59,10 @@ def check_directory(path: Path) -> None:
     read_config(path)
     if (path / SINGLE).exists() or (path / INDEX).exists():
         Checkpoint.open(path)
+
+
+def _trusted(given: bool | None) -> bool:
+    return os.environ.get("MFTMERGE_TRUST_REMOTE_CODE", "0") not in ("", "0") if given is None else given
 
 
 def _guarded(path: Path, what: str, load: Callable[[], Loaded]) -> Loaded:
@@ -74,8 +80,8 @@ def _guarded(path: Path, what: str, load: Callable[[], Loaded]) -> Loaded:
         error = e
     if "trust_remote_code" in str(error):
         raise BadInput(
-            f"{path}: this model needs Python code that comes with it; look at that code, and allow it with "
-            "--trust-remote-code if you trust it"
+            f"{path}: this model needs Python code that comes with it; look at that code, and if you trust it "
+            "set MFTMERGE_TRUST_REMOTE_CODE=1 (train: --trust-remote-code)"
         ) from None
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise BadInput(f"{path}: cannot be loaded {what} ({reason.strip()[:300]})") from None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +38,16 @@ def test_code_of_a_checkpoint_never_runs_unasked(
     asked: list[object] = []
     monkeypatch.setattr("builtins.input", lambda *a: asked.append(a) or "y")
     for load in (load_causal_lm, load_tokenizer):
-        with pytest.raises(BadInput, match="--trust-remote-code") as caught:
+        with pytest.raises(BadInput, match="MFTMERGE_TRUST_REMOTE_CODE=1") as caught:
             load(path)
         assert "\n" not in str(caught.value)
     assert not asked
     assert not (path / "ran").exists()
+    code = f"from pathlib import Path; from mftmerge.loading import *; load_causal_lm(Path({str(path)!r}))"
+    environment = {**os.environ, "MFTMERGE_TRUST_REMOTE_CODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "cannot be loaded" in done.stderr  # its code has run, and has no such model
+    assert (path / "ran").exists()
 
 
 def test_what_transformers_cannot_load_is_one_line(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -140,15 +140,17 @@ def _one_model(
     return result
 
 
-def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    path: str | Path, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool | None = None
+) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
     import torch
 
     from mftmerge.loading import load_causal_lm, load_tokenizer
 
     path = resolve(path)
-    model = load_causal_lm(path, dtype=dtype)
-    tokenizer = load_tokenizer(path)
+    model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device).eval(), tokenizer

@@ -76,14 +76,14 @@ class _Run:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.model_path(), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.model_path(), dtype=torch.float32, trust_remote_code=False)
         return model.eval()
 
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_path())
+        return AutoTokenizer.from_pretrained(self.model_path(), trust_remote_code=False)
 
     @cached_property
     def prefix(self) -> Any:

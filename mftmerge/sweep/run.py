@@ -88,7 +88,8 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     require_disjoint(raw)
     shared = TrainSettings.make(plan.settings)
     say("loading the model")
-    model, tokenizer = load_model(plan.model, dtype=shared.dtype)
+    trusted = shared.trust_remote_code or None
+    model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=trusted)
     tokens = {name: rows_of.tokenize(rows, tokenizer, shared.max_length) for name, rows in raw.items()}
     out = Path(out)
     (out / "masks").mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def load_model(
         if settings.check_memory and not shard:  # a rank needs less than one process would
             memory.require(memory.estimate(path, settings), reference, settings)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        loaded = load_causal_lm(path, dtype=dtype)
+        loaded = load_causal_lm(path, dtype=dtype, trust_remote_code=settings.trust_remote_code or None)
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
@@ -63,7 +63,7 @@ def load_model(
     if tokenizer is None:
         if not reference:
             raise BadInput("the model does not say where its tokenizer is; give tokenizer")
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code or None)
     return loaded, tokenizer, reference
 
 

@@ -268,7 +268,8 @@ class _Run:
         """The base model's values of the covered parameters, for a mask over the difference."""
         if self.settings.base is None:
             return None
-        other = load_causal_lm(resolve(self.settings.base), dtype=self.model.dtype)
+        trusted = self.settings.trust_remote_code or None
+        other = load_causal_lm(resolve(self.settings.base), dtype=self.model.dtype, trust_remote_code=trusted)
         theirs = {n: p.detach() for n, p in other.named_parameters()}
         for t in self.targets:
             found = theirs.get(t.name)

@@ -67,6 +67,7 @@ class TrainSettings(Settings):
     prefix: Literal["memory", "disk", "off"] = Field("memory", description="where hidden states below are cached")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; eval_every by default")
     log_to: str = Field("none", description="where the numbers go: none, tensorboard (in <out>.logs) or wandb")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the checkpoint")
     check_memory: bool = Field(True, description="refuse a model that will not fit, before loading it")
 
     @field_validator("pattern")
