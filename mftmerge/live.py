@@ -30,15 +30,13 @@ from mftmerge.matching import scales_of
 
 # The `use` blocks that this thread or task is inside of, or was started from. Each block is an object of its own.
 _BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mftmerge_blocks", default=())
-_CALL = torch.nn.Module._call_impl.__code__  # the frame of every call of a module
 
 
 class Switcher:
     """Masks attached to one model, of which at most one is active. Made by `attach`.
 
     `switch` changes the model for everybody; `use` is for the thread or task inside its block, and those started from
-    there: a forward pass of any other meanwhile is an error, and so are switches while the model runs. Compiled graphs
-    are not watched.
+    there: a forward pass of any other meanwhile is an error, and so are switches while the model runs.
     """
 
     def __init__(self, names: tuple[str, ...], parts: list[MaskedParameter], watched: list[torch.nn.Module]) -> None:
@@ -52,6 +50,10 @@ class Switcher:
         self._block: _Block | None = None
         self._watched = watched
         self._hooks = [m.register_forward_pre_hook(_Watch(self)) for m in watched]
+        # A module compiled in place (`model.compile()`) runs no hooks outside its graph.
+        self._compiled = [(m, m._compiled_call_impl) for m in watched if m._compiled_call_impl is not None]
+        for module, call in self._compiled:
+            module._compiled_call_impl = _CompiledCall(self, call)  # type: ignore[assignment]
 
     @property
     def active(self) -> str | None:
@@ -113,6 +115,8 @@ class Switcher:
         self._active, self._certain, self._attached, self._parts = None, True, False, []
         for hook in self._hooks:
             hook.remove()
+        for module, call in self._compiled:
+            module._compiled_call_impl = call
         if lost:
             return f"parameter {lost[0]!r} was replaced since the masks were attached; it stays as it is, masked or not"
         if changed and state is not None:
@@ -217,11 +221,11 @@ class Switcher:
         Read off the threads' stacks and not counted by hooks: a forward pass that ends in a KeyboardInterrupt runs no
         hook, and would count as running for ever.
         """
-        watched = set(map(id, self._watched))
+        watched = {id(m) for m in self._watched} | {id(m._compiled_call_impl) for m, _ in self._compiled}
         for thread, top in sys._current_frames().items():
             frame = None if thread == but else top
             while frame is not None:
-                if frame.f_code is _CALL and id(frame.f_locals.get("self")) in watched:
+                if frame.f_code in _CALLS and id(frame.f_locals.get("self")) in watched:
                     return True
                 frame = frame.f_back
         return False
@@ -262,6 +266,21 @@ class _Watch:
         return _Watch, (None,)
 
 
+class _CompiledCall:
+    """Stands before the compiled call of a module that was compiled in place."""
+
+    def __init__(self, switcher: Switcher, call: Callable[..., Any]) -> None:
+        self.switcher, self.call = switcher, call
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:  # a module's arguments and result: anything
+        self.switcher._entering()
+        return self.call(*arguments, **named)
+
+
+# The frames of a call of a module, by which a running one is known.
+_CALLS = (torch.nn.Module._call_impl.__code__, _CompiledCall.__call__.__code__)
+
+
 def attach(
     model: torch.nn.Module, masks: Mapping[str, Mask | str | Path], *, base: str | Path | None = None
 ) -> Switcher:
@@ -283,6 +302,7 @@ def attach(
         raise BadInput("no masks to attach; give at least one, like attach(model, {'code': mask})")
     loaded = {label: m if isinstance(m, Mask) else Mask.load(m) for label, m in masks.items()}
     inner = _holding(naming.unwrapped(model), loaded)
+    _refuse_copies(inner, loaded)
     actual, trainable = naming.live_names(inner), dict(inner.named_parameters())
     parts: dict[str, MaskedParameter] = {}
     for label, mask in loaded.items():
@@ -320,6 +340,16 @@ def _holding(model: torch.nn.Module, masks: Mapping[str, Mask]) -> torch.nn.Modu
             break
         model = naming.unwrapped(children[0])
     return model
+
+
+def _refuse_copies(model: torch.nn.Module, masks: Mapping[str, Mask]) -> None:
+    """Raise BadInput for tensors that a peft adapter trains as a whole: the model uses the adapter's copy of them."""
+    names = [n for mask in masks.values() for n in mask.names]
+    for copied, module in model.named_modules():
+        if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+            continue
+        if found := next((n for n in names if n.startswith(f"{copied}.")), None):
+            raise BadInput(f"{found!r} is replaced by the adapter's own copy (modules_to_save); merge it first")
 
 
 def _containers(model: torch.nn.Module, names: list[str]) -> Iterator[torch.nn.Module]:

@@ -510,6 +510,48 @@ def test_masks_on_a_wrapped_model(tiny: Callable[..., Path], tmp_path: Path, how
     switcher.detach()
 
 
+@pytest.mark.parametrize("how", ["compile", "compile in place"])
+def test_compiled_models_are_watched(how: str) -> None:
+    model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    if how == "compile":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    x = torch.ones(1, 4)
+    plain, caught = model(x), []
+    switcher = attach(model, {"a": Mask.from_bools({"0.weight": np.zeros((4, 4), bool)})})
+
+    def elsewhere() -> None:
+        try:
+            model(x)
+        except MftmergeError as e:
+            caught.append(str(e))
+
+    with switcher.use("a"):
+        assert not model(x).any()
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join(60)
+    assert "another thread uses its mask 'a'" in caught[0]
+    assert torch.equal(model(x), plain)
+    copied = copy.deepcopy(model)
+    switcher.switch("a")
+    assert torch.equal(copied(x), plain)
+    switcher.detach()
+    assert torch.equal(model(x), plain)
+
+
+def test_tensors_that_an_adapter_has_copied_are_refused(tiny: Callable[..., Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    path = tiny("llama")
+    model = get_peft_model(load(path), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    shape = tuple(load(path).lm_head.weight.shape)
+    with pytest.raises(BadInput, match="modules_to_save"):
+        attach(model, {"a": Mask.from_bools({"lm_head.weight": np.ones(shape, bool)})})
+    attach(model, {"a": random_mask(path)}).switch("a")
+
+
 def test_merging_an_adapter_under_attached_masks_is_noticed(tiny: Callable[..., Path]) -> None:
     path = tiny("llama")
     model = wrapped(load(path), "peft")
