@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_pointer
 
 IGNORE = -100  # the label of a token that takes no part in the loss, as everywhere in transformers
 
@@ -47,6 +48,8 @@ def load_rows(source: str | Path | Sequence[Any], *, split: str | None = None) -
 def _read(source: str | Path, split: str | None) -> Iterator[tuple[str, Any]]:
     path = Path(source)
     if path.is_file():
+        with path.open("rb") as f:
+            refuse_pointer(path, f.read(64))
         if path.suffix == ".parquet":
             yield from _numbered(path, _parquet(path))
         elif path.suffix == ".json" and _text(path).lstrip().startswith("["):

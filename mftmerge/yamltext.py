@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_pointer
 
 LARGEST = 16 << 20  # bytes of a file
 MOST_VALUES = 100_000  # of a document, with every alias written out: a few lines of aliases can ask for billions
@@ -21,7 +22,9 @@ def read_text(path: Path) -> str:
     if path.stat().st_size > LARGEST:
         raise BadInput(f"{path}: {path.stat().st_size:,} bytes, too large to be settings or a recipe")
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        refuse_pointer(path, text[:64].encode())
+        return text
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
 

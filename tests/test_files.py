@@ -153,6 +153,22 @@ def test_lfs_pointers_are_named_as_such(tmp_path: Path) -> None:
     files.refuse_pointer(tmp_path / "x", b"")
 
 
+def test_rows_and_settings_that_are_lfs_pointers(tmp_path: Path) -> None:
+    from mftmerge.data import load_rows
+    from mftmerge.yamltext import read_document
+
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1\n"
+    for name, read in {
+        "r.jsonl": load_rows,
+        "r.json": load_rows,
+        "r.parquet": load_rows,
+        "s.yml": read_document,
+    }.items():
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(BadInput, match="git lfs pull"):
+            read(tmp_path / name)  # type: ignore[operator]
+
+
 def test_every_command_that_writes_refuses_to_write_over_its_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from mftmerge.evaluate.results import GridResult
+from mftmerge.files import protect
 from mftmerge.quickstart.domains import write_domains
 from mftmerge.quickstart.page import page
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
@@ -41,6 +42,7 @@ def quickstart(directory: str | Path, plan: Plan, console: Console | None = None
     Raises BadInput when the directory holds a run with another plan.
     """
     at = Layout(Path(directory))
+    protect(at.root, [m for m in (plan.model,) if m not in ("smollm2", "tiny")])
     record = Record(at, plan, console or Console(stderr=True))
     stage = record.stage
     for made in (at.mask(""), at.row("")):

@@ -22,6 +22,7 @@ from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.results import LOSS, GridResult, finite
+from mftmerge.files import protect
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.sweep.plan import Run, SweepPlan, describe, plan_runs, read_slice, require_disjoint
@@ -83,6 +84,9 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     Raises BadInput for shared rows or another sweep's directory, MftmergeError when no settings finished all seeds.
     """
     say = progress or (lambda text: None)
+    inputs = (plan.model, plan.train, plan.validation, plan.test, plan.settings)
+    protect(Path(out) / "masks", inputs)
+    protect(Path(out) / RESULTS, inputs, directory=False)
     raw = {"train": read_slice(plan.train), "validation": read_slice(plan.validation)}
     raw |= {f"test {name}": read_slice(source) for name, source in plan.test.items()}
     require_disjoint(raw)
