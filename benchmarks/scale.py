@@ -167,7 +167,7 @@ def files_table() -> str:
 
 def speeds() -> str:
     """Seconds of building at the measured speeds, and the size of cached states."""
-    builds = json.loads((RESULTS / "recipe_stream.json").read_text())
+    builds = json.loads((RESULTS / "recipe_merge.json").read_text())
     result = builds["checkpoint bytes"] / GB
     linear, masked = (result / builds["cases"][k]["ours"]["seconds"] for k in ("linear", "masked"))
     whole = needed("LLaMA2-7B", layers="0-31").weights / GB

@@ -188,8 +188,8 @@ def parameters() -> str:
 
 METHOD_NOTES = """\
 "For each model": in `parameters:` of the model, or at the top for all models. The methods that are not ours are those
-of mergekit 0.1.5, computed by our executor or by mergekit itself ([recipes.md](recipes.md#how-a-build-works)); a test
-compares this table with mergekit's registry.
+of mergekit 0.1.5, computed by mergekit itself ([recipes.md](recipes.md#how-a-build-works)); a test compares this table
+with mergekit's registry.
 """
 EXPORTS = """\
 ## What is exact in an export

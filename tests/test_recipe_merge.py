@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from recipe_kitchen import assert_equal, make_kitchen, stock, tensors
 
 from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import MftmergeError
 from mftmerge.recipe import merge
 from mftmerge.recipe.build import build
@@ -65,6 +69,7 @@ NAMES = list(recipes(Path(".")))
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many tensors are merged at a time. Torch itself always has one thread: its sums depend on how many it has."""
     count = int(request.param)
+    monkeypatch.setattr(merge, "PIECE", 1024)  # pieces end within rows
     monkeypatch.setattr(merge.torch, "get_num_threads", lambda: count)
     return count
 
@@ -81,6 +86,28 @@ def test_bit_equal_to_mergekit(name: str, kitchen: Path, tmp_path: Path) -> None
     for file in ("config.json", "tokenizer.json"):
         a, b = ((tmp_path / side / file).read_text() for side in ("ours", "theirs"))
         assert json.loads(a) == json.loads(b)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+@pytest.mark.usefixtures("threads")
+def test_any_number_of_models(count: int, method: str, tmp_path: Path, kitchen: Path) -> None:
+    """Sums over the models do not depend on how a tensor is cut into pieces."""
+    base, rng = Checkpoint.open(kitchen / "models/math"), np.random.default_rng(count)
+    for i in range(count):
+        folder = tmp_path / f"m{i}"
+        shutil.copytree(base.path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        with CheckpointWriter(folder, base.names) as writer:
+            for entry in base:
+                values = (rng.standard_normal(entry.size, np.float32) * 0.1).view(np.uint32)
+                raw = values if entry.dtype == "F32" else (values >> 16).astype(np.uint16)
+                writer.add(entry.name, entry.dtype, entry.shape, raw.view(np.uint8).data)
+    inputs = [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.1 + 0.2 * i}} for i in range(count)]
+    config = {"merge_method": method, "models": inputs, "parameters": {"normalize": True}}
+    config |= {} if method == "linear" else {"base_model": str(kitchen / "models/base")}
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(config))
+    build(tmp_path / "r.yml", tmp_path / "ours")
+    assert_equal(tensors(tmp_path / "ours"), tensors(stock(config, tmp_path / "theirs")))
 
 
 @pytest.mark.usefixtures("threads")

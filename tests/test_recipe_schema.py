@@ -13,7 +13,7 @@ from recipe_kitchen import make_kitchen
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
-from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.catalogue import ABOUT, METHODS, Parameter, meaning
 from mftmerge.recipe.importing import import_recipe
 from mftmerge.recipe.plan import plan
 from mftmerge.recipe.schema import Reference, json_schema, load_recipe
@@ -137,30 +137,20 @@ def test_on_is_a_key_not_a_truth_value(kitchen: Path) -> None:
     assert mask.on == "delta"
 
 
-def test_catalogue_is_mergekit_s_registry() -> None:
-    """Every method of the installed mergekit, with its parameters, defaults, scopes and numbers of models."""
-    from mergekit.merge_methods import registered_methods
-
-    from mftmerge.recipe.methods import register
-
-    register()
-    kinds = {"float": float, "int": int, "bool": bool, "str": str}
-    for method in registered_methods():
-        spec, ours = method.spec, METHODS[method.spec.name]
-        contract = spec.contract
-        assert ours.base == contract.base.value, spec.name
-        assert ours.inputs == (contract.min_inputs, contract.max_inputs), spec.name
-        assert ours.non_base == (contract.min_non_base, contract.max_non_base), spec.name
-        theirs = {p.name: (p.required, None if p.required else p.default, p.scope.value) for p in spec.parameters}
-        mine = {
-            n: (p.default == "required", None if p.default == "required" else p.default, p.scope)
-            for n, p in ours.parameters.items()
-        }
-        assert mine == theirs, spec.name
-        for p in spec.parameters:
-            kind = kinds[ours.parameters[p.name].kind]
-            assert p.value_type in (kind, kind | None), (spec.name, p.name)
-    assert {m.spec.name for m in registered_methods()} == set(METHODS)
+def test_the_catalogue_says_what_mergekit_declares() -> None:
+    """Spot checks of what is read from mergekit's specifications; and every method and parameter is described."""
+    ties, slerp = METHODS["ties"], METHODS["slerp"]
+    assert (ties.base, ties.inputs, ties.random, ties.ours) == ("required", (1, None), False, False)
+    assert ties.parameters["weight"] == Parameter("float", "non_base")
+    assert ties.parameters["density"] == Parameter("float", "non_base", 1.0)
+    assert ties.parameters["normalize"] == Parameter("bool", "shared", True)
+    assert METHODS["passthrough"].parameters["scale"] == Parameter("float", "input", None)
+    assert (slerp.base, slerp.inputs, slerp.parameters["t"].default) == ("required", (2, 2), "required")
+    assert METHODS["nuslerp"].non_base == (2, 2)
+    assert {n for n, m in METHODS.items() if m.random} == {"dare_ties", "dare_linear", "della", "della_linear"}
+    assert {n for n, m in METHODS.items() if m.ours} == {"masked", "consensus", "localize_and_stitch", "emr"}
+    assert set(METHODS) == set(ABOUT)
+    assert all(meaning(name, key) for name, method in METHODS.items() for key in method.parameters)
 
 
 @pytest.mark.parametrize(

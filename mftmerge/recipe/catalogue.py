@@ -1,15 +1,15 @@
-"""The merge methods a recipe may name: their parameters and how many models they take.
-
-mergekit knows the same of its own methods, but importing it takes five seconds and it ignores what it does not know;
-this table lets a recipe be checked at once. A test compares it with mergekit's registry.
-"""
+"""The merge methods a recipe may name: mergekit's, as they declare themselves, and ours."""
 
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import MergeMethodSpec
 
 from mftmerge import plugins
 
@@ -48,63 +48,26 @@ def _shared(kind: Kind, default: bool | int | float | str | None = REQUIRED) -> 
     return Parameter(kind, "shared", default)
 
 
-def _task_arithmetic(normalize: bool, rescale: bool, random: bool = False, **more: float) -> Method:
-    """A method of mergekit's task-arithmetic family; `more`: per-model float parameters with their defaults."""
-    return Method(
-        {
-            "int8_mask": _shared("bool", False),
-            "normalize": _shared("bool", normalize),
-            "rescale": _shared("bool", rescale),
-            "lambda": _shared("float", 1.0),
-            "weight": Parameter("float", "non_base"),
-            "density": Parameter("float", "non_base", 1.0),
-            **{name: Parameter("float", "non_base", default) for name, default in more.items()},
-        },
-        base="required",
-        random=random,
-    )
+RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # which draw random numbers, their specs do not say
 
 
-METHODS: dict[str, Method] = {
-    "linear": Method({"weight": Parameter("float", "input"), "normalize": _shared("bool", True)}),
-    "passthrough": Method({"scale": Parameter("float", "input", None)}, inputs=(1, 1)),
-    "task_arithmetic": _task_arithmetic(False, False),
-    "ties": _task_arithmetic(True, False),
-    "dare_ties": _task_arithmetic(False, True, random=True),
-    "dare_linear": _task_arithmetic(False, True, random=True),
-    "breadcrumbs": _task_arithmetic(False, False, gamma=0.01),
-    "breadcrumbs_ties": _task_arithmetic(False, False, gamma=0.01),
-    "della": _task_arithmetic(True, True, random=True, epsilon=0.15),
-    "della_linear": _task_arithmetic(False, True, random=True, epsilon=0.15),
-    "slerp": Method({"t": _shared("float")}, "required", (2, 2)),
-    "nearswap": Method({"t": _shared("float")}, "required", (2, 2)),
-    "arcee_fusion": Method({}, "required", (2, 2)),
-    "nuslerp": Method(
-        {
-            "weight": Parameter("float", "non_base"),
-            "nuslerp_row_wise": _shared("bool", False),
-            "nuslerp_flatten": _shared("bool", True),
-        },
-        "optional",
-        non_base=(2, 2),
-    ),
-    "multislerp": Method(
-        {
-            "weight": Parameter("float", "non_base"),
-            "normalize_weights": _shared("bool", True),
-            "eps": _shared("float", 1e-8),
-        },
-        "optional",
-        non_base=(1, None),
-    ),
-    "karcher": Method({"max_iter": _shared("int", 10), "tol": _shared("float", 1e-5)}),
-    "model_stock": Method({"filter_wise": _shared("bool", False)}, "required", (3, None)),
-    "sce": Method({"int8_mask": _shared("bool", False), "select_topk": _shared("float", 1.0)}, "required"),
-    "ram": Method({"epsilon": _shared("float", 1e-5)}, "required"),
-    "ramplus_tl": Method(
-        {"r": _shared("float", 0.1), "alpha": _shared("float", 0.2), "epsilon": _shared("float", 1e-5)}, "required"
-    ),
-    # ours, see methods.py
+def described(spec: MergeMethodSpec) -> Method:
+    """One of mergekit's methods, as it declares itself."""
+    kinds: dict[Any, Kind] = {float: "float", int: "int", bool: "bool", str: "str"}
+
+    def kind(value_type: Any) -> Kind:  # of `float` or `float | None`
+        return next(kinds[t] for t in (value_type, *typing.get_args(value_type)) if t in kinds)
+
+    parameters = {
+        p.name: Parameter(kind(p.value_type), p.scope.value, REQUIRED if p.required else p.default)
+        for p in spec.parameters
+    }
+    c = spec.contract
+    inputs, non_base = (c.min_inputs, c.max_inputs), (c.min_non_base, c.max_non_base)
+    return Method(parameters, c.base.value, inputs, non_base, random=spec.name in RANDOM)
+
+
+OURS: dict[str, Method] = {  # implemented in methods.py
     "masked": Method(
         {"mask": _shared("str", None), "missing": _shared("str", "keep")},
         "optional",
@@ -140,6 +103,11 @@ METHODS: dict[str, Method] = {
         ours=True,
     ),
 }
+
+# All of them by name; `extend.merge_method` adds to it.
+METHODS: dict[str, Method] = {
+    m.spec.name: described(m.spec) for m in registered_methods() if m.spec.name not in OURS
+} | OURS
 
 
 def lookup(name: str) -> Method | None:

@@ -1,13 +1,14 @@
 """Claim: `mftmerge build` against stock mergekit-yaml (and against mergekit-yaml, then apply) on a 1 GB checkpoint.
 
-Wall time and peak anonymous memory of whole processes, start-up included, both sides interleaved in one run.
-Targets: half the time and a fifth of the memory for linear and task arithmetic; a fifth of the time for TIES.
+Wall time and peak anonymous memory of whole processes, start-up included, all sides interleaved in one run.
+`--before DIR` measures an older checkout of this program beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -26,7 +27,9 @@ from mftmerge.checkpoint import Checkpoint
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
 
-TARGETS = {"linear": (2, 5), "task_arithmetic": (2, 5), "ties": (5, 1), "masked": (2, 5)}
+# Times faster than stock, times less memory.
+TARGETS = {"linear": (2, 4), "task_arithmetic": (2, 4), "masked": (2, 4), "slerp": (1.5, 4), "dare_ties": (1.5, 4)}
+TARGETS |= {"ties": (3, 4)}
 
 
 def make_model(path: Path, seed: int, hidden: int, layers: int, vocabulary: int) -> None:
@@ -63,10 +66,11 @@ def make_model(path: Path, seed: int, hidden: int, layers: int, vocabulary: int)
     (path / "config.json").write_text(json.dumps(config))
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak anonymous megabytes of a process, sampled every 10 ms."""
+def measure(command: list[str], path: Path | None = None) -> tuple[float, float]:
+    """Wall seconds and peak anonymous megabytes of a process, sampled every 10 ms. path: where it finds mftmerge."""
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/")
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         try:
@@ -89,7 +93,8 @@ def stock(config: Path, out: Path) -> list[str]:
     """Stock mergekit-yaml."""
     return python(
         "from mergekit.scripts.run_yaml import main; "
-        f"main(args=[{str(config)!r}, {str(out)!r}, '--quiet', '--no-copy-tokenizer'], standalone_mode=False)"
+        f"main(args=[{str(config)!r}, {str(out)!r}, '--quiet', '--random-seed', '1', '--no-copy-tokenizer'], "
+        "standalone_mode=False)"
     )
 
 
@@ -107,14 +112,24 @@ def equal(a: Path, b: Path) -> tuple[int, int]:
     return sum(s for s, _ in sizes), sum(d for _, d in sizes)
 
 
-def run_case(case: str, work: Path, models: Path, repeats: int) -> dict[str, Any]:
-    """Interleaved runs of one case: stock mergekit, ours, and for TIES ours with the lowest-index rule."""
+def configuration(case: str, models: Path) -> dict[str, Any]:
+    """The mergekit configuration of a case."""
     method = "task_arithmetic" if case == "masked" else case
-    parameters = {"weight": 0.5} | ({"density": 0.5} if case == "ties" else {})
-    config: dict[str, Any] = {
-        "merge_method": method,
-        "models": [{"model": str(models / n), "parameters": parameters} for n in ("a", "b")],
-    } | ({} if case == "linear" else {"base_model": str(models / "base")})
+    parameters = {"weight": 0.5} | ({"density": 0.5} if case in ("ties", "dare_ties") else {})
+    inputs = [{"model": str(models / n), "parameters": parameters} for n in ("a", "b")]
+    if case == "slerp":
+        return {"merge_method": case, "base_model": inputs[0]["model"], "models": inputs, "parameters": {"t": 0.3}}
+    return {"merge_method": method, "models": inputs} | (
+        {} if case == "linear" else {"base_model": str(models / "base")}
+    )
+
+
+def run_case(case: str, work: Path, models: Path, repeats: int, before: Path | None) -> dict[str, Any]:
+    """Interleaved runs of one case: stock mergekit, this program, and an older checkout of it."""
+    config = configuration(case, models)
+    if case == "slerp":
+        for item in config["models"]:
+            del item["parameters"]
     (work / "config.yml").write_text(yaml.safe_dump(config))
     recipe = config | ({"mask": str(models / "a.mask")} if case == "masked" else {})
     (work / "recipe.yml").write_text(yaml.safe_dump(recipe))
@@ -122,23 +137,25 @@ def run_case(case: str, work: Path, models: Path, repeats: int) -> dict[str, Any
         f"from mftmerge import apply_mask; apply_mask({str(models / 'a.mask')!r}, {str(work / 'stock')!r}, "
         f"{str(work / 'applied')!r}, check_base=False)"
     )
-    sides = {"mergekit": stock(work / "config.yml", work / "stock"), "ours": ours(work / "recipe.yml", work / "ours")}
-    if case == "ties":
-        sides["ours, lowest index"] = ours(work / "recipe.yml", work / "lowest", "--executor", "stream")
+    seed = ["--seed", "1"]
+    sides: dict[str, tuple[list[str], Path | None]] = {
+        "mergekit": (stock(work / "config.yml", work / "stock"), None),
+        "ours": (ours(work / "recipe.yml", work / "ours", *seed), None),
+    }
+    if before:
+        sides["before"] = ours(work / "recipe.yml", work / "before", *seed), before
     times: dict[str, list[float]] = {s: [] for s in sides}
     memory: dict[str, list[float]] = {s: [] for s in sides}
     for _ in range(repeats):
-        for side, command in sides.items():
-            for name in ("stock", "applied") if side == "mergekit" else ("ours", "lowest"):
-                shutil.rmtree(work / name, ignore_errors=True) if side != "ours, lowest index" else None
-            shutil.rmtree(work / "lowest", ignore_errors=True)
-            wall, peak = measure(command)
+        for side, (command, path) in sides.items():
+            for name in ("stock", "applied") if side == "mergekit" else (side,):
+                shutil.rmtree(work / name, ignore_errors=True)
+            wall, peak = measure(command, path)
             if case == "masked" and side == "mergekit":
                 more, peak_apply = measure(apply)
                 wall, peak = wall + more, max(peak, peak_apply)
             times[side].append(wall)
             memory[side].append(peak)
-    compared, different = equal(work / ("applied" if case == "masked" else "stock"), work / "ours")
     result: dict[str, Any] = {
         s: {"seconds": round(statistics.median(times[s]), 2), "megabytes": round(statistics.median(memory[s]))}
         for s in sides
@@ -148,6 +165,7 @@ def run_case(case: str, work: Path, models: Path, repeats: int) -> dict[str, Any
         if side != "mergekit":
             result[side]["times faster"] = round(base["seconds"] / result[side]["seconds"], 2)
             result[side]["times less memory"] = round(base["megabytes"] / result[side]["megabytes"], 2)
+    compared, different = equal(work / ("applied" if case == "masked" else "stock"), work / "ours")
     result["weights compared"], result["weights that differ"] = compared, different
     result["repeats"], result["target"] = repeats, dict(zip(("time", "memory"), TARGETS[case], strict=True))
     return result
@@ -158,9 +176,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a 70 MB checkpoint, one repeat, nothing saved")
     parser.add_argument("--case", choices=list(TARGETS), action="append", help="only these; merged into the results")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--before", type=Path, help="an older checkout of this program, to measure too")
     arguments = parser.parse_args()
     shape = (512, 6, 16000) if arguments.quick else (2048, 8, 32000)
-    with tempfile.TemporaryDirectory(prefix="recipe-stream-") as folder:
+    with tempfile.TemporaryDirectory(prefix="recipe-merge-") as folder:
         models = Path(folder) / "models"
         for i, name in enumerate(("base", "a", "b")):
             make_model(models / name, i, *shape)
@@ -170,12 +189,12 @@ def main() -> None:
             models / "a.mask"
         )
         nbytes = sum(e.nbytes for e in checkpoint)
-        last = RESULTS / "recipe_stream.json"
+        last = RESULTS / "recipe_merge.json"
         found = {} if arguments.quick or not last.exists() else json.loads(last.read_text())["cases"]
         for case in arguments.case or TARGETS:
             work = Path(folder) / case
             work.mkdir()
-            found[case] = run_case(case, work, models, 1 if arguments.quick else arguments.repeats)
+            found[case] = run_case(case, work, models, 1 if arguments.quick else arguments.repeats, arguments.before)
             shutil.rmtree(work)
             print(case, json.dumps(found[case]), flush=True)
     about = {
@@ -185,7 +204,7 @@ def main() -> None:
         "cases": found,
     }
     if not arguments.quick:
-        write("recipe_stream", about)
+        write("recipe_merge", about)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""A document of a recipe as mergekit reads it: masked inputs as models of their own, and the mask of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.tasks import LoaderCache
+from pydantic import PrivateAttr
+
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.mask import Mask
+from mftmerge.matching import match
+from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.locate import absolute
+from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
+from mftmerge.recipe.translate import Translation
+from mftmerge.select import select_torch
+
+
+class MaskedLoader(LazyTensorLoader):
+    """A checkpoint's loader that masks tensors as they are read.
+
+    names: tensor of the checkpoint -> of the mask. base: the model whose values dropped weights take; None: they are 0.
+    """
+
+    def __init__(self, inner: LazyTensorLoader, mask: Mask, names: dict[str, str], base: ModelReference | None) -> None:
+        super().__init__(inner.index, inner.lazy_unpickle)
+        self.mask, self.names, self.base = mask, names, base
+
+    def get_tensor(
+        self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
+    ) -> torch.Tensor | None:
+        tensor = super().get_tensor(key, device, aliases, raise_on_missing)
+        if tensor is None or key not in self.names:
+            return tensor
+        other = LoaderCache().get(self.base).get_tensor(key, device) if self.base else None
+        return select_torch(torch.from_numpy(self.mask.kept(self.names[key])).to(device), tensor, other, key)
+
+
+@dataclass(frozen=True)
+class OutputMask:
+    """The mask of a result, by output names. base: the model whose values dropped weights take; None: they are 0."""
+
+    mask: Mask
+    base: ModelReference | None
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, masked if the mask covers it."""
+        if name not in self.mask:
+            return tensor
+        other = LoaderCache().get(self.base).get_tensor(name) if self.base else None
+        # The result may be narrower than the base: dropped weights take the base's value in the result's dtype.
+        narrowed = None if other is None else other.to(tensor.dtype)
+        return select_torch(torch.from_numpy(self.mask.kept(name)), tensor, narrowed, name)
+
+
+class OrderedConfiguration(MergeConfiguration):
+    """mergekit's configuration, naming its models in the recipe's order.
+
+    mergekit takes configuration and tokenizer from the first of them when there is no base, and keeps them in a set,
+    whose order changes from run to run.
+    """
+
+    _order: list[ModelReference] = PrivateAttr(default_factory=list)
+
+    def referenced_models(self) -> list[ModelReference]:
+        found = super().referenced_models()
+        return [m for m in dict.fromkeys(self._order) if m in found] + [m for m in found if m not in self._order]
+
+
+@dataclass
+class MaskedInputs(Translation):
+    """A document in mergekit's terms. A masked input is a reference of its own: a view directory, which links to the
+    model's, and for which `loaders` knows a loader that masks. So one model can come in several times, masked apart."""
+
+    document: Document
+    folder: Path
+    stages: dict[str, Path]
+    work: Path
+    views: dict[tuple[str, str], str] = field(default_factory=dict)
+    loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.document, self.folder)
+        self.lora_cache = self.work / "lora"
+
+    def configuration(self) -> OrderedConfiguration:
+        """The document as mergekit's configuration."""
+        configuration = OrderedConfiguration.model_validate(self.data())
+        configuration._order = [ModelReference.model_validate(self.input(i)) for _, i in self.document.parts()]
+        return configuration
+
+    def output_mask(self) -> OutputMask | None:
+        """The result's mask, when the document has one."""
+        use = self.document.mask
+        return OutputMask(self.book.evaluate(use.expression()), self._delta_base(use)) if use else None
+
+    def model(self, item: ModelInput) -> dict[str, Any]:
+        found = super().model(item)
+        if item.mask and METHODS[self.document.merge_method].mask_as_parameter:
+            path = self.work / f"parameter-{len(list(self.work.glob('parameter-*')))}.mask"
+            self.book.evaluate(item.mask.expression()).save(path)
+            found["parameters"] = found.get("parameters", {}) | {"mask": str(path)}
+        return found
+
+    def absolute(self, reference: Reference) -> Reference:
+        return absolute(reference, self.folder, self.stages)
+
+    def input(self, item: ModelInput | BaseInput) -> Any:
+        reference = self.absolute(item.model)
+        as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
+        return self._view(reference, item.mask) if item.mask and not as_parameter else reference.to_mergekit()
+
+    def _view(self, reference: Reference, use: MaskUse) -> str:
+        """The view directory of a masked model, made once for each model and mask."""
+        key = (str(reference), use.model_dump_json())
+        if key not in self.views:
+            original = ModelReference.model_validate(reference.to_mergekit())
+            merged = original.merged(cache_dir=str(self.lora_cache))
+            path = self.work / "views" / str(len(self.views)) / Path(reference.path).name
+            path.mkdir(parents=True)
+            # Of a model with an adapter: its own configuration and tokenizer, and the weights that mergekit merged.
+            for source in dict.fromkeys((Path(reference.path), Path(merged.model.path))):
+                for file in source.iterdir():
+                    is_weight = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+                    if file.is_file() and (source == Path(merged.model.path) or not is_weight):
+                        (path / file.name).unlink(missing_ok=True)
+                        (path / file.name).symlink_to(file.resolve())
+            mask = self.book.evaluate(use.expression())
+            names, base = match(mask, Checkpoint.open(merged.model.path), str(reference)), self._delta_base(use)
+            view = ModelReference.model_validate(str(path))
+            self.loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)
+            self.views[key] = str(path)
+        return self.views[key]
+
+    def _delta_base(self, use: MaskUse) -> ModelReference | None:
+        """The model to which a delta mask returns dropped weights: `base:`, else the (masked) base model."""
+        if use.on == "weights":
+            return None
+        base = BaseInput(model=use.base) if use.base else self.document.base_model
+        assert base is not None  # checked when the recipe was read
+        return ModelReference.model_validate(self.input(base))
