@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
             name = str(path.relative_to(checkpoint.path))
             usual = is_companion(path.name) and not path.name.endswith(".index.json")
             index = name == INDEX and checkpoint.has_index
-            wanted = usual or index or any(path.match(p) for p in include)
+            wanted = usual or index or any(p and path.match(p) for p in include)
             if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):
                 with open(checkpoint.file(name), "rb") as f:
                     refuse_pointer(checkpoint.path / name, f.read(64))
@@ -159,6 +159,9 @@ def _write(
             report = _report(plan, out, continued, difference.result() if difference else None)
             _write_companions(plan, directory.path, report, digest.result())
             directory.commit()
+            if directory.left is not None:
+                note = f"{directory.left} holds what was in the old {out.name} and could not be moved"
+                report = replace(report, notes=(*report.notes, note))
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)

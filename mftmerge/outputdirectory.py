@@ -50,6 +50,7 @@ class OutputDirectory:
         self._lock = threading.Lock()
         self._fd = -1
         self._committed = False
+        self.left: Path | None = None  # after commit: where files of the old directory are that could not be moved
 
     def __enter__(self) -> OutputDirectory:
         check_target(self.out, self.overwrite)
@@ -116,6 +117,7 @@ class OutputDirectory:
         # Under this name the next run finds the old directory, should this one be killed after the exchange.
         old = _unused(self.out.parent / f".{self.out.name}.replaced")
         try:
+            shutil.copymode(self.out, self.path)
             os.rename(self.path, old)
             exchange(old, self.out)
         except BaseException:
@@ -125,6 +127,7 @@ class OutputDirectory:
         self._committed = True
         sync_directory(self.out.parent)
         settle(old, self.out, written)
+        self.left = old if old.exists() else None
         record.unlink(missing_ok=True)
 
     def _read_manifest(self) -> dict[str, str]:
@@ -179,7 +182,7 @@ def settle(old: Path, out: Path, written: Set[str], inside: str = "") -> None:
     for entry in list(os.scandir(old)):
         name = f"{inside}{entry.name}"
         source, target = Path(entry.path), out / entry.name
-        with suppress(FileNotFoundError):  # another run repairs the same leftover
+        with suppress(OSError):  # gone: another run repairs the same leftover; busy, forbidden: it stays
             if entry.is_dir(follow_symlinks=False):
                 if target.is_dir() and not target.is_symlink():
                     settle(source, target, written, f"{name}/")

@@ -121,6 +121,31 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, swap: bool) -> None:
     assert after > 8
 
 
+def test_what_cannot_be_moved_stays_and_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def failing(a: Path, b: Path) -> None:
+        if Path(a).name == ".git":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    out = tmp_path / "out"
+    fill(out, OLD | THEIRS)
+    out.chmod(0o2770)
+    with OutputDirectory(out, lambda: "job", overwrite=True) as output:
+        fill(output.path, NEW)
+        output.commit()
+    assert output.left == tmp_path / ".out.replaced"
+    assert content(output.left) == {".git/HEAD": "ref"}
+    assert content(out) == {k: v for k, v in (THEIRS | NEW).items() if k != ".git/HEAD"}
+    assert out.stat().st_mode & 0o7777 == 0o2770
+    monkeypatch.undo()
+    replace(out)
+    assert content(out) == THEIRS | NEW
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_file_that_came_meanwhile_is_never_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fill(out, NEW | {"notes.txt": "newer"})
