@@ -11,6 +11,7 @@ A row is one of three shapes, the ones that TRL reads:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -277,3 +278,28 @@ def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float] | None, seed: i
     places = [Dataset.from_list([{"part": p, "row": r} for r in range(len(part))]) for p, part in enumerate(parts)]
     drawn = interleave_datasets(places, probabilities=share, seed=seed, stopping_strategy="all_exhausted")
     return [parts[at["part"]][at["row"]] for at in drawn]
+
+
+def row_digest(row: Row) -> str:
+    """Hash of what a row says, whatever its shape, other fields and white space."""
+    if "messages" in row:
+        said = [m["content"] for m in row["messages"]]
+    elif "prompt" in row:
+        parts = (row["prompt"], row["completion"])
+        said = [m if isinstance(m, str) else m["content"] for p in parts for m in ([p] if isinstance(p, str) else p)]
+    else:
+        said = [row["text"]]
+    text = "\0".join(" ".join(str(s).split()) for s in said)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def require_disjoint(parts: Mapping[str, Sequence[Row]]) -> None:
+    """Raise BadInput when two parts, such as validation and test, share a row. Test domains may overlap each other."""
+    digests = {name: [row_digest(row) for row in rows] for name, rows in parts.items()}
+    for (a, first), (b, second) in itertools.combinations(digests.items(), 2):
+        shared = set(first) & set(second)
+        if shared and not (a.startswith("test ") and b.startswith("test ")):
+            where = next(i for i, d in enumerate(second, 1) if d in shared)
+            raise BadInput(
+                f"{a} and {b} share rows ({len(shared)}; the first is row {where} of {b}); remove them from one"
+            )

@@ -66,3 +66,8 @@ class Settings(BaseModel):
         import yaml
 
         return str(yaml.safe_dump({**first, **self.model_dump(mode="json")}, sort_keys=False))
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Some settings in words: `lr 0.001, steps 60`."""
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "the settings given"

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mftmerge import sweep
 from mftmerge.cli import main
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.sweep import run as sweep
-from mftmerge.sweep.plan import load_plan
+from mftmerge.sweep import load_plan
 
 
 def run(*arguments: object) -> int:

@@ -12,6 +12,7 @@ from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet
 from mftmerge.errors import BadInput
 from mftmerge.progress import Step
+from mftmerge.settings import in_words
 
 
 def command(
@@ -48,9 +49,7 @@ def command(
     from rich.console import Console
 
     from mftmerge.files import refuse_existing
-    from mftmerge.sweep.plan import describe, load_plan, plan_runs
-    from mftmerge.sweep.report import show, write_markdown
-    from mftmerge.sweep.run import RESULTS, run_sweep
+    from mftmerge.sweep import RESULTS, load_plan, plan_runs, run_sweep, show, write_markdown
 
     wanted = load_plan(plan)
     if markdown is not None:
@@ -62,7 +61,7 @@ def command(
             print_json([{"combination": r.combination, "seed": r.settings.seed} for r in runs])
             return
         for run in runs:
-            print(f"{describe(run.combination)}, seed {run.settings.seed}")
+            print(f"{in_words(run.combination)}, seed {run.settings.seed}")
         return
     quiet()
     with shown_progress(quiet=as_json) as progress:

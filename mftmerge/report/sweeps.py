@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mftmerge.errors import BadInput
-from mftmerge.sweep.plan import describe
+from mftmerge.settings import in_words
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_sweep(path: Path) -> SweepHere | None:
     for line in tests:
         _numbers(line, "loss", "difference")
     masks = {
-        str(r["mask"]): f"{describe(r['combination'])}, seed {r['seed']}" for r in runs.values() if "failed" not in r
+        str(r["mask"]): f"{in_words(r['combination'])}, seed {r['seed']}" for r in runs.values() if "failed" not in r
     }
     return SweepHere(str(path), first, _combinations(list(runs.values()), choice), tests, masks)
 
@@ -72,7 +72,7 @@ def _combinations(runs: list[dict[str, Any]], choice: Any) -> list[Combination]:
         base, mask = np.mean(losses, axis=0) if losses else (np.nan, np.nan)
         deviation = float(np.std([m for _, m in losses], ddof=1)) if len(losses) > 1 else np.nan
         found.append(
-            Combination(describe(settings), len(own), float(mask), deviation, float(base), failed, settings == choice)
+            Combination(in_words(settings), len(own), float(mask), deviation, float(base), failed, settings == choice)
         )
     return found
 

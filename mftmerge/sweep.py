@@ -7,28 +7,132 @@ goes to one file, `results.jsonl`, a line as soon as it is known; a sweep that w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
-from mftmerge.evaluate.results import LOSS, GridResult, finite
+from mftmerge.evaluate.results import LOSS, GridResult, finite, markdown_table, rich_table, write_whole
 from mftmerge.files import protect
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
-from mftmerge.sweep.plan import Run, SweepPlan, describe, plan_runs, read_slice, require_disjoint
+from mftmerge.settings import Settings, in_words
 from mftmerge.train import targets
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
+from mftmerge.yamltext import read_document
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# -- what is to be done: the file that says it, and its runs -----------------------------------------------------------
+
+FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base")  # one value for a whole sweep
+Sources = str | list[str]
+
+
+class SweepPlan(Settings):
+    """A sweep file. Data files may carry a range of rows, as in `math.jsonl[0:512]` or `math.jsonl[-256:]`."""
+
+    model: str = Field(description="checkpoint directory or hub id of the base model")
+    train: Sources = Field(description="rows to train on: a file or a list of files")
+    validation: Sources = Field(
+        description="rows that settings are chosen on, and that each run keeps its best step by"
+    )
+    test: dict[str, Sources] = Field(
+        min_length=1, description="domain -> rows that the chosen settings are reported on"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="training settings that all runs share")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="setting -> values to try, all combinations")
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="one run a seed and combination")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep: its identity, the combination of grid values, and all settings."""
+
+    id: str
+    combination: dict[str, Any]
+    settings: TrainSettings
+
+
+def load_plan(path: str | Path) -> SweepPlan:
+    """Read a sweep file; relative data paths and model directories are relative to it.
+
+    Raises BadInput for unknown or missing entries and for settings that training does not know.
+    """
+    path = Path(path)
+    given = read_document(path)
+    if not isinstance(given, dict):
+        raise BadInput(f"{path}: a sweep is a mapping with model, train, validation and test")
+    try:
+        plan = SweepPlan.make(given)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+    def near(source: Any) -> Any:
+        if isinstance(source, list):
+            return [near(s) for s in source]
+        beside = path.parent / source.partition("[")[0]
+        return str(path.parent / source) if beside.exists() else source
+
+    placed = {"model": near(plan.model), "train": near(plan.train), "validation": near(plan.validation)}
+    plan = plan.model_copy(update=placed | {"test": {name: near(s) for name, s in plan.test.items()}})
+    try:
+        plan_runs(plan)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+    return plan
+
+
+def plan_runs(plan: SweepPlan, identity: str = "", validation_rows: int = 1) -> list[Run]:
+    """All runs, seeds innermost. identity: digest of model and data, part of each run's id.
+
+    Raises BadInput for settings that training does not know and for those that a sweep does not vary.
+    """
+    wrong = sorted({*plan.grid} & {*FIXED})
+    if wrong:
+        raise BadInput(f"grid: {wrong[0]} must be the same in all runs; put it under settings (seeds: under seeds)")
+    unknown = sorted({*plan.settings} & {"seed", "weights", "eval_rows", "eval_share"})
+    if unknown:
+        raise BadInput(f"settings: {unknown[0]} follows from the sweep's data and seeds; leave it out")
+    runs = []
+    for values in itertools.product(*plan.grid.values()):
+        combination = dict(zip(plan.grid, values, strict=True))
+        for seed in plan.seeds:
+            settings = TrainSettings.make({**plan.settings, **combination, "seed": seed, "eval_rows": validation_rows})
+            text = json.dumps([identity, settings.model_dump()], sort_keys=True)
+            runs.append(Run(hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), combination, settings))
+    return runs
+
+
+def read_slice(sources: Sources) -> list[rows_of.Row]:
+    """Rows of files, each with an optional range of rows: `rows.jsonl[10:20]`."""
+    rows: list[rows_of.Row] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        match = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", source)
+        assert match is not None
+        start, stop = (int(x) if x else None for x in match.group(2, 3))
+        part = rows_of.load_rows(match[1])[start:stop]
+        if not part:
+            raise BadInput(f"{source}: no rows in this range")
+        rows += part
+    return rows
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
 
 RESULTS = "results.jsonl"
 
@@ -89,7 +193,7 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     protect(Path(out) / RESULTS, inputs, directory=False)
     raw = {"train": read_slice(plan.train), "validation": read_slice(plan.validation)}
     raw |= {f"test {name}": read_slice(source) for name, source in plan.test.items()}
-    require_disjoint(raw)
+    rows_of.require_disjoint(raw)
     shared = TrainSettings.make(plan.settings)
     say("loading the model")
     trusted = shared.trust_remote_code or None
@@ -104,7 +208,7 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     done = results.runs()
     lines = [done[run.id] for run in runs]
     chosen = choose(lines)
-    say(f"testing {describe(chosen)}")
+    say(f"testing {in_words(chosen)}")
     test = _test(chosen, lines, model, tokens, plan, out)
     results.add({"kind": "choice", "combination": chosen, "validation": validation_mean(lines, chosen)})
     for name, _ in test.metrics:
@@ -140,7 +244,7 @@ def _train_missing(
         path = out / "masks" / f"{run.id}.mask"
         if run.id in results.runs() and (path.exists() or "failed" in results.runs()[run.id]):
             continue
-        say(f"run {number} of {len(runs)}: {describe(run.combination)}, seed {run.settings.seed}")
+        say(f"run {number} of {len(runs)}: {in_words(run.combination)}, seed {run.settings.seed}")
         try:
             found = train_mask(
                 model,
@@ -234,3 +338,53 @@ def _cell(test: GridResult, row: str, domain: str) -> dict[str, Any]:
         "n": difference.n,
         "verdict": test.verdict(row, domain),
     }
+
+
+# -- in words and tables -----------------------------------------------------------------------------------------------
+
+HEADINGS = ["settings", "seeds", "validation loss", "± over seeds", "base", ""]
+
+
+def _rows(result: SweepResult) -> list[list[str]]:
+    """One row a combination: the mean validation loss over seeds, its deviation, and which was chosen."""
+    rows, seen = [], []
+    for line in result.runs:
+        combination = line["combination"]
+        if combination in seen:
+            continue
+        seen.append(combination)
+        own = [run for run in result.runs if run["combination"] == combination]
+        failed = next((run["failed"] for run in own if "failed" in run), None)
+        if failed:
+            rows.append([in_words(combination), str(len(own)), "-", "-", "-", f"failed: {failed}"])
+            continue
+        mean = validation_mean(result.runs, combination)
+        numbers = [
+            f"{mean['mask']:.4f}",
+            f"{mean['seed_deviation']:.4f}" if len(own) > 1 else "-",
+            f"{mean['base']:.4f}",
+        ]
+        remark = "chosen" if combination == result.chosen else ""
+        rows.append([in_words(combination), str(len(own)), *numbers, remark])
+    return rows
+
+
+def verdict(result: SweepResult) -> str:
+    """One sentence: did the chosen settings gain on the validation rows at all?"""
+    mean = validation_mean(result.runs, result.chosen)
+    if mean["mask"] < mean["base"]:
+        return f"Chosen on validation rows: {in_words(result.chosen)}."
+    return f"No settings lowered the validation loss; the least bad: {in_words(result.chosen)}."
+
+
+def show(result: SweepResult, console: Console) -> None:
+    """Print the combinations, the choice, and its result on the test rows."""
+    console.print(rich_table(HEADINGS, _rows(result)))
+    console.print(verdict(result), markup=False, highlight=False)
+    result.test.show(console)
+
+
+def write_markdown(result: SweepResult, path: str | Path, *, overwrite: bool = False) -> None:
+    """The same as Markdown."""
+    lines = [*markdown_table(HEADINGS, _rows(result)), "", verdict(result), "", "On the test rows:", ""]
+    write_whole("\n".join(lines) + "\n" + result.test.to_markdown(), path, overwrite)

@@ -1,1 +1,0 @@
-"""Training over a grid of settings and several seeds."""
