@@ -20,6 +20,7 @@ from mftmerge.select import select
 UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
 CACHED = 1 << 17  # weights that fit the processor's cache
 PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
+HASHED = 1 << 22  # words hashed at a time on an accelerator: its memory may be nearly full
 GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
 
 
@@ -106,11 +107,15 @@ class MaskedParameter:
         """Of all bits of the parameter."""
         if on_cpu(self.parameter):
             return xxhash.xxh3_64_intdigest(self.flat().numpy().data.cast("B")) if self.parameter.numel() else 0
-        total = torch.zeros((), dtype=torch.int64, device=self.parameter.device)
         flat = self.flat()
-        for start, stop in self.pieces():  # by position, so that exchanged values count; sums wrap at 2^64
-            at = torch.arange(start, stop, dtype=torch.int64, device=flat.device)
-            mixed = (at * 0x9E3779B97F4A7C1 + 1) * (flat[start:stop].long() + 0x632BE59BD9B4E01)
+        packed = 8 // flat.element_size()  # weights in a 64-bit word
+        whole = flat.numel() % packed == 0 and flat.storage_offset() % packed == 0
+        words = flat.view(torch.int64) if whole else flat
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
+        for start in range(0, len(words), HASHED):  # by position, so that exchanged values count; sums wrap at 2^64
+            here = words[start : start + HASHED].long()
+            at = torch.arange(start, start + len(here), dtype=torch.int64, device=flat.device)
+            mixed = (at * 0x9E3779B97F4A7C1 + 1) * (here + 0x632BE59BD9B4E01)
             total = total * 1000003 + (mixed ^ (mixed >> 29)).sum()
         return int(total)
 
