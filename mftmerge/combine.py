@@ -21,8 +21,8 @@ from mftmerge.bits import Words
 from mftmerge.combination import Combination
 from mftmerge.files import refuse_existing
 from mftmerge.mask import PIECE, Mask, MaskInfo, Parent
+from mftmerge.maskfile import MaskWriter, compress
 from mftmerge.maskheader import BLOCK
-from mftmerge.maskwriter import MaskWriter, compress
 from mftmerge.operations import OPERATIONS
 
 __all__ = ["OPERATIONS", "CombineReport", "InputReport", "combine", "combine_files"]

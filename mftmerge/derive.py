@@ -1,10 +1,13 @@
-"""Masks derived from checkpoints without training: by the task vectors `tau = fine-tuned - base` alone."""
+"""Masks without training: from the task vector `tau = fine-tuned - base` of checkpoints, and from other tools' files.
+
+The other tools' files are the pickled float masks of the MFT release, and safetensors of bool or 0/1 numbers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mftmerge import bits, cut
-from mftmerge.checkpoint import Checkpoint, resolve, to_float32
+from mftmerge.checkpoint import Checkpoint, read_shard, resolve
+from mftmerge.dtypes import to_float32
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask, MaskInfo
+from mftmerge.mask import Mask, MaskInfo, require_same_shape
 
 PIECE = 1 << 19  # weights handled at a time
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 METHODS = ("magnitude", "tall", "sign")
+PICKLES = (".pt", ".pth", ".bin", ".pkl")
 Values = npt.NDArray[np.float32]
+
+# One tensor of another tool's mask: its name, its shape, and a function that gives elements [start, stop) as float32.
+Other = tuple[str, tuple[int, ...], Callable[[int, int], Values]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,9 @@ class _Difference:
             dropped = cut.drop_count(entry.size, settings.keep or 0)
             parts = cut.project(entry.size, dropped, PIECE, keys=self._magnitude(name))
             return np.concatenate([w.view(np.uint8)[: bits.nbytes(b - a)] for a, b, w in parts])
-        rule: Callable[[Values, Values], Any] = _tall(settings.strength) if settings.method == "tall" else _same_sign
+        rule: Callable[[Values, Values], cut.Bools] = (
+            _tall(settings.strength) if settings.method == "tall" else _same_sign
+        )
         kept = []
         for a, b in self.pieces(name):
             tau = self.tau(self.tuned, name, a, b)
@@ -114,12 +124,13 @@ class _Difference:
         return keys
 
 
-def _tall(strength: float) -> Callable[[Values, Values], Any]:
+def _tall(strength: float) -> Callable[[Values, Values], cut.Bools]:
     return lambda tau, multi: np.abs(tau) >= np.float32(strength) * np.abs(multi - tau)
 
 
-def _same_sign(tau: Values, multi: Values) -> Any:
-    return tau * np.sign(multi) > 0
+def _same_sign(tau: Values, multi: Values) -> cut.Bools:
+    kept: cut.Bools = tau * np.sign(multi) > 0
+    return kept
 
 
 def _check(settings: DiffSettings) -> None:
@@ -140,6 +151,7 @@ def _check(settings: DiffSettings) -> None:
 def diff_mask(base: str, fine_tuned: str, settings: DiffSettings) -> tuple[Mask, list[str]]:
     """A mask over the weights of `fine_tuned` for its difference from `base` (directories or hub ids), and notes.
 
+    The mask keeps changes: its header says `on: delta`, and `base` as the model that dropped weights return to.
     Tensors that fine-tuning did not change are not covered. Reads a piece of a tensor at a time. Raises BadInput.
     """
     _check(settings)
@@ -158,6 +170,112 @@ def diff_mask(base: str, fine_tuned: str, settings: DiffSettings) -> tuple[Mask,
         base=str(fine_tuned),
         fingerprints={n: difference.tuned.fingerprint(n) for n in changed},
         training=made,
+        on="delta",
+        delta_base=str(base),
+        delta_fingerprints={n: difference.base.fingerprint(n) for n in changed},
     )
     packed = {n: difference.packed(n) for n in changed}
     return Mask(packed, {n: difference.tuned.entry(n).shape for n in changed}, info), notes
+
+
+# -- other tools' masks -----------------------------------------------------------------------------------------------
+
+
+def import_mask(source: str | Path, model: str | None = None, delta_base: str | None = None) -> tuple[Mask, list[str]]:
+    """Read another tool's mask file (1 = keep) and say what was done, in lines.
+
+    A pickle must be a dict of names to tensors and is loaded with `weights_only=True`. Names of modules get `.weight`;
+    with `model` (checkpoint directory or hub id) names and shapes are checked against it and its fingerprints recorded.
+    delta_base: the model (directory or hub id) that dropped weights return to, where the mask is over a delta.
+    Raises BadInput where a value is neither 0 nor 1.
+    """
+    source = Path(source)
+    if not source.is_file():
+        raise BadInput(f"{source}: no such file")
+    base = Checkpoint.open(resolve(model)) if model is not None else None
+    packed: dict[str, bits.Packed] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    renamed = 0
+    for other, shape, read in _pickle(source) if source.suffix in PICKLES else _safetensors(source):
+        name = _checkpoint_name(other, base, source)
+        renamed += name != other
+        if name in packed:
+            raise BadInput(f"{source}: {other!r} is there twice, with and without '.weight'")
+        if base is not None and base.entry(name).shape != shape:
+            raise BadInput(f"{source}: {other!r} has shape {shape}, in {model} it has {base.entry(name).shape}")
+        packed[name], shapes[name] = _pack(source, other, shape, read), shape
+    if not packed:
+        raise BadInput(f"{source}: no tensors in it")
+    prints = {n: base.fingerprint(n) for n in packed} if base else {}
+    notes = [f"{renamed} of {len(packed)} names were completed with '.weight'"] if renamed else []
+    if not base:
+        notes.append("names and shapes were not checked; give --model to check them against a checkpoint")
+    info = MaskInfo(base=model, fingerprints=prints, training={"imported": source.name})
+    if delta_base is not None:
+        under = Checkpoint.open(resolve(delta_base))
+        for name, shape in shapes.items():
+            require_same_shape(name, shape, under.entry(name).shape, delta_base)
+        prints = {n: under.fingerprint(n) for n in packed}
+        info = replace(info, on="delta", delta_base=delta_base, delta_fingerprints=prints)
+    return Mask(packed, shapes, info), notes
+
+
+def _checkpoint_name(name: str, base: Checkpoint | None, source: Path) -> str:
+    if base is None:
+        return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+    found = [n for n in (name, f"{name}.weight") if n in base]
+    if not found:
+        raise BadInput(f"{source}: {base.path} has no tensor {name!r} or {name + '.weight'!r}; is it another model's?")
+    return found[0]
+
+
+def _pack(source: Path, name: str, shape: tuple[int, ...], read: Callable[[int, int], Values]) -> bits.Packed:
+    size = int(np.prod(shape, dtype=object)) if shape else 1
+    result = np.zeros(bits.nbytes(size), np.uint8)
+    for start in range(0, size, PIECE):
+        values = read(start, min(start + PIECE, size)).reshape(-1)
+        kept = values == 1
+        wrong = ~kept & (values != 0)
+        if wrong.any():
+            value = values[wrong][0]
+            raise BadInput(f"{source}: {name!r} holds {value}; a mask holds only 0 and 1 (cut scores to a mask first)")
+        result[start // 8 : bits.nbytes(start + kept.size)] = bits.pack(kept)
+    return result
+
+
+def _safetensors(source: Path) -> Iterator[Other]:
+    shard = read_shard(source)
+    for entry in shard.tensors:
+        width = np.dtype(entry.integer).itemsize
+
+        def read(start: int, stop: int, entry: Any = entry, width: int = width) -> Values:
+            raw = shard.read(entry.start + start * width, entry.start + stop * width)
+            return to_float32(np.frombuffer(raw, entry.integer), entry.dtype)
+
+        yield entry.name, entry.shape, read
+
+
+def _pickle(source: Path) -> Iterator[Other]:
+    """The tensors of a pickle. Only here is torch imported; `weights_only` refuses code."""
+    import torch
+
+    try:
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of before torch 1.6 cannot be mapped
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0][:160] or type(e).__name__
+        raise BadInput(f"{source}: not a pickle that torch loads without running code ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise BadInput(f"{source}: holds a {type(content).__name__}, which is not a dict of names to 0/1 tensors")
+    for name, tensor in content.items():
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
+            raise BadInput(f"{source}: {name!r} is not a plain tensor of real numbers")
+        flat = tensor.detach().reshape(-1)
+
+        def read(start: int, stop: int, flat: Any = flat) -> Values:
+            array: Values = flat[start:stop].float().numpy()
+            return array
+
+        yield str(name), tuple(tensor.shape), read

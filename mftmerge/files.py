@@ -11,6 +11,7 @@ import fcntl
 import glob
 import os
 import platform
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -282,3 +283,30 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+# -- masks on the Hub -------------------------------------------------------------------------------------------------
+
+HUB_SCHEME = "hf:/"  # a Path has made one slash of two
+HUB_MASK = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?")
+
+
+def located(reference: str | Path) -> Path:
+    """The local file of a mask: a path is itself; `hf://owner/name/file.mask[@revision]` is downloaded once.
+
+    Raises BadInput for a reference of another form, and for what the Hub does not have or does not give.
+    """
+    text = str(reference)
+    if not text.startswith(HUB_SCHEME):
+        return Path(reference)
+    match = HUB_MASK.fullmatch(text)
+    text = f"hf://{text.removeprefix(HUB_SCHEME).lstrip('/')}"
+    if match is None:
+        raise BadInput(f"{text}: give hf://owner/name/file.mask, with @revision at the end if need be")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(match[1], match[2], revision=match[3]))
+    except Exception as e:  # the hub's client raises many kinds: absent, gated, offline, no such revision
+        reason = (str(e).strip().splitlines() or [""])[0]
+        raise BadInput(f"{text}: cannot be had from the Hub ({type(e).__name__}: {reason})") from None

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mftmerge import bits
-from mftmerge.errors import BadInput
-from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.errors import BadInput, shown
 from mftmerge.maskfile import MaskFile
 from mftmerge.maskheader import info_json
+from mftmerge.maskstore import MaskInfo
+from mftmerge.names import layer_of, module_of
 
-
-def layer_of(name: str) -> int | None:
-    """Index of the layer that a tensor belongs to (the first number in its name), None outside the layers."""
-    found = re.search(r"(?:^|\.)(\d{1,9})(?:\.|$)", name)  # int() refuses thousands of digits
-    return int(found[1]) if found else None
-
-
-def module_of(name: str) -> str:
-    """The part of a tensor's name that is the same in all layers, such as `self_attn.q_proj` or `experts.w1`."""
-    parts = name.removesuffix(".weight").split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(p for p in parts[numbers[0] + 1 if numbers else 0 :] if not p.isdigit()) or name
+Key = TypeVar("Key", int | None, str)
 
 
 @dataclass(frozen=True)
@@ -86,9 +75,9 @@ class Inspection:
         return plain
 
 
-def group(tensors: dict[str, Share], key: Any) -> dict[Any, Share]:
+def group(tensors: Mapping[str, Share], key: Callable[[str], Key]) -> dict[Key, Share]:
     """Shares added up by a function of the tensor's name, sorted with None last."""
-    sums: dict[Any, Share] = {}
+    sums: dict[Key, Share] = {}
     for name, share in tensors.items():
         old = sums.get(key(name), Share(0, 0))
         sums[key(name)] = Share(old.size + share.size, old.kept + share.kept)
@@ -98,47 +87,55 @@ def group(tensors: dict[str, Share], key: Any) -> dict[Any, Share]:
 def inspect(path: str | Path) -> Inspection:
     """Read a mask file whole, checking each tensor's bits, count and check sum. Raises BadInput."""
     file = MaskFile(path)
-    mask = Mask.from_store(file, file.header.info)
     tensors = {}
-    for name in mask.names:
-        kept = sum(map(bits.count, mask.pieces(name)))
-        if kept != mask.count(name):
-            raise BadInput(f"{path}: tensor {name!r} keeps {kept} weights, its header says {mask.count(name)}")
-        mask.verify_scores(name)
-        tensors[name] = Share(mask.size(name), kept)
+    for name in file.names:
+        kept = sum(map(bits.count, file.pieces(name)))
+        if kept != file.count(name):
+            raise BadInput(f"{path}: tensor {name!r} keeps {kept} weights, its header says {file.count(name)}")
+        file.verify_scores(name)
+        tensors[name] = Share(file.size(name), kept)
     total = Share(sum(s.size for s in tensors.values()), sum(s.kept for s in tensors.values()))
     stored = sum(e.stop - e.start for e in file.header.entries.values())
-    where = file.header.sidecar if file.header.sidecar and mask.has_scores else "embedded" if mask.has_scores else None
+    where = file.header.sidecar if file.header.sidecar and file.has_scores else "embedded" if file.has_scores else None
     return Inspection(
         path=str(path),
         file_bytes=file.path.stat().st_size,
         bits_per_weight=8 * stored / total.size if total.size else 0.0,
         archive=file.header.archive,
         scores=where,
-        initial_scores=mask.has_initial_scores,
-        digest=mask.digest,
+        initial_scores=file.has_initial_scores,
+        digest=file.digest(),
         total=total,
         tensors=tensors,
-        shapes={n: mask.shape(n) for n in mask.names},
-        info=mask.info,
+        shapes=dict(file.shapes),
+        info=file.info,
     )
 
 
-def family_tree(name: str, info: MaskInfo | Parent) -> list[str]:
-    """The ancestors of a mask, one line each, indented by generation."""
-    made = f": {info.operation}" if info.operation else ""
-    options = ", ".join(f"{k} {v}" for k, v in info.options.items() if k != "weights")
-    lines = [f"{name}{made}{' (' + options + ')' if options else ''}"]
-    for parent in info.parents:
+def family_tree(name: str, info: MaskInfo) -> list[str]:
+    """A mask and its ancestors, one line each, indented by generation. What files say is shown as it can be printed."""
+    lines = [shown(name + _made(info.operation, info.options))]
+    for generation, parent in info.family():
         weight = "" if parent.weight is None else f" x {parent.weight:g}"
-        lines += ["  " + line for line in family_tree(f"{parent.name} [{parent.digest[:12]}]{weight}", parent)]
+        made = _made(parent.operation, parent.options)
+        lines.append("  " * generation + shown(f"{parent.name} [{parent.digest[:12]}]{weight}{made}"))
     return lines
 
 
+def _made(operation: str | None, options: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{k} {v}" for k, v in options.items() if k != "weights")
+    return (f": {operation}" if operation else "") + (f" ({given})" if given else "")
+
+
 def provenance(info: MaskInfo) -> Iterable[tuple[str, str]]:
-    """What a mask was made from and how, as (what, value)."""
-    yield from ((k, str(v)) for k, v in (("base", info.base), ("keep", info.keep)) if v is not None)
+    """What a mask was made from and how, as (what, value). What files say is shown as it can be printed."""
+    yield from ((k, shown(str(v))) for k, v in (("base", info.base), ("keep", info.keep)) if v is not None)
     if info.fingerprints:
         yield "fingerprints", f"{len(info.fingerprints)} tensors of the base"
+    if info.on == "delta":
+        yield (
+            "on",
+            f"delta: a dropped weight takes its value in {shown(info.delta_base or 'a model that is not named')}",
+        )
     for part, values in (("training", info.training), ("comparison", info.comparison)):
-        yield from ((f"{part}.{k}", str(v)) for k, v in values.items() if not isinstance(v, dict | list))
+        yield from ((shown(f"{part}.{k}"), shown(str(v))) for k, v in values.items() if not isinstance(v, dict | list))

@@ -2,121 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge import bits
+from mftmerge import bits, maskfile
 from mftmerge.errors import BadInput
+from mftmerge.maskstore import PIECE, Arrays, MaskInfo, Parent, Scores, Store
 
-Scores = npt.NDArray[np.float32]
-PIECE = 1 << 18  # bytes of packed bits that are handled at a time where a whole tensor is not needed
-
-
-@dataclass(frozen=True)
-class Parent:
-    """One input of a combination: the file's name, the mask's digest, and its own history."""
-
-    name: str
-    digest: str
-    weight: float | None = None
-    operation: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    parents: tuple[Parent, ...] = ()
-
-
-@dataclass(frozen=True)
-class MaskInfo:
-    """Where a mask came from.
-
-    keep: share of weights kept that was asked for (None where it follows from an operation).
-    base: reference of the base model (path or hub id); fingerprints: one per covered tensor, of the base's weights.
-    training: settings, seed, init, steps, data digest, validation losses; comparison: what `--control` measured.
-    operation, options, parents: for a combined mask.
-    """
-
-    keep: float | None = None
-    base: str | None = None
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    comparison: dict[str, Any] = field(default_factory=dict)
-    operation: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    parents: tuple[Parent, ...] = ()
-
-
-class Store(Protocol):
-    """Where a mask's tensors are: arrays in memory, or a file that is read piece by piece."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def digest(self) -> str | None: ...
-    @property
-    def has_scores(self) -> bool: ...
-    @property
-    def has_initial_scores(self) -> bool: ...
-    def count(self, name: str) -> int: ...
-    def verify(self, name: str, check: int) -> None: ...
-    def verify_scores(self, name: str) -> None: ...
-    def read(self, name: str, start: int, stop: int) -> bits.Packed: ...
-    def read_scores(self, name: str, start: int, stop: int) -> Scores: ...
-    def read_initial(self, name: str, start: int, stop: int) -> Scores: ...
-
-
-class _Arrays:
-    """A store in memory."""
-
-    digest: str | None = None
-
-    def __init__(
-        self,
-        packed: Mapping[str, bits.Packed],
-        shapes: Mapping[str, tuple[int, ...]],
-        scores: Mapping[str, Scores] | None,
-        initial: Mapping[str, Scores] | None,
-    ) -> None:
-        self.shapes = {n: tuple(map(int, shapes[n])) for n in packed}
-        self.packed = {n: np.ascontiguousarray(a, dtype=np.uint8).reshape(-1) for n, a in packed.items()}
-        self.scores = {n: np.asarray(a, np.float32, order="C") for n, a in (scores or {}).items()}
-        self.initial = {n: np.asarray(a, np.float32, order="C") for n, a in (initial or {}).items()}
-        self.has_scores, self.has_initial_scores = bool(self.scores), bool(self.initial)
-        for name, array in self.packed.items():
-            size = math.prod(self.shapes[name])
-            if array.size != bits.nbytes(size):
-                raise BadInput(f"tensor {name!r}: {array.size} bytes of bits do not fit shape {self.shapes[name]}")
-            if size % 8 and array[-1] >> size % 8:
-                raise BadInput(f"tensor {name!r}: padding bits after the last weight are not 0")
-        for kind in (self.scores, self.initial):
-            if kind and set(kind) != set(self.packed):
-                raise BadInput(f"scores for {len(kind)} tensors, bits for {len(self.packed)}: give all scores or none")
-            for name, array32 in kind.items():
-                if array32.shape != self.shapes[name]:
-                    raise BadInput(f"tensor {name!r}: scores have shape {array32.shape}, bits {self.shapes[name]}")
-
-    def count(self, name: str) -> int:
-        return bits.count(self.packed[name])
-
-    def verify(self, name: str, check: int) -> None:
-        """Bits in memory have nothing to be compared with."""
-
-    def verify_scores(self, name: str) -> None:
-        """Nor have scores."""
-
-    def read(self, name: str, start: int, stop: int) -> bits.Packed:
-        return self.packed[name][start // 8 : bits.nbytes(stop)]
-
-    def read_scores(self, name: str, start: int, stop: int) -> Scores:
-        return self.scores[name].reshape(-1)[start:stop]
-
-    def read_initial(self, name: str, start: int, stop: int) -> Scores:
-        return self.initial[name].reshape(-1)[start:stop]
+__all__ = ["PIECE", "Mask", "MaskInfo", "Parent", "Scores", "require_same_shape"]
 
 
 class Mask:
@@ -134,7 +31,7 @@ class Mask:
         scores: Mapping[str, Scores] | None = None,
         initial: Mapping[str, Scores] | None = None,
     ) -> None:
-        self._store: Store = _Arrays(packed, shapes, scores, initial)
+        self._store: Store = Arrays(packed, shapes, scores, initial)
         self.info = info or MaskInfo()
         self._digest: str | None = None
 
@@ -142,7 +39,7 @@ class Mask:
     def from_store(cls, store: Store, info: MaskInfo) -> Mask:
         """A mask whose tensors are read from `store` when they are asked for."""
         mask = cls({}, {}, info)
-        mask._store, mask._digest = store, store.digest
+        mask._store = store
         return mask
 
     @classmethod
@@ -160,7 +57,7 @@ class Mask:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the covered tensors, sorted."""
-        return tuple(sorted(self._store.shapes))
+        return self._store.names
 
     def __contains__(self, name: object) -> bool:
         return name in self._store.shapes
@@ -174,7 +71,7 @@ class Mask:
 
     def size(self, name: str) -> int:
         """Number of weights in a covered tensor."""
-        return math.prod(self.shape(name))
+        return self._store.size(name)
 
     def packed(self, name: str) -> bits.Packed:
         """All the bits of a tensor, packed, shape (ceil(size / 8),)."""
@@ -194,12 +91,7 @@ class Mask:
 
         Raises BadInput at the end where a file's bits are not those that were written.
         """
-        size, check = self.size(name), 0
-        for start in range(0, size, nbytes * 8):
-            piece = self.read(name, start, start + nbytes * 8)
-            check ^= bits.check(piece)
-            yield piece
-        self.verify(name, check)
+        return self._store.pieces(name, nbytes)
 
     def verify(self, name: str, check: int) -> None:
         """Compare `bits.check` of a whole tensor with the one in the file; BadInput where the file is damaged."""
@@ -254,20 +146,14 @@ class Mask:
         The provenance in the header and the scores do not count. Taken from a file's header where it is there.
         """
         if self._digest is None:
-            h = hashlib.blake2b(digest_size=16)
-            for name in self.names:
-                h.update(f"{name}\0{','.join(map(str, self.shape(name)))}\0".encode())
-                for piece in self.pieces(name):
-                    h.update(piece.data)
-            self._digest = h.hexdigest()
+            self._digest = self._store.digest()
         return self._digest
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
         """Open a .mask file; bits and scores are read when asked for. Raises BadInput on anything that is not one."""
-        from mftmerge.maskfile import load
-
-        return load(path)
+        file = maskfile.MaskFile(path)
+        return cls.from_store(file, file.info)
 
     def save(
         self,
@@ -281,9 +167,7 @@ class Mask:
 
         archive: compress the bits. scores: in the same file, in `<name>.scores.safetensors` beside it, or not at all.
         """
-        from mftmerge.maskwriter import save
-
-        save(self, path, archive=archive, scores=scores, overwrite=overwrite)
+        maskfile.save(self._store, self.info, path, archive=archive, scores=scores, overwrite=overwrite)
 
 
 def require_same_shape(name: str, a: tuple[int, ...], b: tuple[int, ...], what: str) -> None:

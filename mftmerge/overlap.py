@@ -1,16 +1,25 @@
-"""How much masks overlap in what they prune, against what chance and a common start would give."""
+"""How much masks overlap in what they prune, against what chance and a common start would give.
+
+A common start is a baseline because masks that start from the same scores overlap before they have learnt anything.
+`untrained` has the mask that training started from: from stored scores, the seed, or the base's weights.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from mftmerge import bits
+import numpy as np
+
+from mftmerge import bits, cut
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
-from mftmerge.inspection import layer_of
-from mftmerge.mask import Mask
+from mftmerge.mask import Mask, Scores
+from mftmerge.names import layer_of
 
 
 @dataclass
@@ -117,12 +126,10 @@ class Comparison:
 def compare(masks: Sequence[Mask], names: Sequence[str], *, start: bool = True) -> Comparison:
     """Compare every pair of masks on the tensors that both cover. Streams; raises BadInput on different shapes.
 
-    start: also the baselines of untrained masks, where they can be had (see `untrained.untrained`).
+    start: also the baselines of untrained masks, where they can be had (see `untrained`).
     """
     if len(masks) < 2:
         raise BadInput("compare needs at least two masks")
-    from mftmerge.untrained import untrained
-
     starts = [untrained(m) if start else None for m in masks]
     pairs = []
     for a, b in itertools.combinations(range(len(masks)), 2):
@@ -172,3 +179,56 @@ def _from_common_start(name: str, a: Mask, b: Mask, start_a: Mask, start_b: Mask
     expected = stayed_a.both * stayed_b.both / inside if inside else 0.0
     left = (stayed_a.pruned_a - stayed_a.both) * (stayed_b.pruned_a - stayed_b.both)
     return expected + (left / outside if outside else 0.0)
+
+
+# -- the mask before training -----------------------------------------------------------------------------------------
+
+
+def untrained(mask: Mask) -> Mask | None:
+    """The mask before training, with the same number of weights dropped in each tensor; None where it is not known.
+
+    Sources, in this order: the file's `::init` scores; init "normal", drawn again from the seed (imports torch) if
+    the result has the recorded digest; init "magnitude", from the base where it is a local checkpoint and the tensors
+    have the recorded fingerprints.
+    """
+    training = mask.info.training
+    rule = training.get("selection", "abs" if training.get("init") == "normal" else "signed")
+    read: Callable[[str], Scores] | None = None
+    if mask.has_initial_scores:
+        read = mask.initial_scores
+    elif training.get("init") == "normal" and isinstance(training.get("seed"), int):
+        read = _draw(mask, training)
+    elif training.get("init") == "magnitude" and mask.info.base and Path(mask.info.base).is_dir():
+        read, rule = _magnitudes(mask), "signed"
+    if read is None:
+        return None
+    packed = {}
+    for name in mask.names:
+        scores = cut.refuse_nan(read(name))
+        scores = np.abs(scores) if rule == "abs" else scores
+        packed[name] = bits.pack(cut.keep_top(scores, mask.size(name) - mask.count(name)))
+    return Mask(packed, {n: mask.shape(n) for n in mask.names})
+
+
+def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | None:
+    """Normal scores from the seed, None unless they have the digest that was recorded (fused tensors do not)."""
+    from mftmerge.seeded import normal_scores  # draws with torch, whose numbers they are
+
+    def draw(name: str) -> Scores:
+        drawn: Scores = normal_scores(name, mask.shape(name), training["seed"]).numpy()
+        return drawn
+
+    h = hashlib.blake2b(digest_size=16)
+    for name in mask.names:
+        h.update(f"{name}\0{mask.shape(name)}\0".encode())
+        h.update(draw(name).tobytes())
+    return draw if training.get("init_digest") == h.hexdigest() else None
+
+
+def _magnitudes(mask: Mask) -> Callable[[str], Scores] | None:
+    """|W| of the base's tensors, None where they are not those that the mask was trained on."""
+    base = Checkpoint.open(str(mask.info.base))
+    for name in mask.names:  # a fingerprint covers the shape too
+        if name not in base or mask.info.fingerprints.get(name) != base.fingerprint(name):
+            return None
+    return lambda name: np.abs(base.read_float32(name))

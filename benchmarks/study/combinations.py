@@ -16,7 +16,7 @@ import numpy as np
 from mftmerge.combine import combine
 from mftmerge.cut import keep_top
 from mftmerge.mask import Mask
-from mftmerge.untrained import untrained
+from mftmerge.overlap import untrained
 
 Kept = dict[str, Any]  # tensor name -> array of its shape
 

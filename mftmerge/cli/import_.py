@@ -23,6 +23,10 @@ def command(
     ],
     out: MaskOut,
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL)] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The mask keeps changes from this checkpoint (a delta); without it dropped weights are 0."),
+    ] = None,
     archive: Archive = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -35,10 +39,10 @@ def command(
     Example:
       mftmerge import masks.pt --model ./fft-model -o code.mask
     """
+    from mftmerge.derive import import_mask
     from mftmerge.files import refuse_existing
-    from mftmerge.foreign import import_mask
 
     refuse_existing(out, overwrite, (source, model))
-    mask, notes = import_mask(source, model)
+    mask, notes = import_mask(source, model, base)
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, [*notes, f"{source.stat().st_size:,} bytes became {out.stat().st_size:,}"], as_json)

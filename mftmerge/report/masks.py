@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mftmerge.inspection import layer_of
+from mftmerge.names import layer_of
 from mftmerge.report.blocks import Cell, Section, curve, note, table
 from mftmerge.report.collect import Collection, MaskHere
 from mftmerge.report.gains import mask_gains, verdict_style

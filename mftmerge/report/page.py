@@ -13,8 +13,8 @@ from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import finite
 from mftmerge.files import refuse_existing, replacing
-from mftmerge.inspection import layer_of
 from mftmerge.maskheader import info_json
+from mftmerge.names import layer_of
 from mftmerge.overlap import Comparison
 from mftmerge.report.collect import Collection, MaskHere, ResultHere, collect
 from mftmerge.report.density import density_section

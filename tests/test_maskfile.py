@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mftmerge import maskwriter as writer
+from mftmerge import maskfile as writer
 from mftmerge.cli import main
 from mftmerge.combine import OPERATIONS, combine, combine_files
-from mftmerge.errors import BadInput
-from mftmerge.inspection import inspect, layer_of, module_of
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.inspection import inspect
 from mftmerge.mask import Mask, MaskInfo, Parent
 from mftmerge.maskheader import BLOCK
+from mftmerge.names import layer_of, module_of
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -165,7 +166,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
     for name in ("pwrite", "fsync", "replace"):
         with monkeypatch.context() as patched:
             patched.setattr(writer.os, name, full)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(MftmergeError, match=r"x\.mask: cannot be written \(No space"):
                 random_mask(2).save(path)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["x.mask"]

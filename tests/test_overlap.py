@@ -16,8 +16,7 @@ from mftmerge.cut import drop_count, keep_top
 from mftmerge.derive import DiffSettings, diff_mask
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
-from mftmerge.overlap import compare
-from mftmerge.untrained import untrained
+from mftmerge.overlap import compare, untrained
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 
