@@ -63,6 +63,7 @@ class _Plan:
     names: dict[str, str]  # checkpoint tensor -> mask tensor
     companions: tuple[str, ...]
     model: str
+    base_name: str | None
     settings: ApplySettings
 
 
@@ -77,7 +78,8 @@ def apply_mask(
     """Write a complete checkpoint to the directory `out`: `model` with `mask` applied.
 
     model: checkpoint directory or hub id. progress: called with bytes done, from any thread.
-    options: see `ApplySettings`. base: checkpoint to whose values dropped weights return; without it they become 0.
+    options: see `ApplySettings`. base: checkpoint to whose values dropped weights return; without it they become 0, or,
+    where the mask is over a delta, take the values of the model that the mask names.
     require_base refuses before anything is written; check_base hashes the covered tensors beside the copying.
     resume: continue what a killed run left, shard by shard, each checked against its checksum, and keep finished shards
     should this run fail too. include: patterns of further files to copy, such as `*.py` for code.
@@ -97,12 +99,17 @@ def apply_mask(
         raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
     try:
         with ThreadPoolExecutor(WORKERS, "mftmerge-hash") as pool:
-            difference: Future[BaseDifference | None] | None = None
+            differences: list[Future[BaseDifference | None]] = []
             if settings.check_base or settings.require_base:
-                difference = pool.submit(matching.base_difference, plan.names, plan.mask, plan.source)
-            if settings.require_base and difference and (found := difference.result()) and found.tensors:
-                raise BadInput(f"{model}: {found}, and --require-base allows no difference")
-            return _write(plan, target, pool, difference, progress)
+                differences.append(pool.submit(matching.base_difference, plan.names, plan.mask, plan.source))
+                if plan.base is not None:
+                    differences.append(
+                        pool.submit(matching.base_difference, plan.names, plan.mask, plan.base, delta=True)
+                    )
+            for future in differences if settings.require_base else ():
+                if (found := future.result()) and found.tensors:
+                    raise BadInput(f"{model}: {found}, and --require-base allows no difference")
+            return _write(plan, target, pool, differences, progress)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
         raise MftmergeError(f"cannot write {target}: {e.strerror or e}{where}; nothing was put there") from None
@@ -132,21 +139,21 @@ def _plan(mask: Mask | str | Path, model: str | Path, settings: ApplySettings) -
     if not isinstance(mask, Mask):
         mask = Mask.load(mask)
     source = Checkpoint.open(resolve(model), follow_links=settings.follow_links)
-    base = (
-        None if settings.base is None else Checkpoint.open(resolve(settings.base), follow_links=settings.follow_links)
-    )
+    reference = matching.delta_base(mask, settings.base, settings.on)
+    base = None if reference is None else Checkpoint.open(resolve(reference), follow_links=settings.follow_links)
     names = matching.match(mask, source, str(model))
     if base is not None:
-        matching.require_base_tensors(names, source, base, str(settings.base))
+        matching.require_base_tensors(names, source, base, str(reference))
     companions = tuple(companion_files(source, settings.include))
-    return _Plan(mask, source, base, names, companions, card.public_name(str(model)), settings)
+    base_name = None if reference is None else card.public_name(str(reference))
+    return _Plan(mask, source, base, names, companions, card.public_name(str(model)), base_name, settings)
 
 
 def _write(
     plan: _Plan,
     out: Path,
     pool: ThreadPoolExecutor,
-    difference: Future[BaseDifference | None] | None,
+    differences: list[Future[BaseDifference | None]],
     progress: Progress | None,
 ) -> ApplyReport:
     """Fill the output directory and give it its name."""
@@ -156,7 +163,7 @@ def _write(
     with OutputDirectory(out, lambda: _job(plan, digest.result()), **how) as directory:
         try:
             continued = _write_shards(plan, directory, pool, stopped, progress)
-            report = _report(plan, out, continued, difference.result() if difference else None)
+            report = _report(plan, out, continued, [future.result() for future in differences])
             _write_companions(plan, directory.path, report, digest.result())
             directory.commit()
             if directory.left is not None:
@@ -228,10 +235,16 @@ def _job(plan: _Plan, digest: str) -> str:
     return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
 
 
-def _report(plan: _Plan, out: Path, continued: tuple[str, ...], difference: BaseDifference | None) -> ApplyReport:
+def _report(
+    plan: _Plan, out: Path, continued: tuple[str, ...], differences: list[BaseDifference | None]
+) -> ApplyReport:
     covered = sum(plan.source.entry(n).size for n in plan.names)
     kept = sum(plan.mask.count(n) for n in plan.names.values())
-    notes = []
+    notes = [str(d) for d in differences[1:] if d is not None and d.tensors]
+    if plan.base_name and plan.settings.base is None:
+        notes.append(f"the mask is over a delta: dropped weights have the values of {plan.base_name}")
+    if plan.mask.info.on == "delta" and plan.base is None:
+        notes.append("the mask was learnt over a delta, in which dropped weights are not 0 but the base's")
     if set(plan.names) - set(plan.names.values()):
         notes.append("some names differ between mask and model; tensors were matched by prefix or as tied embeddings")
     if any((plan.source.path).glob("*.py")) and not any(n.endswith(".py") for n in plan.companions):
@@ -243,7 +256,7 @@ def _report(plan: _Plan, out: Path, continued: tuple[str, ...], difference: Base
         dropped=covered - kept,
         nbytes=sum(s.nbytes for s in plan.source.shards),
         continued=continued,
-        difference=difference,
+        difference=differences[0] if differences else None,
         notes=tuple(notes),
     )
 
@@ -254,12 +267,11 @@ def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest:
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(plan.source.file(name), directory / name)
         sync_file(directory / name)
-    base = plan.settings.base
     density = 1 - report.dropped / report.covered if report.covered else 1.0
     facts = [
         f"{report.tensors} tensors masked: {report.dropped:,} of {report.covered:,} weights dropped "
         f"(density {density:.4f}).",
-        f"Dropped weights have the value of `{card.public_name(base)}`." if base else "Dropped weights are 0.",
+        f"Dropped weights have the value of `{plan.base_name}`." if plan.base_name else "Dropped weights are 0.",
         "All other values are bit for bit those of the original.",
     ]
     if report.difference:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mftmerge.settings import Settings
@@ -11,6 +13,9 @@ class ApplySettings(Settings):
     """The options of `apply_mask` and of `mftmerge apply`."""
 
     base: str | None = Field(None, description="apply to the delta: dropped weights get this checkpoint's values")
+    on: Literal["weights", "delta"] | None = Field(
+        None, description="what dropped weights become: 0 or the base's values; by default as the mask says"
+    )
     overwrite: bool = Field(False, description="replace what is at OUT")
     require_base: bool = Field(
         False, description="refuse a model whose covered tensors are not those of the mask's base"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge.errors import BadInput, shown
-from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.mask import Mask, MaskInfo
 from mftmerge.yamltext import documents
 
 # Front matter that stays true of a masked model. Evaluation results and widget examples do not.
@@ -56,7 +56,10 @@ def front_matter(front: Mapping[str, Any], tags: Sequence[str], base_model: Sequ
 def family_tree(mask: Mask, digest: str) -> Iterator[str]:
     """The mask and what it was made of, one line each, indented by generation."""
     yield f"mask {digest[:12]}: {_origin(mask.info)}"
-    yield from _parents(mask.info.parents, "  ")
+    for generation, p in mask.info.family():
+        weight = f", weight {p.weight:g}" if p.weight is not None else ""
+        made = f" = {_operation(p.operation, p.options)} of" if p.operation else ""
+        yield f"{'  ' * generation}{public_name(p.name)} {inert(p.digest[:12])}{weight}{made}"
 
 
 def split_front_matter(card: str) -> tuple[dict[str, str | list[str]], str]:
@@ -120,14 +123,6 @@ def inert(text: object) -> str:
     for mark, harmless in (("`", "'"), ("<", "‹"), (">", "›")):
         plain = plain.replace(mark, harmless)
     return plain if len(plain) <= MAX_TEXT else f"{plain[: MAX_TEXT - 1]}…"
-
-
-def _parents(parents: Sequence[Parent], indent: str) -> Iterator[str]:
-    for p in parents:
-        weight = f", weight {p.weight:g}" if p.weight is not None else ""
-        made = f" = {_operation(p.operation, p.options)} of" if p.operation else ""
-        yield f"{indent}{public_name(p.name)} {inert(p.digest[:12])}{weight}{made}"
-        yield from _parents(p.parents, indent + "  ")
 
 
 def _origin(info: MaskInfo) -> str:

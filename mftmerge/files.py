@@ -66,9 +66,9 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[object] 
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a directory; give the name of a file")
-    protect(path, inputs, directory=False)
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give another path or --overwrite")
+    protect(path, inputs, directory=False)
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
 

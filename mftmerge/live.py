@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -26,7 +26,7 @@ from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, masked_parameter, on_cpu
-from mftmerge.matching import scales_of
+from mftmerge.matching import delta_base, scales_of
 
 # The `use` blocks that this thread or task is inside of, or was started from. Each block is an object of its own.
 _BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mftmerge_blocks", default=())
@@ -282,15 +282,20 @@ _CALLS = (torch.nn.Module._call_impl.__code__, _CompiledCall.__call__.__code__)
 
 
 def attach(
-    model: torch.nn.Module, masks: Mapping[str, Mask | str | Path], *, base: str | Path | None = None
+    model: torch.nn.Module,
+    masks: Mapping[str, Mask | str | Path],
+    *,
+    base: str | Path | None = None,
+    on: Literal["weights", "delta"] | None = None,
 ) -> Switcher:
     """Attach masks to a live model; nothing changes until one is switched on.
 
     model: may be wrapped by torch.compile, data parallel or peft; the masks are those of the model inside.
     masks: name -> Mask or .mask file, over checkpoint names (see `naming`); a tensor that a mask does not cover keeps
     all its weights under that mask. base: checkpoint whose values dropped weights take, cast to the model's type;
-    without it they become 0. Memory: one bit a weight and mask, and one value for each weight that any mask drops
-    (two with a base).
+    without it they become 0 or, where a mask is over a delta, take the values of the model that this mask names.
+    on="weights": 0 whatever the masks say. Memory: one bit a weight and mask, and one value for each weight that any
+    mask drops (one more for each base).
 
     with switcher.use("code"):
         model.generate(...)
@@ -314,15 +319,18 @@ def attach(
             parts[name].add(label, kept)
     for part in parts.values():
         part.remember()
-    if base is not None:
-        checkpoint = Checkpoint.open(resolve(base))
-        covered = {name for mask in loaded.values() for name in mask.names}
+    bases: dict[str, list[str]] = {}  # checkpoint -> masks whose dropped weights take its values
+    for label, mask in loaded.items():
+        if (found := delta_base(mask, base, on, 'attach(..., base="{base}"), or on="weights" for 0')) is not None:
+            bases.setdefault(str(found), []).append(label)
+    for reference, labels in bases.items():
+        checkpoint = Checkpoint.open(resolve(reference))
+        covered = {name for label in labels for name in loaded[label].names}
         _require_scales(inner, covered, checkpoint)
         for name, values in naming.iter_parameters(inner, sorted(covered), _values_of(checkpoint), fill=0):
             part = parts[name]
-            part.dropped = part.gather(
-                integer_view(values.to(part.parameter.device, part.parameter.dtype).contiguous()).view(-1)
-            )
+            like = values.to(part.parameter.device, part.parameter.dtype).contiguous()
+            part.dropped |= dict.fromkeys(labels, part.gather(integer_view(like).view(-1)))
     watched = list(dict.fromkeys([model, inner, *_containers(inner, [actual[n] for n in parts])]))
     return Switcher(tuple(loaded), list(parts.values()), watched)
 

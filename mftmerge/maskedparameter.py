@@ -29,8 +29,8 @@ class MaskedParameter:
     """A parameter and, by mask, its packed bits (absent: that mask keeps all of it).
 
     name: the parameter's, for messages. module, leaf: where the model holds it.
-    originals, dropped: integer views of the weights that any mask drops, in the order of the flattened parameter: their
-    values without a mask, and those that they take when dropped; dropped is None for zeros.
+    originals: integer views of the weights that any mask drops, in the order of the flattened parameter. dropped: by
+    mask, the values that these weights take when it drops them; a mask that is not there makes them 0.
     """
 
     name: str
@@ -39,7 +39,7 @@ class MaskedParameter:
     parameter: torch.nn.Parameter
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     originals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    dropped: torch.Tensor | None = None
+    dropped: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dtype, self.place = self.parameter.dtype, self._place()
@@ -84,7 +84,8 @@ class MaskedParameter:
 
     @property
     def nbytes(self) -> int:
-        tensors = [t for t in (*self.kept.values(), self.originals, self.dropped) if t is not None]
+        shared = {id(t): t for t in self.dropped.values()}  # one for all masks of one base
+        tensors = [*self.kept.values(), self.originals, *shared.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     # -- noticing what others do -------------------------------------------------------------------------------------
@@ -131,19 +132,20 @@ class MaskedParameter:
         First the stored originals go back, unless the parameter has them already, then the dropped values are written.
         """
         flat, taken, changed = self.flat(), 0, 0
+        dropped = None if after is None else self.dropped.get(after)
         try:
             for start, stop in self.pieces():
                 old, new = self.bits(before, start, stop), self.bits(after, start, stop)
                 piece = flat[start:stop]
-                if before is UNKNOWN or old is not None or (new is not None and self.dropped is not None):
+                if before is UNKNOWN or old is not None or (new is not None and dropped is not None):
                     known = self.dropped_by_any(start, stop)
                     slot = slice(taken, taken + len(known))
                     taken += len(known)
                     values = self.originals[slot]
-                    if new is not None and self.dropped is not None:
-                        values = torch.where(_unpack(new, stop - start)[known], values, self.dropped[slot])
+                    if new is not None and dropped is not None:
+                        values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
                     piece.scatter_(0, known, values)
-                if new is not None and self.dropped is None:
+                if new is not None and dropped is None:
                     _zero(piece, new)
                 changed += _count_differing(old, new, stop - start)
         finally:

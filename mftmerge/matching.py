@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mftmerge.checkpoint import Checkpoint, TensorEntry, read_config
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask
 
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
@@ -15,19 +16,24 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embed
 
 @dataclass(frozen=True)
 class BaseDifference:
-    """How far a checkpoint is from the one a mask was made for: covered tensors and weights in those that differ."""
+    """How far a checkpoint is from the one a mask was made for: covered tensors and weights in those that differ.
+
+    of: what was compared, in the words of a message.
+    """
 
     tensors: int
     of_tensors: int
     weights: int
     of_weights: int
+    of: tuple[str, str] = ("the model", "the mask's base")
 
     def __str__(self) -> str:
+        here, there = self.of
         if not self.tensors:
-            return f"the model is the mask's base: all {self.of_tensors} covered tensors are equal"
+            return f"{here} is {there}: all {self.of_tensors} covered tensors are equal"
         share = self.weights / self.of_weights if self.of_weights else 0.0
         return (
-            f"the model is not the mask's base: {self.tensors} of {self.of_tensors} covered tensors differ "
+            f"{here} is not {there}: {self.tensors} of {self.of_tensors} covered tensors differ "
             f"({share:.1%} of the covered weights)"
         )
 
@@ -94,14 +100,53 @@ def scales_of(name: str, names: Iterable[str]) -> list[str]:
     ]
 
 
-def base_difference(names: dict[str, str], mask: Mask, checkpoint: Checkpoint) -> BaseDifference | None:
-    """Compare the covered tensors with the mask's fingerprints; None when it has none. Reads those tensors."""
-    known = {here: mask.info.fingerprints.get(there) for here, there in names.items()}
+def base_difference(
+    names: dict[str, str], mask: Mask, checkpoint: Checkpoint, *, delta: bool = False
+) -> BaseDifference | None:
+    """Compare the covered tensors with the mask's fingerprints; None when it has none. Reads those tensors.
+
+    delta: `checkpoint` is not the model but what dropped weights return to, and is compared with the mask's own.
+    """
+    prints = mask.info.delta_fingerprints if delta else mask.info.fingerprints
+    known = {here: prints.get(there) for here, there in names.items()}
     entries: list[TensorEntry] = [checkpoint.entry(n) for n, print_ in known.items() if print_]
     if not entries:
         return None
     differ = [e for e in entries if checkpoint.fingerprint(e.name) != known[e.name]]
-    return BaseDifference(len(differ), len(entries), sum(e.size for e in differ), sum(e.size for e in entries))
+    of = ("the base", "the one that the mask's delta was learnt from") if delta else ("the model", "the mask's base")
+    return BaseDifference(len(differ), len(entries), sum(e.size for e in differ), sum(e.size for e in entries), of)
+
+
+def delta_base(
+    mask: Mask, base: str | Path | None, on: str | None, ask: str = "--base {base}, or --on weights to make them 0"
+) -> str | Path | None:
+    """The checkpoint whose values dropped weights take; None where they become 0.
+
+    base, on: what the user said; without that the mask's own word holds. Where a mask over a delta names a directory
+    that is here, and all its covered tensors are those that the mask was learnt over, that one is taken.
+    Raises BadInput where it is not known: dropped weights of a delta are no zeros. ask: what to give then.
+    """
+    if on == "weights" and base is not None:
+        raise BadInput("dropped weights become 0 (on weights) or the base's values (base), not both; give one of them")
+    if base is not None or (on or mask.info.on) == "weights":
+        return base
+    own = mask.info.delta_base
+    if own is not None and mask.info.delta_fingerprints and (path := local_directory(own)) is not None:
+        found = Checkpoint.open(path)
+        if all(n in found and found.fingerprint(n) == p for n, p in mask.info.delta_fingerprints.items()):
+            return path
+    named = shown(own)[:200] if own else "B"
+    what = f"the difference from {named}" if own else "a difference from another model"
+    raise BadInput(f"the mask is over {what}, to which its dropped weights return; give {ask.format(base=named)}")
+
+
+def local_directory(reference: str) -> Path | None:
+    """The directory that a foreign file's reference names, if it is one here."""
+    try:
+        path = Path(reference).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        return None
 
 
 def _by_name(mask: Mask, checkpoint: Checkpoint, what: str) -> dict[str, str]:

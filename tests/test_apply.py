@@ -320,6 +320,42 @@ def test_overwrite_never_touches_an_input_or_what_is_no_checkpoint(
     assert (run / ".git").is_dir()
 
 
+def delta_mask(tuned: Path, base: Path, reference: str | None, *, seed: int = 0) -> Mask:
+    """A mask that says it was learnt over the difference of two checkpoints."""
+    plain, opened = random_mask(tuned, seed, 0.5), Checkpoint.open(base)
+    info = MaskInfo(
+        on="delta", delta_base=reference, delta_fingerprints={n: opened.fingerprint(n) for n in plain.names}
+    )
+    return random_mask(tuned, seed, 0.5, info=info)
+
+
+def test_a_mask_over_a_delta_is_never_applied_as_zeros_unasked(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, base, other = tiny("llama"), tiny("llama", seed=3), tiny("llama", seed=4)
+    expected = tmp_path / "expected"
+    apply_mask(random_mask(tuned, 0, 0.5), tuned, expected, base=base)
+    for reference in (None, str(tmp_path / "gone"), "owner/name", "x\x1b[2J", str(other)):
+        with pytest.raises(BadInput, match=r"--base .*--on weights") as caught:
+            apply_mask(delta_mask(tuned, base, reference), tuned, tmp_path / "out")
+        assert str(caught.value).isprintable()
+        assert not (tmp_path / "out").exists()
+    given = apply_mask(delta_mask(tuned, base, None), tuned, tmp_path / "given", base=base)
+    assert not given.notes
+    found = apply_mask(delta_mask(tuned, base, str(base)), tuned, tmp_path / "found")
+    assert "dropped weights have the values of" in found.notes[0]
+    assert "Dropped weights have the value of" in (tmp_path / "found" / "README.md").read_text()
+    zeros = apply_mask(delta_mask(tuned, base, str(base)), tuned, tmp_path / "zeros", on="weights")
+    assert "learnt over a delta" in zeros.notes[0]
+    apply_mask(random_mask(tuned, 0, 0.5), tuned, tmp_path / "plain")
+    wrong = apply_mask(delta_mask(tuned, base, None), tuned, tmp_path / "wrong", base=other)
+    assert "the base is not the one that the mask's delta was learnt from" in wrong.notes[0]
+    with pytest.raises(BadInput, match="not both"):
+        apply_mask(delta_mask(tuned, base, None), tuned, tmp_path / "x", base=base, on="weights")
+    for a, b in (("given", "expected"), ("found", "expected"), ("zeros", "plain")):
+        assert all((v == tensors(tmp_path / b)[k]).all() for k, v in tensors(tmp_path / a).items())
+
+
 def test_command_line(tiny: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny("llama", dtype="bfloat16")
     random_mask(path).save(tmp_path / "a.mask")

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.live import attach
-from mftmerge.mask import Mask
+from mftmerge.mask import Mask, MaskInfo
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -121,6 +122,39 @@ def test_only_what_differs_between_two_masks_is_written(tiny: Callable[..., Path
     switcher = attach(model, {"one": one, "other": Mask.from_bools(kept)})
     switcher.switch("one")
     assert switcher.switch("other") == kept[first].shape[1]
+
+
+def test_masks_over_weights_and_over_deltas_side_by_side(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Each takes its dropped weights from where it says; where that is not known, attaching asks."""
+    path, one, two = (tiny("llama", dtype="bfloat16", seed=s) for s in (0, 3, 4))
+
+    def over(base: Path | None, seed: int) -> Mask:
+        if base is None:
+            return random_mask(path, seed, 0.5)
+        opened = Checkpoint.open(base)
+        prints = {n: opened.fingerprint(n) for n in random_mask(path).names}
+        return random_mask(path, seed, 0.5, info=MaskInfo(on="delta", delta_base=str(base), delta_fingerprints=prints))
+
+    masks = {"weights": over(None, 1), "one": over(one, 2), "two": over(two, 3), "also one": over(one, 4)}
+    expected = {}
+    for name, mask in masks.items():
+        apply_mask(mask, path, tmp_path / name)
+        expected[name] = state(load(tmp_path / name))
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, masks)
+    for name in np.random.default_rng(0).choice([*masks], 12):
+        switcher.switch(name)
+        assert same(state(model), expected[name])
+    switcher.detach()
+    assert same(state(model), original)
+    with attach(model, {"m": masks["one"]}, on="weights").use("m"):
+        apply_mask(masks["one"], path, tmp_path / "zeros", on="weights")
+        assert same(state(model), state(load(tmp_path / "zeros")))
+    unknown = random_mask(path, info=MaskInfo(on="delta", delta_base="owner/name"))
+    with pytest.raises(BadInput, match=r'base="owner/name".*on="weights"'):
+        attach(model, {"m": unknown})
+    attach(model, {"m": unknown}, base=one).switch("m")
 
 
 def test_memory_is_the_bits_and_the_dropped_originals(tiny: Callable[..., Path]) -> None:
