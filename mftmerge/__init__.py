@@ -58,7 +58,14 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mftmerge' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(importlib.import_module(f"mftmerge.{module}"), attribute)
+    try:
+        return getattr(importlib.import_module(f"mftmerge.{module}"), attribute)
+    except ModuleNotFoundError as e:
+        from mftmerge.errors import missing_extra
+
+        if needed := missing_extra(e):
+            raise ImportError(f"mftmerge.{name}: {needed}", name=e.name) from None
+        raise
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mftmerge.errors import MftmergeError, shown
+from mftmerge.errors import MftmergeError, missing_extra, shown
 
 INTERRUPTED = 130
 BAD_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the user's, not the disk's
@@ -105,6 +105,10 @@ def _run(arguments: list[str], debug: bool) -> None:
         _fail(f"{' '.join(e.format_message().split())}{where}", 2, debug)
     except MftmergeError as e:
         _fail(str(e), e.exit_code, debug)
+    except ModuleNotFoundError as e:
+        if needed := missing_extra(e):
+            _fail(needed, 2, debug)
+        _fail(f"unexpected {type(e).__name__}: {e}; run again with --debug and report it", 1, debug)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED, debug)
     except BrokenPipeError:
