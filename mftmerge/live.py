@@ -111,6 +111,7 @@ class Switcher:
         state = self._state
         changed = self._changed(state, self._parts)
         lost = [p.name for p in changed if not p.give_back(state)]
+        self._certain = bool(changed)  # interrupted from here on, all is written again
         self._write(state, None, [p for p in self._parts if p not in changed])
         self._active, self._certain, self._attached, self._parts = None, True, False, []
         for hook in self._hooks:
@@ -306,8 +307,7 @@ def attach(
     if not masks:
         raise BadInput("no masks to attach; give at least one, like attach(model, {'code': mask})")
     loaded = {label: m if isinstance(m, Mask) else Mask.load(m) for label, m in masks.items()}
-    inner = _holding(naming.unwrapped(model), loaded)
-    _refuse_copies(inner, loaded)
+    inner = naming.model_with(model, {name for mask in loaded.values() for name in mask.names})
     actual, trainable = naming.live_names(inner), dict(inner.named_parameters())
     parts: dict[str, MaskedParameter] = {}
     for label, mask in loaded.items():
@@ -333,31 +333,6 @@ def attach(
             part.dropped |= dict.fromkeys(labels, part.gather(integer_view(like).view(-1)))
     watched = list(dict.fromkeys([model, inner, *_containers(inner, [actual[n] for n in parts])]))
     return Switcher(tuple(loaded), list(parts.values()), watched)
-
-
-def _holding(model: torch.nn.Module, masks: Mapping[str, Mask]) -> torch.nn.Module:
-    """`model`, or what it wraps: as long as it is a shell around one module and has none of the masks' tensors."""
-    names = {name for mask in masks.values() for name in mask.names}
-    while not names & set(naming.layout(model)):
-        children = list(model.children())
-        if len(children) != 1 or next(model.parameters(recurse=False), None) is not None:
-            break
-        if not {n.rpartition(".")[2] for n in names} & {
-            n.rpartition(".")[2] for n, _ in children[0].named_parameters()
-        }:
-            break
-        model = naming.unwrapped(children[0])
-    return model
-
-
-def _refuse_copies(model: torch.nn.Module, masks: Mapping[str, Mask]) -> None:
-    """Raise BadInput for tensors that a peft adapter trains as a whole: the model uses the adapter's copy of them."""
-    names = [n for mask in masks.values() for n in mask.names]
-    for copied, module in model.named_modules():
-        if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
-            continue
-        if found := next((n for n in names if n.startswith(f"{copied}.")), None):
-            raise BadInput(f"{found!r} is replaced by the adapter's own copy (modules_to_save); merge it first")
 
 
 def _containers(model: torch.nn.Module, names: list[str]) -> Iterator[torch.nn.Module]:

@@ -8,7 +8,7 @@ A model without conversions, or one that is no transformers model, keeps its nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from copy import deepcopy
 from typing import Any
 
@@ -110,6 +110,25 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             model = found()
         else:
             return model
+
+
+def model_with(model: torch.nn.Module, names: Set[str]) -> torch.nn.Module:
+    """The model that has tensors of these checkpoint names: `model`, or what it wraps, be it a shell of one's own.
+
+    Raises BadInput for tensors that a peft adapter trains as a whole: the model uses the adapter's copy of them.
+    """
+    model = unwrapped(model)
+    while not names & set(layout(model)):
+        children = list(model.children())
+        if len(children) != 1 or next(model.parameters(recurse=False), None) is not None:
+            break
+        model = unwrapped(children[0])
+    for copied, module in model.named_modules():
+        if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+            continue
+        if found := next((n for n in sorted(names) if n.startswith(f"{copied}.")), None):
+            raise BadInput(f"{found!r} is replaced by the adapter's own copy (modules_to_save); merge it first")
+    return model
 
 
 def live_names(model: torch.nn.Module) -> dict[str, str]:

@@ -374,6 +374,20 @@ def test_an_interrupt_while_the_mask_comes_off(tiny: Callable[..., Path], monkey
     assert same(state(model), original)
 
 
+def test_an_interrupted_detach_can_be_repeated(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    switcher = attach(model, {"a": random_mask(path, 1)})
+    switcher.switch("a")
+    interrupting(monkeypatch, at=5)
+    with pytest.raises(KeyboardInterrupt):
+        switcher.detach()
+    switcher.detach()
+    assert same(state(model), original)
+    model(torch.tensor([[5, 6, 7]]))
+
+
 WRITES: dict[str, Callable[[torch.nn.Parameter], object]] = {
     "data.add_": lambda p: p.data.add_(1.0),
     "data.copy_": lambda p: p.data.copy_(p.data * 2),
