@@ -95,7 +95,7 @@ def _python(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_recipe_is_a_recipe(tmp_path: Path) -> None:
     from mftmerge.errors import BadInput
-    from mftmerge.recipe.schema import load_recipe
+    from mftmerge.recipe.load import load_recipe
 
     (text,) = blocks("yaml", "Recipes")
     (tmp_path / "recipe.yml").write_text(text)

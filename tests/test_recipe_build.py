@@ -182,7 +182,7 @@ def test_an_input_is_never_overwritten(kitchen: Path) -> None:
 
 
 def test_tensors_that_mergekit_drops_are_named(kitchen: Path, tmp_path: Path) -> None:
-    """A tensor outside mergekit's definition of an architecture: it leaves it out silently, we say so."""
+    """A tensor outside mergekit's definition of an architecture: it leaves it out silently, we refuse that."""
     import shutil
 
     import torch
@@ -192,5 +192,7 @@ def test_tensors_that_mergekit_drops_are_named(kitchen: Path, tmp_path: Path) ->
     data = {**load_file(tmp_path / "odd/model.safetensors"), "model.layers.0.extra": torch.ones(4)}
     save_file(data, tmp_path / "odd/model.safetensors", metadata={"format": "pt"})
     path = written("merge_method: passthrough\nmodels: [{model: odd}]\n", tmp_path / "r.yml")
-    report = build(path, tmp_path / "out")
+    with pytest.raises(BadInput, match=r"line 2: odd: model.layers.0.extra would not be in the result.*--allow-lost"):
+        build(path, tmp_path / "out")
+    report = build(path, tmp_path / "out", allow_lost=True)
     assert any("model.layers.0.extra" in w for w in report.warnings)

@@ -15,8 +15,9 @@ from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
 from mftmerge.recipe.catalogue import ABOUT, METHODS, Parameter, meaning
 from mftmerge.recipe.importing import import_recipe
+from mftmerge.recipe.load import load_recipe
 from mftmerge.recipe.plan import plan
-from mftmerge.recipe.schema import Reference, json_schema, load_recipe
+from mftmerge.recipe.schema import Reference, json_schema
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mftmerge.cli.options import AsJson, Overwrite, Recipe
+from mftmerge.cli.options import AsJson, Recipe, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json
 from mftmerge.errors import BadInput
+from mftmerge.recipe.settings import BuildSettings
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
+@options(given=BuildSettings)
 def command(
+    *,
     recipe: Recipe,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the built model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    overwrite: Overwrite = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers (dare, della).")] = None,
-    device: Annotated[str, typer.Option(help="Where mergekit does arithmetic: cpu, cuda.")] = "cpu",
+    given: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Build a model from a recipe: a mergekit YAML plus masks on its inputs and its result.
@@ -38,30 +39,25 @@ def command(
     from mftmerge.recipe.build import build
     from mftmerge.recipe.plan import plan
 
+    settings = BuildSettings.make(given)
     if dry_run:
-        planned = plan(recipe)
+        planned = plan(recipe, settings)
         if as_json:
             print_json(dataclasses.asdict(planned))
         else:
             print(planned.text())
         return
-    if device.partition(":")[0] not in DEVICES:
-        raise BadInput(f"--device {device}: give one of {', '.join(DEVICES)}, such as cuda or cuda:1")
+    if settings.device.partition(":")[0] not in DEVICES:
+        raise BadInput(f"--device {settings.device}: give one of {', '.join(DEVICES)}, such as cuda or cuda:1")
     if out is None:
         raise BadInput("no output directory; give -o DIR, or --dry-run to see the plan")
     with shown_progress(quiet=as_json) as show:
-        report = build(
-            recipe,
-            out,
-            overwrite=overwrite,
-            seed=seed,
-            device=device,
-            progress=show,
-        )
+        report = build(recipe, out, progress=show, **given)
     for warning in report.warnings:
         print(f"warning: {recipe}: {warning}", file=sys.stderr)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
-    print(f"{report.out}: {size}")
+    odd = f"; {report.not_finite} weights are not finite" if report.not_finite else ""
+    print(f"{report.out}: {size}{odd}")

@@ -20,6 +20,9 @@ def command(
         bool, typer.Option("--verify", help="Run stock mergekit on the export and compare every tensor.")
     ] = False,
     overwrite: Overwrite = False,
+    allow_lost: Annotated[
+        bool, typer.Option("--allow-lost", help="Export without tensors of an input that would reach no output.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a recipe to a form that stock mergekit runs with no plug-in.
@@ -33,7 +36,14 @@ def command(
     """
     from mftmerge.recipe.export import export
 
-    report = export(recipe, out, verify=verify, overwrite=overwrite, notify=lambda text: print(text, file=sys.stderr))
+    report = export(
+        recipe,
+        out,
+        verify=verify,
+        overwrite=overwrite,
+        allow_lost=allow_lost,
+        notify=lambda text: print(text, file=sys.stderr),
+    )
     for warning in report.warnings:
         print(f"warning: {recipe}: {warning}", file=sys.stderr)
     if as_json:

@@ -5,46 +5,44 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.errors import MftmergeError
 from mftmerge.files import protect
 from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.progress import Progress, Step
 from mftmerge.recipe.card import write_companions
 from mftmerge.recipe.check import references, result_index
+from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import local
-from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import expected, width
+from mftmerge.recipe.schema import Document
+from mftmerge.recipe.settings import BuildSettings
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built: directory, tensors, bytes of weights, seconds, and what the user should know."""
+    """What was built: directory, tensors, bytes of weights, seconds, and what the user should know.
+
+    not_finite: weights of the result that are infinite or not a number.
+    """
 
     out: Path
     tensors: int
     nbytes: int
     seconds: float
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to build; see `build`."""
-
-    seed: int | None = None
-    device: str = "cpu"
-    progress: Progress | None = None
+    not_finite: int
 
 
 @dataclass
 class Built:
-    """What steps have built so far: bytes by tensor of the last one, and what the user should know."""
+    """What steps have built so far: bytes, and weights that are not finite, by tensor of the last one; and what the
+    user should know."""
 
     sizes: dict[str, int] = field(default_factory=dict)
+    not_finite: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -70,37 +68,40 @@ def needed(
     return wanted
 
 
-def build(
-    recipe_path: str | Path,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    seed: int | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> BuildReport:
+def build(recipe_path: str | Path, out: str | Path, *, progress: Progress | None = None, **given: Any) -> BuildReport:
     """Merge what the recipe says into the directory `out`, which appears whole or not at all.
 
-    seed: for methods that draw random numbers. device: where mergekit does arithmetic. progress: called as
-    bytes are written.
+    given: fields of `BuildSettings` by name. progress: called as bytes are written.
     Raises BadInput for everything wrong with the recipe, before a tensor is read.
     """
-    recipe = load_recipe(recipe_path)
+    settings = BuildSettings.make(given)
+    recipe = load_recipe(recipe_path, settings=settings)
     out = Path(out).absolute()
     refuse_own_input(recipe, out)
     started = time.monotonic()
-    with OutputDirectory(out, lambda: "build", overwrite=overwrite) as output:
-        built = build_into(recipe, output.path, name=out.name, options=Options(seed, device, progress))
+    with OutputDirectory(out, lambda: "build", overwrite=settings.overwrite) as output:
+        built = build_into(recipe, output.path, name=out.name, settings=settings, progress=progress)
+        not_finite = sum(built.not_finite.values())
+        if not_finite and settings.require_finite:
+            first = next(iter(built.not_finite))
+            raise MftmergeError(f"{recipe.path}: {not_finite} weights of the result are not finite, first in {first}")
         output.commit()
-    seconds = time.monotonic() - started
-    warnings = (*recipe.warnings, *built.warnings)
-    return BuildReport(out, len(built.sizes), sum(built.sizes.values()), seconds, warnings)
+    seconds, warnings = time.monotonic() - started, (*recipe.warnings, *built.warnings)
+    return BuildReport(out, len(built.sizes), sum(built.sizes.values()), seconds, warnings, not_finite)
 
 
 def build_into(
-    recipe: Recipe, folder: Path, *, name: str, result: Document | None = None, options: Options = Options()
+    recipe: Recipe,
+    folder: Path,
+    *,
+    name: str,
+    result: Document | None = None,
+    settings: BuildSettings | None = None,
+    progress: Progress | None = None,
 ) -> Built:
     """Build a checked recipe's result (or another of its documents) into an existing directory."""
+    from mftmerge.recipe.merge import merge  # mergekit takes seconds to import: not before the recipe is checked
+
     work = folder / ".work"
     stages: dict[str, Path] = {}
     built = Built()
@@ -110,15 +111,18 @@ def build_into(
         target = folder if last else work / "stages" / str(document.name)
         scratch = work / f"step-{i}"
         scratch.mkdir(parents=True)
-        _step(
+        total = sum(e.size * e.element.nbytes for e in recipe.tensors(document))
+        merged = merge(
             document,
             recipe.folder,
             target,
             scratch,
-            stages,
-            options if last else replace(options, progress=None),
-            built,
+            stages=stages,
+            settings=settings,
+            progress=_shown(progress, total) if progress and last else None,
         )
+        built.sizes, built.not_finite = merged.sizes, merged.not_finite
+        built.warnings += merged.warnings
         if document.name:
             stages[document.name] = target
     shutil.rmtree(work)
@@ -126,38 +130,8 @@ def build_into(
     return built
 
 
-def _step(
-    document: Document,
-    folder: Path,
-    target: Path,
-    scratch: Path,
-    stages: dict[str, Path],
-    options: Options,
-    built: Built,
-) -> None:
-    """Merge one document into `target`."""
-    entries = list(expected(document, folder, {n: list(Checkpoint.open(p)) for n, p in stages.items()}))
-    total = sum(e.size * width(e, document.out_dtype or document.dtype) for e in entries)
-    report, progress = options.progress, None
-    if report is not None:
-        watcher = report
-
-        def progress(done: int) -> None:
-            watcher(Step("build", done, max(done, total), "bytes"))
-
-    from mftmerge.recipe.merge import merge  # mergekit takes seconds to import: not before the recipe is checked
-
-    merged = merge(
-        document, folder, target, scratch, stages=stages, seed=options.seed, device=options.device, progress=progress
-    )
-    unread = [e.name for e in entries if e.name not in merged.sizes]
-    if document.models and unread and sum(merged.sizes.values()) < total:
-        built.warnings.append(
-            f"mergekit's definition of the architecture does not list {unread[0]}"
-            f"{f' and {len(unread) - 1} more tensors' if len(unread) > 1 else ''}: not in the result"
-        )
-    built.sizes = merged.sizes
-    built.warnings += merged.warnings
+def _shown(progress: Progress, total: int) -> Callable[[int], None]:
+    return lambda done: progress(Step("build", done, max(done, total), "bytes"))
 
 
 def refuse_own_input(recipe: Recipe, out: Path) -> None:

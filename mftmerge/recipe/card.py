@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from mftmerge.recipe.check import mask_uses, result_index
+from mftmerge.recipe.load import Recipe
 from mftmerge.recipe.locate import MaskBook, looks_like_hub_id
-from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Recipe
+from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput
 
 CARD = """---
 {metadata}---

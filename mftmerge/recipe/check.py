@@ -1,22 +1,14 @@
-"""Everything that can be wrong with a recipe before a tensor is read: methods, parameters, counts, files, shapes."""
+"""What can be wrong with a recipe's text: methods, parameters, counts, names, masks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, lookup, suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem
-from mftmerge.recipe.schema import (
-    Document,
-    MaskExpression,
-    MaskUse,
-    ModelInput,
-    Module,
-    OutputSlice,
-    Reference,
-)
+from mftmerge.recipe.schema import Document, MaskExpression, MaskUse, ModelInput, Module, OutputSlice, Reference
 
 Checked = list[tuple[Document, Lines]]
 
@@ -89,6 +81,7 @@ def _check_document(document: Document) -> Iterator[tuple[Location, str]]:
         for where, out, module in groups(document):
             yield from _check_group(document, method, where, out, module)
         yield from _check_own(document)
+        yield from _check_epsilon(document)
     yield from _check_masks(document)
 
 
@@ -273,15 +266,48 @@ def _check_expression(expression: MaskExpression, where: Location) -> Iterator[t
         yield (*where, "weights"), f"{len(expression.weights)} weights for {len(expression.of or ())} masks"
 
 
-def check_files(folder: Path, documents: Checked) -> tuple[list[Problem], list[str]]:
-    """Problems and warnings that show in the files a recipe names: see files.py."""
-    from mftmerge.recipe.files import FileChecks
+# What numbers mean something for a parameter; mergekit takes others without a word.
+RANGES: dict[str, tuple[float, float]] = {
+    "density": (0, 1),
+    "gamma": (0, 1),
+    "select_topk": (0, 1),
+    "slerp.t": (0, 1),
+    "tall_lambda": (0, math.inf),
+    "eps": (0, math.inf),
+    "max_iter": (1, math.inf),
+}
 
-    problems: list[Problem] = []
-    warnings: list[str] = []
-    stages = {d.name for d, _ in documents if d.name}
-    for document, lines in documents:
-        checks = FileChecks(folder, document, frozenset(stages))
-        problems += [Problem(lines.at(where), message) for where, message in checks.problems()]
-        warnings += [f"line {lines.at(where)}: {message}" for where, message in checks.warnings]
-    return problems, warnings
+
+def out_of_range(document: Document) -> Iterator[tuple[Location, str]]:
+    """Numbers that mergekit takes though they mean nothing, and a sum of weights that is 0 and divided by."""
+    for where, _, settings, _ in _settings(document):
+        for name, value in settings.items():
+            low, high = RANGES.get(f"{document.merge_method}.{name}") or RANGES.get(name) or (-math.inf, math.inf)
+            for scalar in _scalars(value):
+                if _fits(scalar, "float") and not low <= float(scalar) <= high:
+                    limits = f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+                    hint = f"; did you mean {float(scalar) / 100:g}?" if high == 1 and 1 < float(scalar) <= 100 else ""
+                    yield (*where, name), f"{name} {scalar} is out of range ({limits}){hint}"
+    method = lookup(document.merge_method)
+    parameter = method.parameters.get("normalize") if method else None
+    normalize = (document.parameters or {}).get("normalize", parameter.default if parameter else False)
+    for where, inputs, _ in groups(document):
+        weights = [{**(document.parameters or {}), **(i.parameters or {})}.get("weight") for i in inputs]
+        numbers = [float(w) for w in weights if isinstance(w, int | float)]
+        if normalize is True and len(numbers) == len(weights) > 0 and abs(sum(numbers)) < 1e-6:
+            yield where, "the weights sum to 0, by which normalize: true divides"
+
+
+def _check_epsilon(document: Document) -> Iterator[tuple[Location, str]]:
+    """della draws with probabilities density - epsilon to density + epsilon, which must lie between 0 and 1."""
+    if not document.merge_method.startswith("della"):
+        return
+    for where, item in document.inputs():
+        own = {"density": 1.0, "epsilon": 0.15} | (document.parameters or {}) | (item.parameters or {})
+        density, epsilon = own["density"], own["epsilon"]
+        if not all(isinstance(v, int | float) for v in (density, epsilon)) or not 0 < density < 1:
+            continue
+        if density + epsilon >= 1 or density - epsilon <= 0:
+            place = (*where, "parameters", "epsilon" if "epsilon" in (item.parameters or {}) else "density")
+            text = f"epsilon {epsilon} is too large for density {density}: density - epsilon and density + epsilon "
+            yield place, text + "are probabilities and must lie between 0 and 1"

@@ -18,13 +18,15 @@ from mftmerge.apply import apply_mask, companion_files
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.mask import Mask
 from mftmerge.outputdirectory import OutputDirectory
-from mftmerge.recipe.build import Options, build_into, needed, refuse_own_input
+from mftmerge.recipe.build import build_into, needed, refuse_own_input
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
+from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import absolute, model_directory
-from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Recipe, Reference, load_recipe
-from mftmerge.recipe.sizes import entries_of, expected, given, stored
+from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
+from mftmerge.recipe.settings import BuildSettings, MergeSettings
+from mftmerge.recipe.sizes import entries_of, given
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
 
@@ -63,15 +65,17 @@ def export(
     *,
     verify: bool = False,
     overwrite: bool = False,
+    allow_lost: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write `config.yml` and the checkpoints that it needs to the directory `out`, whole or not at all.
 
     verify: run stock mergekit on the export in a process of its own and compare its result with ours, tensor by tensor;
-    raises MftmergeError, and writes nothing, when they differ. notify: told in words what is being done.
+    raises MftmergeError, and writes nothing, when they differ. allow_lost: export although tensors of an input would
+    reach no output. notify: told in words what is being done.
     Raises BadInput for everything wrong with the recipe, before a tensor is read.
     """
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, settings=MergeSettings(allow_lost=allow_lost))
     out = Path(out).absolute()
     refuse_own_input(recipe, out)
     with OutputDirectory(out, lambda: "export", overwrite=overwrite) as output:
@@ -152,9 +156,7 @@ class Exporter:
 
     def remember(self, document: Document) -> None:
         """Note tensors and configuration donor of a document's result, for masks on it."""
-        entries = list(expected(document, self.recipe.folder, self.entries))
-        dtype = document.out_dtype or document.dtype
-        self.entries[document.name or ""] = [stored(e, dtype) for e in entries]
+        self.entries[document.name or ""] = list(self.recipe.tensors(document))
         source = document.base_model or document.inputs()[0][1]
         path = source.model.path
         self.donors[document.name or ""] = self.donors.get(path) or model_directory(path, self.recipe.folder)
@@ -190,8 +192,7 @@ class Exporter:
             return "the shapes that the output mask needs depend on the merged tokenizer"
         if document.modules:
             return "an output mask over several modules has no stock form"
-        entries = [stored(e, document.out_dtype or document.dtype) for e in expected(document, self.recipe.folder, {})]
-        types = {e.dtype for e in entries}
+        types = {e.dtype for e in self.recipe.tensors(document)}
         if types - {"F16"} and types - {"F32", "BF16", "F64"}:
             return f"its tensors are of types {', '.join(sorted(types))}, for which no one K-mask is exact"
         return None
@@ -201,7 +202,7 @@ class Exporter:
         here, final = self.folder(document.name or "result")
         here.mkdir()
         self.notify(f"building {document.name or 'the result'}")
-        build_into(self.recipe, here, name=here.name, result=document, options=Options(seed=self.seed))
+        build_into(self.recipe, here, name=here.name, result=document, settings=BuildSettings(seed=self.seed))
         for name in ("mergekit_config.yml", "mftmerge_recipe.yml"):
             (here / name).unlink(missing_ok=True)
         named = {"name": document.name} if document.name else {}

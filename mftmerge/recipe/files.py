@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mftmerge.checkpoint import Checkpoint
+from mftmerge.checkpoint import Checkpoint, read_config
 from mftmerge.errors import BadInput
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
+from mftmerge.recipe.kmask import LAYER_KEYS
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.locate import WEIGHTS, MaskBook, model_directory
-from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
+from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference, SliceInput
+
+if TYPE_CHECKING:
+    from mftmerge.recipe.result import Result
+
+
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
 class FileChecks:
-    """Checks of one document. `stages`: names of the recipe's documents, whose results do not exist yet."""
+    """Checks of one document. `stages`: by name of the recipe's documents, what stands for their results (result.py).
 
-    def __init__(self, folder: Path, document: Document, stages: frozenset[str]) -> None:
-        self.folder, self.document, self.stages = folder, document, stages
+    allow_lost: tensors of inputs that reach no output are a warning, no problem.
+    """
+
+    def __init__(
+        self, folder: Path, document: Document, stages: Mapping[str, Path | None], allow_lost: bool = False
+    ) -> None:
+        self.folder, self.document, self.stages, self.allow_lost = folder, document, stages, allow_lost
         self.book = MaskBook(folder, document.masks)
         self.warnings: list[tuple[Location, str]] = []
+        self.models_sound = True  # whether the merge can be planned, known after `problems`
         self._checkpoints: dict[str, Checkpoint | None] = {}
 
     def problems(self) -> Iterator[tuple[Location, str]]:
@@ -33,6 +47,7 @@ class FileChecks:
                 self._open(reference)
             except BadInput as e:
                 yield where, str(e)
+                self.models_sound = False
         for name, expression in (self.document.masks or {}).items():
             try:
                 self.book.evaluate(expression)
@@ -42,19 +57,84 @@ class FileChecks:
             if item.mask:
                 yield from self._mask((*where, "mask"), item.mask, self.checkpoint(item.model), str(item.model))
         if self.document.mask:
-            yield from self._mask(("mask",), self.document.mask, self._like_output(), "the result", exact=True)
+            yield from self._mask(("mask",), self.document.mask, None, "the result")
         for where, inputs, _ in groups(self.document):
             if where[-1] == "models":
                 yield from self._same_shapes(where, inputs)
+        for where, message in self._slices():
+            yield where, message
+            self.models_sound = False
         self._filters()
+
+    def of_result(self, result: Result) -> Iterator[tuple[Location, str]]:
+        """What the plan of the merge shows: problems in it, tensors that get lost, masks that do not fit the result."""
+        yield from result.problems
+        for where, whose, names in result.lost:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            text = f"{whose}: {names[0]}{more} would not be in the result, mergekit's plan does not read"
+            text += f" {'them' if more else 'it'}"
+            if self.allow_lost:
+                self.warnings.append((where, text))
+            else:
+                yield where, f"{text}; --allow-lost builds without {'them' if more else 'it'}"
+        use = self.document.mask
+        if use is None or result.problems:
+            return
+        shapes = {e.name: e.shape for e in result.tensors}
+        label, mask = self.book.label(use), self.book.evaluate(use.expression())
+        for name in mask.names:
+            if name not in shapes:
+                # Experts are fused in the result, where their names are not close to a checkpoint's.
+                alike = [n for n in shapes if ("experts" in n) == ("experts" in name)]
+                close = difflib.get_close_matches(name, alike, n=1, cutoff=0.4)
+                hint = f"; it has {close[0]!r}" if close else ""
+                yield ("mask",), f"mask {label}: the result will have no tensor {name!r}{hint}"
+                return
+            if shapes[name] != tuple(mask.shape(name)):
+                yield ("mask",), f"mask {label}: {name} is {tuple(mask.shape(name))}, {shapes[name]} in the result"
+                return
+
+    def _slices(self) -> Iterator[tuple[Location, str]]:
+        """Layer ranges past a model's end, and models of another width."""
+        first: tuple[object, str] | None = None
+        for where, item in self.document.inputs():
+            directory = self._directory(item.model)
+            if not isinstance(item, SliceInput) or directory is None:
+                continue
+            config = read_config(directory)
+            depth, width = _number(config, LAYER_KEYS), _number(config, WIDTH_KEYS)
+            if "modules" not in where and depth is not None and item.layer_range[1] > depth:
+                text = f"layer_range ends at {item.layer_range[1]}, {item.model} has {depth} layers"
+                yield (*where, "layer_range"), text
+            first = first or (width, str(item.model))
+            if "modules" not in where and width != first[0]:
+                text = f"{item.model} has hidden size {width}, {first[1]} has {first[0]}; "
+                yield where, text + "layers of different widths do not fit together"
+
+    def _directory(self, reference: Reference) -> Path | None:
+        """Where a model, or what stands for an earlier document's result, is; None where it is not there."""
+        if reference.path in self.stages:
+            return self.stages[reference.path]
+        try:
+            return model_directory(reference.path, self.folder, reference.revision)
+        except BadInput:
+            return None
 
     def _directories(self, reference: Reference) -> None:
         if reference.path not in self.stages:
             found = model_directory(reference.path, self.folder, reference.revision)
+            if (found / "adapter_config.json").is_file() and not (found / "config.json").is_file():
+                raise BadInput(f"{reference.path!r} is an adapter, not a model; write BASE+{reference.path}")
             if not (found / "config.json").is_file():
                 raise BadInput(f"{reference.path!r} has no config.json; it is not a model directory")
             if not any((found / name).is_file() for name in WEIGHTS):
                 raise BadInput(f"{reference.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[1]})")
+            if isinstance(quantised := read_config(found).get("quantization_config"), dict):
+                method = quantised.get("quant_method", "unknown")
+                raise BadInput(
+                    f"{reference.path!r} is quantised ({method}), and its numbers cannot be merged;"
+                    " give the model that it was made from, or a dequantised copy"
+                )
         if reference.lora:
             adapter = model_directory(reference.lora, self.folder, reference.lora_revision)
             if not (adapter / "adapter_config.json").is_file():
@@ -63,24 +143,21 @@ class FileChecks:
     def _open(self, reference: Reference) -> None:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""
         key = reference.path
-        if key not in self._checkpoints and key not in self.stages:
-            found = model_directory(key, self.folder, reference.revision)
+        if key not in self._checkpoints and (found := self._directory(reference)) is not None:
             has = any((found / name).is_file() for name in WEIGHTS[:2])
             self._checkpoints[key] = Checkpoint.open(found) if has else None
 
     def checkpoint(self, reference: Reference) -> Checkpoint | None:
-        """Headers of a model; None where they are not there to be read (a stage, pickled weights, a bad reference)."""
+        """Headers of a model; None where they are not there to be read (pickled weights, a bad reference)."""
         return self._checkpoints.get(reference.path)
 
     def _mask(
-        self, where: Location, use: MaskUse, model: Checkpoint | None, whose: str, exact: bool = False
+        self, where: Location, use: MaskUse, model: Checkpoint | None, whose: str
     ) -> Iterator[tuple[Location, str]]:
         label = self.book.label(use)
         try:
             mask = self.book.evaluate(use.expression())
             if model is not None:
-                if exact and (absent := [n for n in mask.names if n not in model]):
-                    raise BadInput(f"{whose} will have no tensor {absent[0]!r}")
                 names = match(mask, model, whose)
                 base = use.base or (self.document.base_model and self.document.base_model.model)
                 if use.on == "delta" and base and (foundation := self.checkpoint(base)) is not None:
@@ -92,16 +169,18 @@ class FileChecks:
             message = f"mask {label} sets weights of {whose} to 0, so that its task vector is minus the base there; "
             self.warnings.append((where, message + "{file: ..., on: delta} returns them to the base instead"))
 
-    def _like_output(self) -> Checkpoint | None:
-        """An input with the result's names and shapes: in a merge of whole models, tokenizer unchanged."""
-        if not self.document.models or self.document.tokenizer or self.document.tokenizer_source:
-            return None
-        return self.checkpoint(self.document.models[0].model)
-
     def _same_shapes(self, where: Location, inputs: tuple[ModelInput, ...]) -> Iterator[tuple[Location, str]]:
         items: list[tuple[int, ModelInput | BaseInput]] = list(enumerate(inputs))
         if self.document.base_model:
             items.append((-1, self.document.base_model))
+        depths = [_number(read_config(d), LAYER_KEYS) if (d := self._directory(m.model)) else None for _, m in items]
+        for (i, item), depth in zip(items, depths, strict=True):
+            if None not in (depth, depths[0]) and depth != depths[0] and not self.document.modules:
+                text = (
+                    f"{item.model} has {depth} layers, {items[0][1].model} has {depths[0]}; choose layers with slices:"
+                )
+                yield ((*where, i) if i >= 0 else ("base_model",)), text
+                self.models_sound = False
         opened = [(i, m, self.checkpoint(m.model)) for i, m in items]
         known = [(i, m, {e.name: e.shape for e in c}) for i, m, c in opened if c is not None]
         realigned = bool(self.document.tokenizer or self.document.tokenizer_source)
@@ -138,6 +217,13 @@ class FileChecks:
 TASK_VECTOR_METHODS = frozenset(
     name for name, m in METHODS.items() if m.base == "required" and name not in ("slerp", "nearswap", "arcee_fusion")
 )
+
+
+def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """A model's number under the first of these names that its configuration, or the part on text, has."""
+    inner = config.get("text_config")
+    part = inner if isinstance(inner, dict) else config
+    return next((part[k] for k in keys if isinstance(part.get(k), int)), None)
 
 
 def _agree(a: tuple[int, ...], b: tuple[int, ...], realigned: bool) -> bool:

@@ -14,8 +14,9 @@ from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import METHODS, lookup
 from mftmerge.recipe.check import check_documents, references
 from mftmerge.recipe.lines import Lines, load_documents, report
+from mftmerge.recipe.load import problem_of
 from mftmerge.recipe.locate import local
-from mftmerge.recipe.schema import Document, problem_of
+from mftmerge.recipe.schema import Document
 from mftmerge.yamltext import read_text
 
 HEADER = "# Imported from {name} by mftmerge. Add masks: to a model or to the result with mask:.\n"

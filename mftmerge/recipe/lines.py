@@ -13,6 +13,7 @@ from mftmerge import yamltext
 from mftmerge.errors import BadInput
 
 Location = tuple[str | int, ...]
+MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass
@@ -69,10 +70,24 @@ def _visit(node: yaml.Node, path: Location, lines: Lines) -> Iterator[Problem]:
             yield from _visit(item, (*path, i), lines)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if key.tag == MERGE:  # `<<: *anchor`: its keys stand here too, under those that are given here
+                _merged(value, path, lines)
+        given: set[str] = set()
+        for key, value in node.value:
+            if key.tag == MERGE:
+                continue
             if isinstance(key, yaml.ScalarNode):
                 key.tag = "tag:yaml.org,2002:str"  # keys are names: YAML 1.1 would read `on` as true
             name = key.value if isinstance(key, yaml.ScalarNode) else str(key)
-            if (*path, name) in lines.lines:
+            if name in given:
                 yield Problem(key.start_mark.line + 1, f"{name!r} is given twice; YAML keeps only the last")
+            given.add(name)
             yield from _visit(value, (*path, name), lines)
             lines.lines[(*path, name)] = key.start_mark.line + 1
+
+
+def _merged(node: yaml.Node, path: Location, lines: Lines) -> None:
+    """Note the lines of what a merge key brings in: one mapping, or several of which the first wins."""
+    for part in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
+        for _ in _visit(part, path, lines):  # what is wrong there is said where the anchor stands
+            pass

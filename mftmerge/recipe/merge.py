@@ -30,23 +30,26 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import TokenizerInfo
 from transformers.trainer_utils import set_seed
 
-from mftmerge.checkpointwriter import SHARD_BYTES, CheckpointWriter
+from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration, OutputMask
 from mftmerge.recipe.methods import register
+from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import Document
+from mftmerge.recipe.settings import BuildSettings
 
 Written = Callable[[int], None]  # called with the bytes written so far
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What one merge wrote: bytes of each tensor, and what the user should know."""
+    """What one merge wrote: each tensor's bytes and weights that are not finite, and what the user should know."""
 
     sizes: dict[str, int]
     warnings: tuple[str, ...] = ()
+    not_finite: dict[str, int] = field(default_factory=dict)
 
 
 # -- the plan, evaluated ----------------------------------------------------------------------------------------------
@@ -69,6 +72,7 @@ class Evaluation:
     mask: OutputMask | None
     device: torch.device
     shared: dict[Task[Any], Any] = field(default_factory=dict)
+    not_finite: dict[str, int] = field(default_factory=dict)
 
     def value(self, task: Task[Any]) -> Any:
         """The value of a task and of all that it needs."""
@@ -89,7 +93,10 @@ class Evaluation:
                 return None
             raise MftmergeError(f"mergekit gave no value for {task.tensor_name}")
         tensor = tensor.to("cpu", dtype or tensor.dtype)
-        return (self.mask.apply(task.tensor_name, tensor) if self.mask else tensor).contiguous()
+        tensor = (self.mask.apply(task.tensor_name, tensor) if self.mask else tensor).contiguous()
+        if tensor.is_floating_point() and (odd := tensor.numel() - int(torch.isfinite(tensor).sum())):
+            self.not_finite[task.tensor_name] = odd
+        return tensor
 
     def _by_element(self, task: Task[Any]) -> bool:
         if self.device.type != "cpu" or not isinstance(task, ExecuteMergeMethodTask):
@@ -165,26 +172,31 @@ def merge(
     work: Path,
     *,
     stages: dict[str, Path] | None = None,
-    seed: int | None = None,
-    device: str = "cpu",
-    shard_bytes: int = SHARD_BYTES,
+    settings: BuildSettings | None = None,
     progress: Written | None = None,
 ) -> Merged:
     """Merge one document into `out` (weights, configuration, tokenizer).
 
-    folder: where relative paths start; stages: directories of earlier documents by name; work: a scratch directory;
-    device: where arithmetic is done. Raises MftmergeError for mergekit's own failures.
+    folder: where relative paths start; stages: directories of earlier documents by name; work: a scratch directory.
+    Raises MftmergeError for mergekit's own failures.
     """
     register()
     inputs = MaskedInputs(document, folder, stages or {}, work)
+    settings = settings or BuildSettings()
     options = MergeOptions(
-        lora_merge_cache=str(inputs.lora_cache), quiet=True, write_model_card=False, random_seed=seed, device=device
+        **settings.of_mergekit(),
+        lora_merge_cache=str(inputs.lora_cache),
+        quiet=True,
+        write_model_card=False,
+        random_seed=settings.seed,
+        device="cuda" if settings.cuda else settings.device,
+        num_threads=settings.num_threads,
     )
-    with _quiet():
+    with quiet():
         try:
             configuration, mask = inputs.configuration(), inputs.output_mask()
             with _reading(options, inputs):
-                return _merge(configuration, options, inputs, mask, out, shard_bytes, progress)
+                return _merge(configuration, options, inputs, mask, out, settings.shard_bytes, progress)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
             if isinstance(e, MftmergeError):
                 raise
@@ -204,7 +216,7 @@ def _merge(
     if options.random_seed is not None:
         set_seed(options.random_seed)
     architecture = get_architecture_info(configuration, options)
-    config = stock._model_out_config(configuration, architecture)  # private, as are the others: the version is pinned
+    config = result_config(configuration, architecture, options.trust_remote_code)
     for model in configuration.referenced_models():  # an absent one is found before anything is written
         LoaderCache().get(model)
     planner = MergePlanner(configuration, architecture, options=options, out_model_config=config)
@@ -232,7 +244,8 @@ def _merge(
             reason = " ".join(str(e).split()) or type(e).__name__
             warnings.append(f"the tokenizer could not be copied ({reason[:200]}); copy it from a model that has one")
     stock._copy_tagalong_files(configuration, str(out), files=architecture.tagalong_files or [], options=options)
-    return Merged(sizes, tuple(warnings))
+    copy_generation_config(configuration, out)
+    return Merged(sizes, tuple(warnings), evaluation.not_finite)
 
 
 def _write(
@@ -253,7 +266,11 @@ def _write(
     if evaluation.mask and (unused := sorted({*evaluation.mask.mask.names} - {t.tensor_name for t in saves})):
         raise BadInput(f"the output mask covers {unused[0]}, which the result will not have")
     # Torch's threads inside each of hundreds of short operations wait for each other; one thread a tensor does not.
-    threads = 1 if random or evaluation.device.type != "cpu" else min(torch.get_num_threads(), len(saves))
+    threads = (
+        1
+        if random or evaluation.device.type != "cpu"
+        else min(options.num_threads or torch.get_num_threads(), len(saves))
+    )
 
     def begin() -> None:
         torch.set_num_threads(1)
@@ -298,7 +315,7 @@ def _reading(options: MergeOptions, inputs: MaskedInputs) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep mergekit's and transformers' remarks out of our output; errors are raised anyway."""
     loggers = [logging.getLogger(n) for n in ("mergekit", "transformers")] + [logging.getLogger()]
     levels = [log.level for log in loggers]

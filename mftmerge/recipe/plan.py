@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftmerge.checkpoint import TensorEntry
 from mftmerge.dtypes import named
 from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
+from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import MaskBook
-from mftmerge.recipe.schema import Document, Recipe, load_recipe
-from mftmerge.recipe.sizes import expected, given, width
+from mftmerge.recipe.schema import Document
+from mftmerge.recipe.settings import MergeSettings
+from mftmerge.recipe.sizes import given
 
 # mergekit's imports before it reads a tensor, and what sorting one element for TIES takes: its magnitude, its place,
 # and torch's scratch room.
@@ -57,27 +58,21 @@ class Plan:
         return "\n".join(rows + [f"warning: {w}" for w in self.warnings])
 
 
-def plan(recipe_path: str | Path) -> Plan:
+def plan(recipe_path: str | Path, settings: MergeSettings | None = None) -> Plan:
     """The plan of `build(recipe_path, ...)`. Raises BadInput for everything wrong with the recipe."""
-    recipe = load_recipe(recipe_path)
-    stages: dict[str, list[TensorEntry]] = {}
-    steps: list[Step] = []
-    documents = needed(recipe.documents)
-    for document in documents:
-        entries = list(expected(document, recipe.folder, stages))
-        if document.name:
-            stages[document.name] = entries
-        steps.append(_step(recipe, document, entries))
+    recipe = load_recipe(recipe_path, settings=settings)
+    steps = [_step(recipe, document) for document in needed(recipe.documents)]
     return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
 
 
-def _step(recipe: Recipe, document: Document, entries: list[TensorEntry]) -> Step:
+def _step(recipe: Recipe, document: Document) -> Step:
+    entries = recipe.tensors(document)
     book = MaskBook(recipe.folder, document.masks)
     masks = tuple(
         (w, label, u.on, book.evaluate(u.expression()).density()) for w, u, label in masks_used(recipe, document)
     )
     inputs = dict.fromkeys(str(i.model) for _, i in document.parts())
-    sizes = [e.size * width(e, document.out_dtype or document.dtype) for e in entries]
+    sizes = [e.size * e.element.nbytes for e in entries]
     largest = max((e.size for e in entries), default=0)
     # In each thread: each input and the method's own deltas in the dtype of the arithmetic, then the result.
     held = largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)

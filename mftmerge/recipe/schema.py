@@ -1,22 +1,16 @@
 """What a recipe file may say: everything that mergekit 0.1.5 accepts, plus masks. Unknown keys are errors.
 
-`load_recipe` reads and checks a file and reports all problems at once, with line numbers; `json_schema` describes the
-format to editors.
+load.py reads and checks a file; `json_schema` describes the format to editors.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from mftmerge.recipe.catalogue import suggestion
-from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
+from mftmerge.recipe.lines import Location
 from mftmerge.recipe.reference import Reference, Strict
-from mftmerge.yamltext import read_text
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64")  # the names that mergekit 0.1.5 knows
 DType = Literal["float32", "float16", "bfloat16", "float64", "int64"]
@@ -272,92 +266,6 @@ class Document(Strict):
                 if out.base_model:
                     found.append(((*where, "slices", i, "base_model"), out.base_model))
         return found
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A checked recipe: its file, its text, its documents in order, and where each value stands."""
-
-    path: Path
-    text: str
-    documents: tuple[Document, ...]
-    lines: tuple[Lines, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> Path:
-        """Relative paths in the recipe start here."""
-        return self.path.parent
-
-
-def load_recipe(path: str | Path, *, files: bool = True) -> Recipe:
-    """Read a recipe and check all of it; nothing but headers is read of the models and masks that it names.
-
-    files: also check that models and masks exist, agree in names and shapes (False: the text alone).
-    Raises BadInput with every problem found, each with its line.
-    """
-    from mftmerge.recipe.check import check_documents, check_files
-
-    path = Path(path)
-    text = read_text(path)
-    parsed, problems = load_documents(path, text)
-    documents: list[tuple[Document, Lines]] = []
-    salvaged: list[tuple[Document, Lines]] = []  # documents whose only fault of form is an unknown key
-    for data, lines in parsed:
-        try:
-            documents.append((Document.model_validate(data), lines))
-        except ValidationError as e:
-            problems += [problem_of(error, lines) for error in e.errors()]
-            salvaged += _without_unknown(data, lines, e)
-    if not parsed:
-        problems.append(Problem(0, "the recipe is empty"))
-    problems += check_documents(documents + salvaged)
-    warnings: list[str] = []
-    if files:
-        missing, warnings = check_files(path.parent, documents + salvaged)
-        problems += missing
-    if problems:
-        raise report(path, problems)
-    found = tuple(d for d, _ in documents), tuple(lines for _, lines in documents)
-    return Recipe(path.resolve(), text, *found, tuple(warnings))
-
-
-def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tuple[Document, Lines]]:
-    """The document less its unknown keys, when nothing else is wrong with its form: its content can then be checked."""
-    if any(e["type"] != "extra_forbidden" for e in error.errors()):
-        return []
-    data = copy.deepcopy(data)
-    for e in error.errors():
-        place: Any = data
-        for part in e["loc"][:-1]:  # parts that name a branch of a union are not in the data
-            if (isinstance(place, dict) and part in place) or (isinstance(place, list) and isinstance(part, int)):
-                place = place[part]  # type: ignore[index]
-        place.pop(e["loc"][-1], None)
-    try:
-        return [(Document.model_validate(data), lines)]
-    except ValidationError:
-        return []
-
-
-def problem_of(error: Any, lines: Lines) -> Problem:
-    """One pydantic error as a line of ours."""
-    location: Location = error["loc"]
-    where = ".".join(str(p) for p in location if not str(p).startswith("function-"))
-    line = lines.at(location)
-    if error["type"] == "extra_forbidden":
-        known = {k for cls in Strict.__subclasses__() for k in cls.model_fields} | {"layer_range", "on", "base"}
-        return Problem(line, f"unknown key {location[-1]!r} at {where}{_close(str(location[-1]), known)}")
-    if error["type"] == "missing":
-        return Problem(line, f"{where}: is missing")
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] not in ("value_error", "missing") and not isinstance(error.get("input"), dict | list):
-        message += f", not {error.get('input')!r}"
-    return Problem(line, f"{where}: {message}" if where else message)
-
-
-def _close(word: str, known: set[str]) -> str:
-    text = suggestion(word, known)
-    return text if text.startswith("; did") else ""
 
 
 def json_schema() -> dict[str, Any]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from mftmerge.checkpoint import Checkpoint, to_float32
 from mftmerge.errors import MftmergeError
-from mftmerge.recipe.build import Options, build_into
-from mftmerge.recipe.schema import Recipe
+from mftmerge.recipe.build import build_into
+from mftmerge.recipe.load import Recipe
+from mftmerge.recipe.settings import BuildSettings
 
 PIECE = 1 << 20  # elements compared at a time
 
@@ -98,5 +99,5 @@ def verify_export(recipe: Recipe, here: Path, final: Path, seed: int) -> Verific
         config.write_text(text.replace(str(final), str(here)))
         run_stock([(config, "\n---\n" in text, work / "theirs")], work, seed)
         (work / "ours").mkdir()
-        build_into(recipe, work / "ours", name="ours", options=Options(seed=seed))
+        build_into(recipe, work / "ours", name="ours", settings=BuildSettings(seed=seed))
         return compare(work / "ours", work / "theirs")

@@ -1,0 +1,320 @@
+"""What a merge will give, from mergekit's plan and the headers of files: names, shapes, layers, and what gets lost.
+
+mergekit plans the merge as for a build; then each tensor's inputs are read without their data, on torch's meta device,
+by mergekit's own tasks, so that its renaming and fusing of checkpoint tensors is in. An earlier document's result,
+which does not exist yet, is stood for by a directory with its configuration and a file that has a header and a hole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit import merge as stock
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
+
+from mftmerge.checkpoint import SINGLE, Checkpoint, TensorEntry
+from mftmerge.dtypes import of_torch
+from mftmerge.errors import BadInput
+from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.check import groups
+from mftmerge.recipe.inputs import OrderedConfiguration
+from mftmerge.recipe.lines import Location
+from mftmerge.recipe.locate import WEIGHTS, absolute
+from mftmerge.recipe.merge import quiet
+from mftmerge.recipe.methods import register
+from mftmerge.recipe.resultconfig import copy_generation_config, result_config
+from mftmerge.recipe.schema import BaseInput, Document, ModelInput, Reference, SliceInput
+from mftmerge.recipe.translate import Translation
+
+Header = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+LAYER = re.compile(r"\.(\d+)\.")
+# Buffers that old checkpoints store and that models compute: nothing is lost with them.
+COMPUTED = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.attn(ention)?\.bias|position_ids)$"
+)
+
+
+@dataclass
+class Result:
+    """What a document will give. lost: of each input (place, tensors that reach no output); problems: (place, text)."""
+
+    tensors: tuple[TensorEntry, ...] = ()
+    lost: list[tuple[Location, str, list[str]]] = field(default_factory=list)
+    problems: list[tuple[Location, str]] = field(default_factory=list)
+
+
+class HeaderLoader(LazyTensorLoader):
+    """A checkpoint's tensors without their data; `asked`: names that were read."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__(ShardedTensorIndex("", True, dict.fromkeys(header, SINGLE), []), False)
+        self.header = header
+        self.asked: set[str] = set()
+
+    def get_tensor(
+        self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
+    ) -> torch.Tensor | None:
+        found = next((name for name in (key, *(aliases or ())) if name in self.header), None)
+        if found is None:
+            if raise_on_missing:
+                raise KeyError(key)
+            return None
+        self.asked.add(found)
+        shape, dtype = self.header[found]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def header(model: Path) -> Header:
+    """Shapes and types of a model's tensors, of safetensors or pickled weights."""
+    if any((model / name).is_file() for name in WEIGHTS[:2]):
+        return {e.name: (e.shape, e.element.torch) for e in Checkpoint.open(model, follow_links=True)}
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    index = ShardedTensorIndex.from_disk(str(model))
+    for shard in index.shards:
+        tensors = torch.load(model / shard.filename, map_location="meta", weights_only=True)
+        found |= {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    return found
+
+
+class HeaderInputs(Translation):
+    """A document in mergekit's terms, each input with its mask a directory of links of its own (see merge.py)."""
+
+    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
+        super().__init__(document, folder)
+        self.stages, self.work = dict(stages), work
+        self.loaders: dict[ModelReference, HeaderLoader] = {}
+        self.items: dict[ModelReference, tuple[Location, ModelInput | BaseInput]] = {}
+        self._made: dict[tuple[str, str], Any] = {}
+        for where, item in document.parts():
+            self.items.setdefault(ModelReference.model_validate(self.input(item)), (where, item))
+
+    def absolute(self, reference: Reference) -> Reference:
+        return absolute(reference, self.folder, self.stages)
+
+    def input(self, item: ModelInput | BaseInput) -> Any:
+        reference = self.absolute(item.model)
+        as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
+        key = (str(reference), item.mask.model_dump_json() if item.mask and not as_parameter else "")
+        if key not in self._made:
+            original = Path(reference.path)
+            view = self.work / str(len(self._made)) / original.name
+            view.mkdir(parents=True)
+            for file in original.iterdir():
+                if file.is_file():
+                    (view / file.name).symlink_to(file.resolve())
+            found = Reference(path=str(view), override_architecture=reference.override_architecture).to_mergekit()
+            self.loaders[ModelReference.model_validate(found)] = HeaderLoader(header(original))
+            self._made[key] = found
+        return self._made[key]
+
+    def where(self, model: ModelReference) -> tuple[Location, str]:
+        """An input's place in the document, and how the recipe calls it."""
+        where, item = self.items[model]
+        return where, str(item.model)
+
+
+def plan_result(
+    document: Document, folder: Path, stages: Mapping[str, Path], work: Path, options: Mapping[str, Any]
+) -> tuple[Result, Callable[[Path], None]]:
+    """The result of one document, and a function that writes a directory which stands for it in later documents.
+
+    stages: such directories by name. work: a scratch directory. options: mergekit's, by name. The function may be
+    called unless there are problems.
+    """
+    register()
+    result = Result()
+    with quiet():
+        inputs = HeaderInputs(document, folder, stages, work)
+        # Tensors are "read to the GPU" meta: the device of mergekit's own conversions has to be that of its inputs.
+        chosen = MergeOptions(**{**options, "device": "meta", "read_to_gpu": True, "quiet": True})
+        configuration = OrderedConfiguration.model_validate(inputs.data())
+        configuration._order = [ModelReference.model_validate(inputs.input(i)) for _, i in document.parts()]
+        cache = LoaderCache()
+        cache.setup(chosen)
+        cache.loaders = dict(inputs.loaders)  # type: ignore[assignment,misc] - this thread's own, see merge.py
+        try:
+            return result, _plan(result, inputs, configuration, chosen)
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError, NotImplementedError) as e:
+            if isinstance(e, BadInput):
+                raise
+            result.problems.append(explained(e, document))
+            return result, lambda _: None
+        finally:
+            del cache.loaders
+
+
+def explained(error: Exception, document: Document) -> tuple[Location, str]:
+    """mergekit's refusal of a plan in our words."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    models = ", ".join(dict.fromkeys(str(i.model) for _, i in document.parts()))
+    if "allow-crimes" in text:
+        return ("merge_method",), f"different architectures ({models}); --allow-crimes merges them anyway"
+    if "trust_remote_code" in text:
+        return ("merge_method",), f"a model has code of its own ({models}); --trust-remote-code runs it"
+    return ("merge_method",), f"mergekit cannot plan this merge: {text[:300]}"
+
+
+def _plan(
+    result: Result, inputs: HeaderInputs, configuration: OrderedConfiguration, options: MergeOptions
+) -> Callable[[Path], None]:
+    architecture = get_architecture_info(configuration, options)
+    config = result_config(configuration, architecture, options.trust_remote_code)
+    donor = configuration.base_model or configuration.referenced_models()[0]
+    targets = MergePlanner(configuration, architecture, options=options, out_model_config=config).plan_to_disk("")
+    saves = [t for t in targets if isinstance(t, SaveTensor)]
+    tokenizer: TokenizerInfo | None = None
+    for task in targets:
+        if isinstance(task, BuildTokenizer):
+            tokenizer = task.execute()
+    faults = Faults()
+    entries = [e for save in saves if (e := _entry(save, inputs, tokenizer, faults)) is not None]
+    result.problems += faults.problems()
+    result.tensors = tuple(entries)
+    result.lost = _lost(inputs, {e.name for e in entries})
+
+    def stand_in(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        _hole(entries, folder / SINGLE)
+        if tokenizer is not None:
+            section = configuration.tokenizer
+            padding = section.pad_to_multiple_of if section else None
+            stock._update_config_vocab(config, architecture, tokenizer.tokenizer, pad_to_multiple_of=padding)
+            tokenizer.tokenizer.save_pretrained(folder)
+        else:
+            for file in Path(donor.model.path).iterdir():
+                if file.suffix not in (".safetensors", ".bin") and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, folder / file.name)
+        config.save_pretrained(folder)
+        copy_generation_config(configuration, folder)
+
+    return stand_in
+
+
+class Faults:
+    """What is wrong with tensors of inputs, one row for each place and kind: the first tensor, and how many more."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Location, str], tuple[str, str, set[str]]] = {}
+
+    def add(self, where: Location, kind: str, name: str, text: str, hint: str = "") -> None:
+        self._found.setdefault((where, kind), (text, hint, set()))[2].add(name)
+
+    def problems(self) -> list[tuple[Location, str]]:
+        rows = []
+        for (where, _), (text, hint, names) in self._found.items():
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            rows.append((where, f"{text}{more}{hint}"))
+        return rows
+
+
+def _entry(
+    save: SaveTensor, inputs: HeaderInputs, tokenizer: TokenizerInfo | None, faults: Faults
+) -> TensorEntry | None:
+    """An output tensor as the headers tell; None for an optional one that no input has. Adds to `faults`."""
+    task = save.tensor_task
+    assert isinstance(task, ExecuteMergeMethodTask)
+    aligned = task.gather_tensors if isinstance(task.gather_tensors, PermutedVocabulary) else None
+    gather = aligned.gather_tensors if aligned else task.gather_tensors
+    loads = gather.arguments()
+    found: dict[ModelReference, torch.Tensor] = {}
+    for model, weight in gather.weight_info.items():
+        try:
+            tensor = loads[f"{model}:{weight.name}"].execute()
+        except RuntimeError as e:
+            if "required but not present" not in str(e):
+                raise
+            where, called = inputs.where(model)
+            faults.add(where, "absent", weight.name, f"{called} has no tensor {weight.name}")
+            continue
+        if tensor is not None:
+            found[model] = tensor
+    if not found:
+        return None
+    first, like = next(iter(found.items()))
+    axis = task.output_weight.vocabulary_axis
+    shape = list(like.shape)
+    for model, tensor in found.items():
+        own = list(tensor.shape)
+        alike = (
+            axis is not None
+            and len(own) == len(shape)
+            and own[:axis] + own[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
+        )
+        if own == shape or (aligned and alike):
+            continue
+        where, called = inputs.where(model)
+        pair = f"{save.tensor_name} is {tuple(own)} in {called}, {tuple(shape)} in {inputs.where(first)[1]}"
+        faults.add(where, "shape", save.tensor_name, pair, "; set tokenizer: to align vocabularies" if alike else "")
+    dtype = like.dtype
+    for tensor in found.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if aligned and axis is not None and tokenizer is not None:
+        for model, tensor in found.items():
+            tokens = max(tokenizer.permutations[model].values(), default=-1) + 1
+            if tokens > tensor.shape[axis]:
+                where, called = inputs.where(model)
+                text = f"{called}: its tokenizer has {tokens} tokens, {save.tensor_name} {tensor.shape[axis]} rows; "
+                faults.add(
+                    where,
+                    "rows",
+                    save.tensor_name,
+                    text + "enlarge the embeddings, or take tokens out of the tokenizer",
+                )
+        rows, multiple = len(tokenizer.tokenizer.get_vocab()), aligned.pad_to_multiple_of or 1
+        shape[axis] = -(-rows // multiple) * multiple
+    code = of_torch(dtype_from_name(save.dtype) or dtype).code
+    return TensorEntry(save.tensor_name, code, tuple(shape), Path(), 0, 0)
+
+
+def _lost(inputs: HeaderInputs, written: set[str]) -> list[tuple[Location, str, list[str]]]:
+    """Tensors of inputs that no output reads, but for layers that the recipe leaves out."""
+    found = []
+    ranges: dict[ModelReference, list[tuple[int, int]]] = defaultdict(list)
+    for _, sources, _ in groups(inputs.document):
+        for source in sources:
+            if isinstance(source, SliceInput):
+                ranges[ModelReference.model_validate(inputs.input(source))].append(source.layer_range)
+    for model, (where, item) in inputs.items.items():
+        loader = inputs.loaders[model]
+        chosen = ranges.get(model)
+        base_only = where[0] == "base_model" and not loader.asked  # a base that the method does not read
+        names = [
+            name
+            for name in loader.header
+            if name not in loader.asked and name not in written and not COMPUTED.search(name)
+        ]
+        if chosen is not None:
+            numbers = {n: int(m[1]) for n in names if (m := LAYER.search(n))}
+            names = [n for n in names if n not in numbers or any(a <= numbers[n] < b for a, b in chosen)]
+        if names and not base_only:
+            found.append((where, str(item.model), names))
+    return found
+
+
+def _hole(entries: list[TensorEntry], path: Path) -> None:
+    """A safetensors file with these tensors, whose data is a hole: it takes no room."""
+    at, table = 0, {}
+    for e in entries:
+        nbytes = e.size * e.element.nbytes
+        table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)

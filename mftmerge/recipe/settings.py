@@ -1,0 +1,47 @@
+"""The options of `build`. mergekit's own have mergekit's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from mftmerge.settings import Settings
+
+
+class MergeSettings(Settings):
+    """What a recipe's checks need to know, for `build`, `export` and a dry run."""
+
+    allow_lost: bool = Field(False, description="build without tensors of an input that would reach no output")
+    allow_crimes: bool = Field(False, description="merge models of different architectures")
+    trust_remote_code: bool = Field(False, description="run code that comes with a model (danger)")
+    lora_merge_dtype: str | None = Field(None, description="dtype in which adapters are merged into their models")
+    lazy_unpickle: bool = Field(False, description="read pickled weights piece by piece, for less memory")
+
+    def of_mergekit(self) -> dict[str, Any]:
+        """mergekit's options among them."""
+        return self.model_dump(include={"allow_crimes", "trust_remote_code", "lora_merge_dtype", "lazy_unpickle"})
+
+
+class BuildSettings(MergeSettings):
+    """The options of `build` and of `mftmerge build`."""
+
+    overwrite: bool = Field(False, description="replace what is at OUT")
+    seed: int | None = Field(None, description="seed of methods that draw random numbers (dare, della)")
+    device: str = Field("cpu", description="where mergekit does arithmetic: cpu, cuda")
+    cuda: bool = Field(False, description="the same as --device cuda")
+    num_threads: int | None = Field(None, ge=1, description="tensors merged at a time (default: one a core)")
+    out_shard_size: str = Field("5B", description="bytes a file of weights at most, such as 500M or 5B")
+    require_finite: bool = Field(False, description="fail when a weight of the result is infinite or not a number")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes a shard. Raises BadInput for what is no size."""
+        from mftmerge.errors import BadInput
+
+        text, factor = self.out_shard_size.strip().upper(), 1
+        if text[-1:] in ("K", "M", "B", "G"):
+            text, factor = text[:-1], {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}[text[-1]]
+        if not text.isdigit() or int(text) == 0:
+            raise BadInput(f"--out-shard-size {self.out_shard_size}: give a size such as 500M or 5B")
+        return int(text) * factor
