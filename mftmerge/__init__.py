@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
+from mftmerge.errors import missing_extra
+
+if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, using one imports its module
     from mftmerge.apply import apply_mask as apply_mask
     from mftmerge.combine import combine as combine_masks  # noqa: F401
     from mftmerge.combine import combine_files as combine_files
@@ -28,45 +33,28 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for editors and type checkers
 
 __version__ = "0.1.0"
 
-# Public name -> "module:name" that holds it. Importing mftmerge imports none of them.
-_PUBLIC = {
-    "BadInput": "errors:BadInput",
-    "GridResult": "evaluate.results:GridResult",
-    "Mask": "mask:Mask",
-    "MaskInfo": "mask:MaskInfo",
-    "MaskOptimizer": "train.optimizer:MaskOptimizer",
-    "MftmergeError": "errors:MftmergeError",
-    "Parent": "mask:Parent",
-    "TrainSettings": "train.settings:TrainSettings",
-    "apply_mask": "apply:apply_mask",
-    "attach": "live:attach",
-    "build_recipe": "recipe.build:build",
-    "choose_combination": "evaluate.choosing:choose_combination",
-    "combine_files": "combine:combine_files",
-    "combine_masks": "combine:combine",
-    "evaluate_grid": "evaluate.grid:grid",
-    "export_recipe": "recipe.export:export",
-    "merge_method": "recipe.extend:merge_method",
-    "operation": "operations:operation",
-    "train_mask": "train.run:train_mask",
-}
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+@functools.cache
+def _public() -> dict[str, tuple[str, str]]:
+    """Public name -> module and name there: what the block above says, read from this file, so that it is said once."""
+    (block,) = (node for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {a.asname or a.name: (str(node.module), a.name) for node in imports for a in node.names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name == "__all__":
+        return __dir__()
+    if name not in _public():
         raise AttributeError(f"module 'mftmerge' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
+    module, attribute = _public()[name]
     try:
-        return getattr(importlib.import_module(f"mftmerge.{module}"), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as e:
-        from mftmerge.errors import missing_extra
-
         if needed := missing_extra(e):
             raise ImportError(f"mftmerge.{name}: {needed}", name=e.name) from None
         raise
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_public(), "__version__"])

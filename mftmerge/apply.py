@@ -23,6 +23,7 @@ from mftmerge.applysettings import ApplySettings
 from mftmerge.checkpoint import INDEX, Checkpoint, resolve
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import COMPANION_FOLDERS, checksum, is_companion, open_new, protect, refuse_pointer, sync_file
+from mftmerge.machine import cores
 from mftmerge.mask import Mask
 from mftmerge.matching import BaseDifference
 from mftmerge.outputdirectory import OutputDirectory, check_target
@@ -30,7 +31,7 @@ from mftmerge.progress import Progress, Step
 from mftmerge.stream import MaskStream
 
 WORTH_RESUMING = 5.0  # seconds after which finished shards are recorded, so that a killed run can be continued
-WORKERS = min(4, os.cpu_count() or 1)  # for copying, and again for hashing: more gain nothing on one disk
+WORKERS = min(4, cores())  # for copying, and again for hashing: more gain nothing on one disk
 
 
 @dataclass(frozen=True)

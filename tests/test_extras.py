@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +91,15 @@ def test_python_says_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "ImportError: mftmerge.train_mask: this needs" in done.stderr
     assert "pip install 'mftmerge[train]'" in done.stderr
+
+
+def test_every_package_is_declared_in_the_extra_that_is_named() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[<>=!\[]", r)[0].replace("-", "_") for r in requirements}
+
+    assert not names(project["dependencies"]) & set(EXTRAS)
+    for package, extra in EXTRAS.items():
+        dependencies = {"peft": "mergekit", "pyarrow": "datasets"}  # come with these
+        assert dependencies.get(package, package) in names(project["optional-dependencies"][extra]), package

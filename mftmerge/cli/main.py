@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
+import re
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from mftmerge.errors import MftmergeError, missing_extra, shown
+from mftmerge.machine import set_threads
 
 INTERRUPTED = 130
 BAD_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the user's, not the disk's
@@ -56,7 +59,9 @@ class LazyGroup(TyperGroup):
             return None
         module = importlib.import_module(f"mftmerge.cli.{COMMANDS[cmd_name][0]}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None)
-        one.command(cmd_name, short_help=COMMANDS[cmd_name][1], **getattr(module, "SETTINGS", {}))(module.command)
+        one.command(cmd_name, short_help=COMMANDS[cmd_name][1], context_settings=getattr(module, "CONTEXT", HELP))(
+            module.command
+        )
         return typer.main.get_command(one)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -66,7 +71,8 @@ class LazyGroup(TyperGroup):
             formatter.write_dl(rows or [("-", "none installed")])
 
 
-app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, pretty_exceptions_enable=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP)
 
 
 @app.callback(
@@ -90,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program; errors become one line on stderr and exit code 2 (bad input) or 1 (failure)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
+    set_threads()
     with _stoppable():
         _run(arguments, debug)
 
@@ -101,14 +108,12 @@ def _run(arguments: list[str], debug: bool) -> None:
             _fail("interrupted", code, debug)
         sys.exit(code)
     except UsageError as e:
-        where = f" (see '{e.ctx.command_path} --help')" if getattr(e, "ctx", None) else ""
-        _fail(f"{' '.join(e.format_message().split())}{where}", 2, debug)
+        _fail(_usage(e), 2, debug)
     except MftmergeError as e:
         _fail(str(e), e.exit_code, debug)
     except ModuleNotFoundError as e:
-        if needed := missing_extra(e):
-            _fail(needed, 2, debug)
-        _fail(f"unexpected {type(e).__name__}: {e}; run again with --debug and report it", 1, debug)
+        needed = missing_extra(e)
+        _fail(needed or _unexpected(e), 2 if needed else 1, debug)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED, debug)
     except BrokenPipeError:
@@ -118,7 +123,26 @@ def _run(arguments: list[str], debug: bool) -> None:
         what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
         _fail(what, 2 if e.errno in BAD_PATH else 1, debug)
     except Exception as e:
-        _fail(f"unexpected {type(e).__name__}: {e}; run again with --debug and report it", 1, debug)
+        _fail(_unexpected(e), 1, debug)
+
+
+def _usage(error: Any) -> str:
+    """An error in the arguments: what is wrong, what may have been meant, where to read on."""
+    message, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
+    wrong, known = getattr(error, "option_name", None), []
+    if wrong and context:
+        message = f"No such option: {wrong}"
+        known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)]
+    elif match := re.match("No such command '(.*?)'", message):
+        message, wrong, known = match[0], match[1], list(COMMANDS)
+    near = difflib.get_close_matches(str(wrong), known, 1) if wrong else []
+    meant = f"; did you mean {near[0]}?" if near else ""
+    where = f" (see '{context.command_path} --help')" if context else ""
+    return f"{message}{meant}{where}"
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {error}; run again with --debug and report it"
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-SETTINGS = {"context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}}
+# All options are mergekit's, --help too.
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
 def command(context: typer.Context) -> None:

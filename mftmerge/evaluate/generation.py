@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate import sandbox
 from mftmerge.evaluate.pairing import Values
 from mftmerge.loss import length_batches
+from mftmerge.machine import cores
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
@@ -223,5 +223,5 @@ def _passes(
     programs: list[str], asked: Sequence[Question], tested: Sequence[int], limits: sandbox.Limits | None
 ) -> Values:
     jobs = [(program, asked[i].tests or "") for program, i in zip(programs, tested, strict=True)]
-    outcomes = sandbox.run_all(jobs, limits, workers=max(1, (os.cpu_count() or 2) // 2))
+    outcomes = sandbox.run_all(jobs, limits, workers=max(1, cores() // 2))
     return np.array([[float(outcome.passed), 1.0] for outcome in outcomes])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mftmerge.dtypes import named
+from mftmerge.machine import cores
 from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
 from mftmerge.recipe.load import Recipe, load_recipe
@@ -86,8 +86,3 @@ def _step(recipe: Recipe, document: Document) -> Step:
         sum(sizes),
         IMPORT_BYTES + (held + sorting) * cores(),
     )
-
-
-def cores() -> int:
-    """Cores that this process may use; a merge takes a thread for each."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,47 @@
+"""How many cores this process may use, and how torch's threads wait when the program runs from a command line."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+# cgroup v2: "max 100000" or "200000 100000" (microseconds of processor time in a period); v1: two files.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+# Any of these in the environment means that the user has said how threads wait.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def cores() -> int:
+    """The cores that this process may use: those of its affinity, and no more than a container's quota pays for."""
+    allowed, quota = _affinity(), _quota()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> float | None:
+    """Cores' worth of processor time that the control group allows; None for no limit."""
+    for texts in ((QUOTA,), QUOTA_V1):
+        try:
+            words = " ".join(p.read_text() for p in texts).split()
+        except OSError:
+            continue
+        if len(words) == 2 and all(w.isdecimal() and int(w) for w in words):  # else "max" or -1: no limit
+            return int(words[0]) / int(words[1])
+    return None
+
+
+def set_threads() -> None:
+    """For a program of its own, before torch is loaded: threads sleep while they wait, and are as many as the cores.
+
+    OpenMP's threads spin by default, which makes work beside busy neighbours several times slower, and
+    know no quota (docs/performance.md). What the user has set stays.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    if cores() < _affinity():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
