@@ -40,7 +40,11 @@ def logits_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
     def select(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0][wanted][None],)  # (batch, length, hidden) -> (1, number wanted, hidden)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    head = model.get_output_embeddings()
+    if head is None:
+        yield  # all logits are computed
+        return
+    hook = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -59,7 +63,9 @@ def token_losses(
     following = pad(labels[:, 1:], (0, 1), value=IGNORE)
     wanted = following != IGNORE
     with logits_at(model, wanted):
-        logits = (call or model)(input_ids=ids, use_cache=False, **inputs).logits[0]  # (number labelled, vocabulary)
+        logits = (call or model)(input_ids=ids, use_cache=False, **inputs).logits
+    # (number labelled, vocabulary); the last position has no label, so that the two shapes are never the same
+    logits = logits[wanted] if logits.shape[:2] == ids.shape else logits[0]
     # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
     pieces = zip(logits.split(PIECE), following[wanted].split(PIECE), strict=True)
     return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
@@ -76,7 +82,7 @@ def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: 
     result = np.zeros((len(rows), 2))
     lengths = [len(row["input_ids"]) for row in rows]
     labelled = [sum(label != IGNORE for label in row["labels"][1:]) for row in rows]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     with _evaluating(model):
         for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
             ids, labels, attention = padded([rows[i] for i in batch], model.device)

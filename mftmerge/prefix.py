@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,10 @@ class PrefixCache:
         self._known: set[bytes] = set()
         self._states: Tensor | None = None  # what the batch that runs now gets; None: it runs all layers
         self._busy = self._checked = self._off = False
+        self.why = ""  # states cannot be taken from here
+        self._noisy: bool | None = None  # lower layers draw random numbers in training; None: not known yet
+        self._widths: dict[int, int] = {}  # lower layer -> how many values it returns, where it returns a tuple
+        self._token_bytes = 0
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -58,9 +62,27 @@ class PrefixCache:
 
     def nbytes(self, rows: Sequence[Tokens]) -> int:
         """Bytes that the states of `rows` take."""
-        width = self.model.config.get_text_config().hidden_size
-        size: int = sum(len(r["input_ids"]) for r in rows) * width * self.model.dtype.itemsize
-        return size
+        return sum(len(r["input_ids"]) for r in rows) * self._token_bytes if rows and self.fits(rows[0]) else 0
+
+    def fits(self, row: Tokens) -> bool:
+        """Whether the model gives the same results from stored states: tried once, on this row.
+
+        Where it does not (layers that hand on other things than hidden states), all layers run, as without a cache, and
+        `why` says why.
+        """
+        if not self._checked:
+            self._checked = True
+            try:
+                with self.use():
+                    self.why = self._misfit(row["input_ids"])
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as e:  # whatever the model's own code raises when layers are left out
+                self.why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            self._off = bool(self.why)
+            if self._off:
+                log.info("%s: no cached states (%s)", type(self.model).__name__, self.why)
+        return not self._off
 
     @property
     def stored_bytes(self) -> int:
@@ -73,7 +95,7 @@ class PrefixCache:
     def use(self) -> Iterator[PrefixCache]:
         """Let the model take known rows' states from here inside the block. Blocks may be nested."""
         lower = self._layers[: self.first_layer]
-        if not lower or "forward" in vars(lower[0]):
+        if not lower or self._off or "forward" in vars(lower[0]):
             yield self
             return
         embedding = self.model.get_input_embeddings()
@@ -88,16 +110,22 @@ class PrefixCache:
             for layer in lower:
                 vars(layer).pop("forward", None)
 
-    def _on_embedding(self, _: Any, args: tuple[Any, ...]) -> None:
+    def _on_embedding(self, _: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if not self._busy:
-            self._states = None if self._off or args[0].ndim != 2 else self._find(args[0])
+            known = not self._off and bool(args) and args[0].ndim == 2
+            self._states = self._find(args[0]) if known else None
 
-    def _lower_forward(self, number: int, real: Any, *args: Any, **kwargs: Any) -> Any:
+    def _lower_forward(self, number: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._states is None or kwargs.get("past_key_values") is not None:
-            return real(*args, **kwargs)
-        if number == self.first_layer - 1:
-            return self._states
-        return args[0] if args else kwargs["hidden_states"]
+            out = real(*args, **kwargs)
+            if isinstance(out, tuple):
+                self._widths[number] = len(out)
+            return out
+        found = self._states
+        if number < self.first_layer - 1:
+            found = args[0] if args else kwargs["hidden_states"]
+        # What a layer gives beside its states (attention weights) is not asked for in training.
+        return (found, *[None] * (self._widths[number] - 1)) if number in self._widths else found
 
     def _find(self, ids: Tensor) -> Tensor | None:
         """States of a padded batch, shape (rows, length, hidden), or None when a row of it is not known."""
@@ -121,20 +149,47 @@ class PrefixCache:
         return out
 
     def _row(self, ids: list[int]) -> Tensor | None:
-        key = _key(ids)
+        if not self.fits({"input_ids": ids}) or (self.model.training and self._draws(ids)):
+            return None
+        key = self._store_key(ids)
         states = self._store.get(key)
         if states is None:
             states = self._compute(ids)
-            if not self._checked and not self._agrees(ids, states):
-                log.warning("%s: cached states give other results; running all layers", type(self.model).__name__)
-                self._off = True
-                return None
             if self._store.used + states.nbytes <= self._budget:
                 self._store.put(key, states)
         return states
 
+    def _misfit(self, ids: list[int]) -> str:
+        """Why states of this row do not serve, "" where they do."""
+        states = self._compute(ids)
+        if states.ndim != 2 or len(states) != len(ids):
+            return f"layers hand on {states.ndim + 1} dimensions"
+        self._token_bytes = states.nbytes // len(ids)
+        with torch.no_grad():
+            expected = self._full(ids)[0]
+            found = self._full(ids, states[None])[0]
+        error = (found - expected).abs().max()
+        if not bool(error <= 64 * torch.finfo(expected.dtype).eps * expected.abs().max()):
+            return "other results"
+        if self._store.used + states.nbytes <= self._budget:
+            self._store.put(self._store_key(ids), states)
+        return ""
+
+    def _store_key(self, ids: list[int]) -> bytes:
+        """Of a row's states: inside autocast the same layers give other numbers."""
+        return _key(ids) + bytes([torch.is_autocast_enabled(self.model.device.type)])
+
+    def _draws(self, ids: list[int]) -> bool:
+        """Whether the lower layers draw random numbers in training (dropout): then every pass must run them."""
+        if self._noisy is None:
+            devices = [self.model.device] if self.model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                once = [self._compute(ids, training=True) for _ in range(2)]
+            self._noisy = not torch.equal(*once)
+        return self._noisy
+
     @torch.no_grad()
-    def _compute(self, ids: list[int]) -> Tensor:
+    def _compute(self, ids: list[int], *, training: bool = False) -> Tensor:
         """Run one row through the lower layers and stop at the first masked one: shape (length, hidden)."""
 
         class Reached(Exception):
@@ -142,33 +197,24 @@ class PrefixCache:
 
         caught: list[Tensor] = []
 
-        def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def stop(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append((args[0] if args else kwargs["hidden_states"])[0])
             raise Reached
 
         hook = self._layers[self.first_layer].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self._full(ids)
+            self._full(ids, training=training)
         except Reached:
             pass
         finally:
             hook.remove()
         return caught[0].detach().clone()
 
-    @torch.no_grad()
-    def _agrees(self, ids: list[int], states: Tensor) -> bool:
-        """Whether skipping the lower layers gives the model's own last hidden states on one row (checked once)."""
-        self._checked = True
-        expected = self._full(ids)[0]
-        found = self._full(ids, states[None])[0]
-        error = (found - expected).abs().max()
-        return bool(error <= 64 * torch.finfo(expected.dtype).eps * expected.abs().max())
-
-    def _full(self, ids: list[int], states: Tensor | None = None) -> Any:
+    def _full(self, ids: list[int], states: Tensor | None = None, *, training: bool = False) -> Any:
         """The pass of one row through the model's body (its head may be hooked), through all layers or from states."""
         before, was_training = self._states, self.model.training
         self._busy, self._states = True, states
-        self.model.eval()
+        self.model.train(training)
         try:
             batch = torch.tensor([ids], device=self.model.device)
             return self.model.base_model(input_ids=batch, use_cache=False)

@@ -238,3 +238,31 @@ def test_fused_experts_are_cut_one_by_one(tiny: Callable[..., Path]) -> None:
     for t in found:
         dropped = (~optimizer.mask()[t.name]).view(t.blocks, -1).sum(1)
         assert dropped.tolist() == [t.parameter.numel() // t.blocks // 10] * t.blocks
+
+
+def test_passes_inside_autocast_see_each_mask(tiny: Callable[..., Path]) -> None:
+    """Autocast keeps the weights that it has cast; whatever writes weights in place must make it forget them."""
+    from mftmerge.train.control import WeightOptimizer
+
+    for make in (
+        lambda found: MaskOptimizer(found, initial_scores.initial(found), keep=0.5, lr=0.01),
+        lambda found: WeightOptimizer(found, lr=0.01),
+    ):
+        model = load(tiny("llama"))
+        found = targets.find(model, "2-3")
+        targets.freeze_others(model, found)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            base = float(model(**batch()).loss)
+            optimizer = make(found)
+            first = model(**batch()).loss
+            first.backward()
+            optimizer.step()
+            second = float(model(**batch()).loss)
+            assert second != float(first)
+            optimizer.restore()
+            assert float(model(**batch()).loss) == base
+            state = {n: torch.zeros_like(v) for n, v in optimizer.mask().items()}
+            with optimizer.masked_by(state):
+                inside = float(model(**batch()).loss)
+            assert inside not in (base, second)
+            assert float(model(**batch()).loss) != inside

@@ -125,3 +125,53 @@ def test_short_head_gives_the_models_loss_and_gradient(tiny: Callable[..., Path]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, weight)[0], gradient, rtol=1e-4, atol=1e-7)
     assert model(input_ids=ids, use_cache=False).logits.shape[:2] == ids.shape
+
+
+def test_dropout_is_drawn_in_training_and_states_serve_validation(tiny: Callable[..., Path]) -> None:
+    """GPT-2 drops states of its lower layers: stored ones would train another model."""
+    model = load(tiny("gpt2"))
+    ids, labels = padded(ROWS[:1])
+    cache = prefix.PrefixCache(model, 2)
+    cache.add(ROWS)
+    lower = count_calls(model, 1)
+    model.train()
+    torch.manual_seed(0)
+    expected = token_losses(model, ids, labels)[0]
+    with cache.use():
+        torch.manual_seed(0)
+        assert torch.equal(token_losses(model, ids, labels)[0], expected)
+        model.eval()
+        ran = len(lower)
+        token_losses(model, ids, labels)
+        assert len(lower) == ran
+
+
+def test_states_inside_autocast_are_others(tiny: Callable[..., Path]) -> None:
+    model = load(tiny("llama"))
+    ids, _ = padded(ROWS[:1])
+    cache = prefix.PrefixCache(model, 2)
+    cache.add(ROWS)
+    with torch.no_grad(), cache.use():
+        plain = model(input_ids=ids, use_cache=False).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(
+            cast[:, :-1], model(input_ids=ids, use_cache=False).logits[:, :-1], rtol=0, atol=1e-2
+        )
+
+
+def test_a_model_whose_layers_hand_on_other_things_runs_all_of_them(tiny: Callable[..., Path]) -> None:
+    model = load(tiny("llama"))
+    real = model.model.layers[2].forward
+    model.model.layers[2].forward = lambda hidden, **k: real(hidden + model.model.layers[0].seen, **k)
+    model.model.layers[0].register_forward_hook(lambda m, _, out: setattr(m, "seen", 0.5 * out))
+    ids, _ = padded(ROWS[:1])
+    expected = model(input_ids=ids, use_cache=False).logits
+    cache = prefix.PrefixCache(model, 2)
+    cache.add(ROWS)
+    assert not cache.fits(ROWS[0])
+    assert cache.why
+    with cache.use():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)

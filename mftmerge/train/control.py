@@ -46,7 +46,9 @@ class WeightOptimizer(torch.optim.AdamW):
         """One step; all gradients together are clipped to the norm `clip`."""
         norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.targets], self.clip or math.inf)
         self.gradient_norm = float(norm)
-        return super().step(closure)
+        loss = super().step(closure)
+        torch.clear_autocast_cache()  # see MaskOptimizer.refresh
+        return loss
 
     def mask(self) -> dict[str, Tensor]:
         """The weights as they are now, in the place of a mask."""
@@ -67,6 +69,7 @@ class WeightOptimizer(torch.optim.AdamW):
         """Write weights into the parameters."""
         for t in self.targets:
             t.parameter.copy_(weights[t.name])
+        torch.clear_autocast_cache()
 
     def scores(self) -> dict[str, Tensor]:
         """There are none."""

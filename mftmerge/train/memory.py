@@ -99,17 +99,27 @@ def _per_token(config: Mapping[str, Any], masked: Sequence[bool], item: int, che
     Llama block with fused attention: float32 inputs of two norms, queries, keys, values and output of the attention,
     gate, its activation and up. With gradient checkpointing a layer keeps its input only, and one layer at a time more.
     """
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    queries = heads * int(config.get("head_dim") or hidden // heads)
-    inner = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or config.get("n_inner") or 0)
-    inner = (inner or 4 * hidden) * int(config.get("num_experts_per_tok") or 1)
+    hidden = _number(config, "hidden_size", "n_embd", "d_model")
+    heads = _number(config, "num_attention_heads", "n_head", "n_heads") or 1
+    queries = heads * (_number(config, "head_dim") or hidden // heads)
+    inner = _number(config, "moe_intermediate_size", "intermediate_size", "n_inner") or 4 * hidden
+    inner *= _number(config, "num_experts_per_tok") or 1
     plain = 8 * hidden + item * (4 * queries + 3 * inner)
     learning = plain + item * (2 * hidden + queries + inner)
     sizes = [learning if m else plain for m in masked]
     if not checkpointing:
         return sum(sizes)
     return len(sizes) * item * hidden + max(sizes, default=0)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these entries that is there; the largest of one that differs by layer (Gemma 3n); else 0."""
+    for name in names:
+        found = config.get(name)
+        found = max(found, default=0) if isinstance(found, list) else found
+        if isinstance(found, int | float) and found:
+            return int(found)
+    return 0
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -217,6 +217,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             return int(changed)
 
         self.flipped = sum(self._for_each_kept(self.current_keep, write))
+        torch.clear_autocast_cache()  # inside autocast, passes would go on with the weights that were cast before
 
     def _select(self, target: Target, kept: Tensor) -> Tensor:
         """The original weights where kept, the dropped values (0 or the base's) elsewhere. Local rows."""
@@ -250,6 +251,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         """Put the original weights back, bit for bit (the scores stay: `refresh` masks again)."""
         for t in self.targets:
             Shard.of(t.parameter).local(t.parameter.data).copy_(self.state[t.parameter]["original"])
+        torch.clear_autocast_cache()
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -268,6 +270,7 @@ class MaskOptimizer(torch.optim.Optimizer):
                 shard = Shard.of(t.parameter)
                 local = shard.local(t.parameter.data)
                 local.copy_(self._select(t, shard.rows(kept[t.name]).to(local.device)))
+        torch.clear_autocast_cache()
         try:
             yield
         finally:

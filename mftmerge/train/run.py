@@ -72,7 +72,7 @@ def train_mask(
     settings: TrainSettings | Mapping[str, Any] | None = None,
     eval_data: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    prefix: PrefixCache | None = None,
+    prefix: PrefixCache | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -84,13 +84,15 @@ def train_mask(
     model: a checkpoint's directory or hub id, or a loaded causal LM (which is left as it was, bit for bit).
     data, eval_data: anything that `data.load_rows` takes, a list of such files (a mixture), or rows that
     `data.tokenize` made. settings and overrides: see `TrainSettings`. prefix: a cache to share between runs over one
-    model. progress: called after each step; note: with what a user should read.
+    model, or the setting of that name. progress: called after each step; note: with what a user should read.
 
     Raises BadInput for what the user gave, MftmergeError when training fails; KeyboardInterrupt after SIGINT, when a
     checkpoint has been saved if `out` is given (`resume` continues from it). SIGTERM does the same and then what it
     did before.
     """
     given = settings.model_dump() if isinstance(settings, TrainSettings) else dict(settings or {})
+    if isinstance(prefix, str):
+        overrides["prefix"], prefix = prefix, None
     chosen = TrainSettings.make({**given, **overrides})
     inputs.require_logger(chosen.log_to)
     place = Place(out, overwrite, resume, (model, data, eval_data, chosen.base, chosen.start))
@@ -147,6 +149,9 @@ class _Run:
         self.cache = cache or self._new_cache()
         if self.cache is not None:
             self.cache.add([*rows, *valid])
+            if not self.cache.fits(rows[0]):
+                say(f"states of the layers below cannot be cached for this model ({self.cache.why}): all layers run")
+                self.cache = None
 
     def identity(self) -> dict[str, Any]:
         """All that decides the mask, for a run that is to be continued."""
