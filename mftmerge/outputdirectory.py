@@ -121,12 +121,21 @@ class OutputDirectory:
             os.rename(self.path, old)
             exchange(old, self.out)
         except BaseException:
-            shutil.rmtree(old, ignore_errors=True)  # still the new one
-            record.unlink(missing_ok=True)
+            # Ctrl-C may come right after the exchange: never delete by name what may be the old directory by now.
+            if old.exists() and os.path.samestat(old.stat(), os.fstat(self._fd)):
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                self._committed = not self.path.exists()
+            with suppress(OSError):
+                _repair(self.out)
             raise
         self._committed = True
         sync_directory(self.out.parent)
-        settle(old, self.out, written)
+        try:
+            settle(old, self.out, written)
+        except BaseException:  # Ctrl-C: the user's files are not left under a hidden name for it
+            settle(old, self.out, written)
+            raise
         self.left = old if old.exists() else None
         record.unlink(missing_ok=True)
 
@@ -149,7 +158,8 @@ def exchange(new: Path, out: Path) -> None:
     try:
         os.rename(new, out)
     except BaseException:
-        os.rename(moving, out)
+        if not out.exists():
+            os.rename(moving, out)
         raise
     os.rename(moving, new)
 

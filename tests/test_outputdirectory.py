@@ -174,6 +174,46 @@ def test_written_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.Mon
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("when", range(4))
+def test_an_interrupt_around_the_exchange_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool, when: int
+) -> None:
+    """Ctrl-C before, between and after the steps of an exchange: OUT is the old checkpoint or the new one."""
+    if not swap:
+        monkeypatch.setattr(outputdirectory, "_swap", lambda a, b: False)
+    real_exchange, real_rename, renames = outputdirectory.exchange, os.rename, [0]
+
+    def exchange(new: Path, out: Path) -> None:
+        if when == 0:
+            raise KeyboardInterrupt
+        renames[0] = 0
+        monkeypatch.setattr(os, "rename", rename)
+        try:
+            real_exchange(new, out)
+        finally:
+            monkeypatch.setattr(os, "rename", real_rename)
+        if when == 1:
+            raise KeyboardInterrupt
+
+    def rename(a: Path, b: Path) -> None:
+        renames[0] += 1
+        real_rename(a, b)
+        if renames[0] == when - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputdirectory, "exchange", exchange)
+    out = tmp_path / "out"
+    fill(out, OLD | THEIRS)
+    if when < 2 or not swap:
+        with pytest.raises(KeyboardInterrupt):
+            replace(out)
+    found = content(out)
+    assert all(found.get(k) == v for k, v in THEIRS.items()), sorted(found)
+    assert all(found.get(k) == v for k, v in OLD.items()) or all(found.get(k) == v for k, v in NEW.items())
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_swap_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(new: Path, out: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
