@@ -37,6 +37,7 @@ class Combination:
         self.options = {k: v for k, v in options.items() if v is not None and v is not False}
         self.notes: list[str] = []
         self._check_arguments()
+        self._check_kinds()
         self.shapes = self._shapes()
         if self.op.ballots is None:
             self._check_scores()
@@ -66,6 +67,15 @@ class Combination:
             self.options["threshold"] = int(value) if kind == "count" else float(value)
         if kind == "count" and value > len(self.masks):
             raise BadInput(f"threshold {value} is above the number of masks, {len(self.masks)}; give fewer, or a share")
+
+    def _check_kinds(self) -> None:
+        """Bits over weights and bits over a delta mean different things: kept weights, and kept changes."""
+        kinds = {mask.info.on: label for label, mask in zip(self.names, self.masks, strict=True)}
+        if len(kinds) > 1:
+            raise BadInput(
+                f"{kinds['delta']} keeps changes from another model (on: delta), {kinds['weights']} keeps weights; "
+                "they do not combine: apply one, then the other"
+            )
 
     @property
     def allowed(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,17 +218,13 @@ def _common(values: Iterable[Any]) -> Any:
 def _describe(combination: Combination) -> MaskInfo:
     """The header of the result: what is common to the inputs, the operation, and the inputs as parents."""
     infos = [m.info for m in combination.masks]
-    bases = {i.base for i in infos} - {None}
-    if len(bases) > 1:
-        combination.notes.append(f"masks name different bases: {', '.join(sorted(map(str, bases)))}")
-    fingerprints: dict[str, str] = {}
-    differing: set[str] = set()
-    for info in infos:
-        for name, value in info.fingerprints.items():
-            if name in combination.shapes and fingerprints.setdefault(name, value) != value:
-                differing.add(name)
+    for what, bases in (("bases", {i.base for i in infos}), ("bases of the delta", {i.delta_base for i in infos})):
+        if len(bases - {None}) > 1:
+            combination.notes.append(f"masks name different {what}: {', '.join(sorted(map(str, bases - {None})))}")
+    fingerprints, differing = _common_prints([i.fingerprints for i in infos], combination.shapes)
+    delta_fingerprints, _ = _common_prints([i.delta_fingerprints for i in infos], combination.shapes)
     if differing:
-        combination.notes.append(f"{len(differing)} tensors had different base weights when the masks were made")
+        combination.notes.append(f"{differing} tensors had different base weights when the masks were made")
     weights = combination.options.get("weights") or [None] * len(infos)
     parents = [
         Parent(label, mask.digest, weight, mask.info.operation, mask.info.options, mask.info.parents)
@@ -237,11 +233,25 @@ def _describe(combination: Combination) -> MaskInfo:
     return MaskInfo(
         keep=None if combination.density is None else float(cut.exact(combination.density)),
         base=_common(i.base for i in infos if i.base is not None),
-        fingerprints={n: v for n, v in fingerprints.items() if n not in differing},
+        fingerprints=fingerprints,
         operation=combination.op.name,
         options=_written(combination),
         parents=tuple(parents),
+        on=infos[0].on,  # all alike: a combination of both kinds is refused
+        delta_base=_common(i.delta_base for i in infos if i.delta_base is not None),
+        delta_fingerprints=delta_fingerprints,
     )
+
+
+def _common_prints(given: Sequence[dict[str, str]], covered: Mapping[str, object]) -> tuple[dict[str, str], int]:
+    """Fingerprints of covered tensors on which all agree that have one, and for how many tensors they do not."""
+    found: dict[str, str] = {}
+    differing: set[str] = set()
+    for prints in given:
+        for name, value in prints.items():
+            if name in covered and found.setdefault(name, value) != value:
+                differing.add(name)
+    return {n: v for n, v in found.items() if n not in differing}, len(differing)
 
 
 def _written(combination: Combination) -> dict[str, Any]:

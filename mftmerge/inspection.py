@@ -133,9 +133,7 @@ def provenance(info: MaskInfo) -> Iterable[tuple[str, str]]:
     if info.fingerprints:
         yield "fingerprints", f"{len(info.fingerprints)} tensors of the base"
     if info.on == "delta":
-        yield (
-            "on",
-            f"delta: a dropped weight takes its value in {shown(info.delta_base or 'a model that is not named')}",
-        )
+        other = shown(info.delta_base or "a model that is not named")
+        yield "on", f"delta (a dropped weight takes its value in {other})"
     for part, values in (("training", info.training), ("comparison", info.comparison)):
         yield from ((shown(f"{part}.{k}"), shown(str(v))) for k, v in values.items() if not isinstance(v, dict | list))

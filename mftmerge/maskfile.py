@@ -284,7 +284,7 @@ class MaskWriter:
             entry.stop = self._cursor
 
     def _put(self, place: int, data: bits.Packed | bytes) -> None:
-        write_at(self._fd, memoryview(data).cast("B"), place + 8 + self._room)
+        write_at(self._fd, memoryview(data if isinstance(data, bytes) else data.data).cast("B"), place + 8 + self._room)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -257,6 +257,8 @@ def info_json(info: MaskInfo | Parent) -> dict[str, Any]:
     """MaskInfo as plain JSON values, without what is empty or as by default."""
     kind: TypeAdapter[Any] = _INFO if isinstance(info, MaskInfo) else _PARENT
     values: dict[str, Any] = kind.dump_python(info, mode="json", exclude_defaults=True, warnings=False)
+    if isinstance(info, MaskInfo) and info.on == "weights" and _before_on(info).on == "delta":
+        values["on"] = "weights"  # said here, where its absence would be taken for a file of before
     return values
 
 

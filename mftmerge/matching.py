@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mftmerge.checkpoint import Checkpoint, TensorEntry, read_config
+from mftmerge.checkpoint import Checkpoint, TensorEntry, read_config, resolve
 from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask
 
@@ -117,6 +119,13 @@ def base_difference(
     return BaseDifference(len(differ), len(entries), sum(e.size for e in differ), sum(e.size for e in entries), of)
 
 
+def over_delta(base: str | Path, covered: Iterable[str]) -> dict[str, Any]:
+    """The fields of a MaskInfo that say that dropped weights return to `base`, a directory or hub id."""
+    checkpoint = Checkpoint.open(resolve(base))
+    prints = {n: checkpoint.fingerprint(n) for n in covered if n in checkpoint}
+    return {"on": "delta", "delta_base": str(base), "delta_fingerprints": prints}
+
+
 def delta_base(
     mask: Mask, base: str | Path | None, on: str | None, ask: str = "--base {base}, or --on weights to make them 0"
 ) -> str | Path | None:
@@ -141,11 +150,21 @@ def delta_base(
 
 
 def local_directory(reference: str) -> Path | None:
-    """The directory that a foreign file's reference names, if it is one here."""
+    """The directory that a foreign file's reference names, if it is here: nothing that it names is downloaded."""
     try:
         path = Path(reference).expanduser()
-        return path if path.is_dir() else None
+        if path.is_dir():
+            return path
     except (OSError, ValueError, RuntimeError):  # no path at all
+        return None
+    repository, _, revision = reference.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or repository.startswith("."):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except Exception:  # the client raises many kinds: not in the cache, no such name
         return None
 
 

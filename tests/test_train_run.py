@@ -229,6 +229,8 @@ def test_delta_target_scores_the_difference(base: Path, tiny: Callable[..., Path
     other = tiny("llama", seed=1)
     mask = train_mask(base, ROWS[:20], layers="3", modules="q_proj", steps=0, base=str(other)).mask
     (name,) = mask.names
+    assert (mask.info.on, mask.info.delta_base) == ("delta", str(other))
+    assert mask.info.delta_fingerprints == {name: Checkpoint.open(other).fingerprint(name)}
     a, b = Checkpoint.open(base).read_float32(name), Checkpoint.open(other).read_float32(name)
     assert np.abs(a - b)[mask.kept(name)].min() >= np.abs(a - b)[~mask.kept(name)].max()
 

@@ -37,6 +37,9 @@ def command(
         metavar="OP[@DENSITY][,OPTION=VALUE]",
         help="A combination to try in place of the usual ones, e.g. score@0.93 or vote,threshold=2; may be repeated.",
     ),
+    base: str = typer.Option(
+        None, "--base", help="Dropped weights take the values of this checkpoint (default: what each mask says)."
+    ),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
@@ -77,6 +80,7 @@ def command(
             batch_tokens=batch_tokens,
             dtype=dtype,
             device=device,
+            base=base,
             progress=lambda what: show(Step(what, 0, 0)),
         )
     if as_json:

@@ -12,6 +12,8 @@ from mftmerge.cli.reporting import quiet
 from mftmerge.errors import BadInput
 from mftmerge.progress import Step
 
+BASE = "Dropped weights take the values of this checkpoint (default: what each mask says)."
+
 
 def command(
     models: list[str] = typer.Option(
@@ -32,6 +34,7 @@ def command(
     reference: str = typer.Option(
         None, "--reference", help="Row that differences are taken against; the first model by default."
     ),
+    base: str = typer.Option(None, "--base", help=BASE),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     exact: list[str] = typer.Option(
@@ -90,6 +93,7 @@ def command(
                 resamples=bootstrap,
                 lm_eval=tuple(t.strip() for t in lm_eval.split(",") if t.strip()) if lm_eval else (),
                 lm_eval_limit=lm_eval_limit,
+                base=base,
             ),
             max_length=max_length,
             limit=limit,

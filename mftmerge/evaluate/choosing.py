@@ -134,6 +134,7 @@ def choose_combination(
     batch_tokens: int = 4096,
     dtype: str = "auto",
     device: str | None = None,
+    base: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Choice:
     """Choose the combination of masks whose worst-served domain keeps the largest share of its own mask's gain.
@@ -141,7 +142,8 @@ def choose_combination(
     model: checkpoint (directory or hub id) that the masks were learnt over, loaded once. masks: domain -> .mask file.
     data: domain -> rows as `data.load_rows` reads them, which should be validation rows. out: the mask file to write,
     whole or not at all. candidates: texts as `Candidate.parse` reads them in place of the default list. limit: first
-    rows of each domain. Memory beside the model: one bit a weight for each candidate, and the weights they drop.
+    rows of each domain. base: model whose values dropped weights take, whatever the masks' headers say.
+    Memory beside the model: one bit a weight for each candidate, and the weights they drop.
 
     Raises BadInput before the model is loaded for masks and rows of different domains, candidates that cannot be made,
     and an output that may not be written; afterwards where no own mask gains on its rows.
@@ -154,13 +156,15 @@ def choose_combination(
     labels = [Path(path).name for path in masks.values()]
     tried, notes = ([Candidate.parse(c) for c in candidates], []) if candidates else defaults(opened)
     made, same = _made(tried, list(opened.values()), labels, progress)
+    files.require_delta_bases(opened, base)  # what cannot be had is said before the model is loaded
     if progress:
         progress("loading the model")
     directory = resolve(model)
     remarks = [(domain, files.base_remark(mask, directory)) for domain, mask in opened.items()]
+    remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
     live, tokenizer = files.load_model(directory, dtype=dtype, device=device)
     tokens = files.tokenised(rows, live, tokenizer, max_length)
-    choice = choose(live, opened, tokens, made, batch_tokens=batch_tokens, progress=progress)
+    choice = choose(live, opened, tokens, made, batch_tokens=batch_tokens, base=base, progress=progress)
     if out is not None:
         choice.mask.save(out, archive=archive, overwrite=overwrite)
     best = next(candidate for candidate in tried if candidate.text == choice.chosen)
@@ -208,6 +212,7 @@ def choose(
     candidates: Mapping[str, Mask],
     *,
     batch_tokens: int = 4096,
+    base: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Choice:
     """The same with a loaded model, masks in memory (domain -> mask), tokenised rows, and masks that are combined.
@@ -215,7 +220,7 @@ def choose(
     Raises BadInput where no own mask gains on its rows.
     """
     table = {_own(domain): mask for domain, mask in masks.items()} | dict(candidates)
-    grid = grids.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, progress=progress)
+    grid = grids.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, base=base, progress=progress)
     judged = tuple(d for d in domains if grid.verdict(_own(d), d) == "gain")
     if not judged:
         gains = "; ".join(f"{d} {_signed(grid, _own(d), d)}" for d in domains)

@@ -25,7 +25,8 @@ class Measures:
 
     exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
     that carry tests; runs code that the model wrote. lm_eval: task names for lm-evaluation-harness, lm_eval_limit:
-    documents a task at most. resamples: of the paired bootstrap, 0 for none.
+    documents a task at most. resamples: of the paired bootstrap, 0 for none. base: model whose values dropped weights
+    take, whatever the masks' headers say.
     """
 
     exact: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Measures:
     resamples: int = 0
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
+    base: str | None = None
 
 
 def evaluate_files(
@@ -66,6 +68,7 @@ def evaluate_files(
     if reference not in (every := [n for rows in names.values() for n in rows]):
         raise BadInput(f"reference {reference!r} is not one of the rows {every}")
     opened = {name: Mask.load(path) for name, path in masks.items()}
+    require_delta_bases(opened, measures.base)  # what cannot be had is said before a model is loaded
     domains = {name: rows_of.load_rows(source)[:limit] for name, source in data.items()}
     results = []
     for name, path in models.items():
@@ -131,10 +134,12 @@ def _one_model(
         scorers={d: s for d, s in scorers.items() if s},
         others=others,
         batch_tokens=measures.batch_tokens,
+        base=measures.base,
         progress=progress,
     )
     for row, remark in remarks.items():
         result.models[row]["base"] = remark
+        result.models[row]["dropped"] = dropped_remark(masks[row], measures.base)
     del model
     gc.collect()
     return result
@@ -177,6 +182,21 @@ def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Meas
         )
     except BadInput as e:
         raise BadInput(f"domain {domain!r}: {e}") from None
+
+
+def require_delta_bases(masks: Mapping[str, Mask], base: str | None) -> None:
+    """Raise BadInput for a mask over a delta whose base is not known: what dropped weights become must be given."""
+    for label, mask in masks.items():
+        try:
+            matching.delta_base(mask, base, None, "--base {base}")
+        except BadInput as e:
+            raise BadInput(f"{label}: {e}") from None
+
+
+def dropped_remark(mask: Mask, base: str | None) -> str | None:
+    """In words, what dropped weights became where that is not 0."""
+    other = base or mask.info.delta_base
+    return f"dropped weights have their values in {other}" if base or mask.info.on == "delta" else None
 
 
 def base_remark(mask: Mask, directory: Path) -> str | None:

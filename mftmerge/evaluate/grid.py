@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ def grid(
     others: Mapping[str, Callable[[Any], Any]] | None = None,
     batch_tokens: int = 4096,
     prefix: bool | None = None,
+    base: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
@@ -51,6 +53,7 @@ def grid(
     others: name -> function of the model; what it gives for each row is kept in the result's `extra[name][row]`.
     prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`). By default on a CPU:
     rows then go through these layers one at a time, which a GPU does not like.
+    base: model whose values dropped weights take, whatever the masks' headers say (see `live.attach`).
     progress: called with "row, domain" before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
@@ -61,9 +64,9 @@ def grid(
         raise BadInput(f"reference {reference!r} is not one of the rows {[name, *masks]}")
     if not domains:
         raise BadInput("nothing to evaluate on: no domain given")
-    base = model_facts(model)
+    facts = model_facts(model)
     result = GridResult(
-        models={name: base} | {row: base | mask_facts(mask) for row, mask in masks.items()},
+        models={name: facts} | {row: facts | mask_facts(mask) for row, mask in masks.items()},
         domains={d: {"rows": len(rows), "digest": digest(rows)} for d, rows in domains.items()},
         cells={},
         reference=reference or name,
@@ -71,7 +74,7 @@ def grid(
     )
     once = model.device.type == "cpu" if prefix is None else prefix
     shared = _shared_layers(model, masks, domains) if once and masks else contextlib.nullcontext()
-    with _switches(model, masks) as use, shared:
+    with _switches(model, masks, base) as use, shared:
         for row in result.models:
             with use(row):
                 for domain, rows in domains.items():
@@ -92,12 +95,14 @@ def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None
 
 
 @contextlib.contextmanager
-def _switches(model: Any, masks: Mapping[str, Mask]) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
+def _switches(
+    model: Any, masks: Mapping[str, Mask], base: str | Path | None
+) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
     """Gives a function: row of the table -> context in which the model has that row's mask, or none."""
     if not masks:
         yield lambda row: contextlib.nullcontext()
         return
-    switcher = attach(model, masks)
+    switcher = attach(model, masks, base=base)
     try:
         yield lambda row: switcher.use(row if row in masks else None)
     finally:
@@ -132,7 +137,8 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 def mask_facts(mask: Mask) -> dict[str, Any]:
     """A mask's digest and density, and where it says it came from."""
-    return {"mask": mask.digest, "density": mask.density(), "operation": mask.info.operation}
+    facts = {"mask": mask.digest, "density": mask.density(), "operation": mask.info.operation}
+    return facts | ({"on": "delta", "delta_base": mask.info.delta_base} if mask.info.on == "delta" else {})
 
 
 def versions() -> dict[str, str]:

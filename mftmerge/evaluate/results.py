@@ -189,6 +189,7 @@ class GridResult:
     def remarks(self) -> list[str]:
         """What to know about the masks and the marking."""
         said = [f"{row}: {facts['base']}." for row, facts in self.models.items() if facts.get("base")]
+        said += [f"{row}: {facts['dropped']}." for row, facts in self.models.items() if facts.get("dropped")]
         return said + [f"{name}: {text}." for name, d in self.domains.items() for text in d.get("remarks", [])]
 
     @property

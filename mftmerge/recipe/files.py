@@ -157,6 +157,11 @@ class FileChecks:
         label = self.book.label(use)
         try:
             mask = self.book.evaluate(use.expression())
+            # A method that takes masks as a parameter decides itself what becomes of dropped weights.
+            applied = where == ("mask",) or not METHODS[self.document.merge_method].mask_as_parameter
+            if mask.info.on == "delta" and use.on == "weights" and "on" not in use.model_fields_set and applied:
+                other = mask.info.delta_base or "another model"
+                raise BadInput(f"keeps changes from {other}: write on: delta, or on: weights to set what it drops to 0")
             if model is not None:
                 names = match(mask, model, whose)
                 base = use.base or (self.document.base_model and self.document.base_model.model)

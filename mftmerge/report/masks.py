@@ -41,6 +41,11 @@ def training_section(found: Collection) -> Section | None:
 def what(mask: MaskHere) -> str:
     """What a mask is, in a few words."""
     info = mask.found.info
+    return _what(mask) + (f", on the delta from {info.delta_base or 'a model not named'}" if info.on == "delta" else "")
+
+
+def _what(mask: MaskHere) -> str:
+    info = mask.found.info
     training = info.training
     if mask.kind == "combined":
         return f"{info.operation} of {', '.join(Path(p.name).stem for p in info.parents)}{options(info.options)}"

@@ -28,6 +28,7 @@ from mftmerge.files import replacing
 from mftmerge.loading import load_causal_lm
 from mftmerge.loss import Losses, mean_loss, row_losses, token_losses
 from mftmerge.mask import Mask, MaskInfo
+from mftmerge.matching import over_delta
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress
@@ -371,6 +372,7 @@ class _Run:
             fingerprints={n: checkpoint.fingerprint(n) for n in kept} if checkpoint else {},
             training=training,
             comparison=comparison if self.settings.control else {},
+            **(over_delta(self.settings.base, kept) if self.settings.base else {}),
         )
         if not self.settings.scores:
             return Mask.from_bools(kept, info)
