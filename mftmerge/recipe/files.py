@@ -27,13 +27,14 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 class FileChecks:
     """Checks of one document. `stages`: by name of the recipe's documents, what stands for their results (result.py).
 
-    allow_lost: tensors of inputs that reach no output are a warning, no problem.
+    work: a scratch directory. allow_lost: tensors of inputs that reach no output are a warning, no problem.
     """
 
     def __init__(
-        self, folder: Path, document: Document, stages: Mapping[str, Path | None], allow_lost: bool = False
+        self, folder: Path, document: Document, stages: Mapping[str, Path | None], work: Path, allow_lost: bool
     ) -> None:
-        self.folder, self.document, self.stages, self.allow_lost = folder, document, stages, allow_lost
+        self.folder, self.document, self.stages = folder, document, stages
+        self.work, self.allow_lost = work, allow_lost
         self.book = MaskBook(folder, document.masks)
         self.warnings: list[tuple[Location, str]] = []
         self.models_sound = True  # whether the merge can be planned, known after `problems`
@@ -144,11 +145,13 @@ class FileChecks:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""
         key = reference.path
         if key not in self._checkpoints and (found := self._directory(reference)) is not None:
-            has = any((found / name).is_file() for name in WEIGHTS[:2])
-            self._checkpoints[key] = Checkpoint.open(found) if has else None
+            from mftmerge.recipe.headers import opened  # torch
+
+            has = any((found / name).is_file() for name in WEIGHTS)
+            self._checkpoints[key] = opened(found, self.work) if has else None
 
     def checkpoint(self, reference: Reference) -> Checkpoint | None:
-        """Headers of a model; None where they are not there to be read (pickled weights, a bad reference)."""
+        """Headers of a model; None where they are not there to be read (a bad reference)."""
         return self._checkpoints.get(reference.path)
 
     def _mask(

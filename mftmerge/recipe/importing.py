@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from pydantic import ValidationError
 from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import METHODS, lookup
 from mftmerge.recipe.check import check_documents, references
-from mftmerge.recipe.lines import Lines, load_documents, report
-from mftmerge.recipe.load import problem_of
+from mftmerge.recipe.lines import Lines, Location, load_documents, report
+from mftmerge.recipe.load import problem_of, problems_of
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document
 from mftmerge.yamltext import read_text
@@ -43,10 +44,11 @@ def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportRe
     if not parsed:
         raise BadInput(f"{config}: there is nothing in it")
     notes: list[str] = [f"line {p.line}: {p.message}" for p in problems]
-    documents, checked = [], []
+    documents, checked, edits = [], [], []
     for data, lines in parsed:
-        cleaned, document, removed = _clean(data, lines, config)
+        cleaned, document, removed, lost = _clean(data, lines, config)
         notes += removed
+        edits += lost
         documents.append(cleaned)
         checked.append((document, lines))
     if remaining := check_documents(checked):
@@ -55,13 +57,16 @@ def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportRe
     notes += moved
     if not notes:
         return ImportReport(HEADER.format(name=config.name) + text, ())
-    body = yaml.safe_dump_all(documents, sort_keys=False, default_flow_style=None)
+    moves = dict(m.split(": now ", 1) for m in moved) | {"tokenizer_source: model:": "tokenizer_source: "}
+    body = _edited(config, text, edits, moves, documents)
+    if body is None:
+        body = yaml.safe_dump_all(documents, sort_keys=False, default_flow_style=None)
     return ImportReport(HEADER.format(name=config.name) + body, tuple(notes))
 
 
-def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[str]]:
-    """The document less the keys and parameters that mergekit passes over, checked; and a note of each."""
-    data, notes = copy.deepcopy(data), []
+def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[str], list[tuple[int, str]]]:
+    """The document less the keys and parameters that mergekit passes over, checked; a note and the line of each."""
+    data, notes, edits = copy.deepcopy(data), [], []
     for _ in range(100):  # each round removes keys at one depth
         try:
             document = Document.model_validate(data)
@@ -69,15 +74,52 @@ def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[s
         except ValidationError as e:
             unknown = [error for error in e.errors() if error["type"] == "extra_forbidden"]
             if not unknown:
-                raise report(config, [problem_of(error, lines) for error in e.errors()]) from None
+                raise report(config, problems_of(e, data, lines)) from None
             for error in unknown:
-                notes.append(f"{problem_of(error, lines).message}: removed, mergekit ignores it")
+                problem = problem_of(error, lines)
+                what = problem.message.partition("; did you mean")[0]
+                notes.append(f"line {problem.line}: {what}: removed, mergekit ignores it")
+                edits.append((problem.line, str(error["loc"][-1])))
                 _remove(data, error["loc"])
-    for settings in _parameter_tables(data):
+    for where, settings in _parameter_tables(data, ()):
         for name in [n for n in settings if n not in known_parameters(document)]:
             del settings[name]
-            notes.append(f"parameter {name!r}: removed, {document.merge_method} has none of that name")
-    return data, Document.model_validate(data), notes
+            line = lines.at((*where, name))
+            edits.append((line, name))
+            notes.append(f"line {line}: parameter {name!r}: removed, {document.merge_method} has none of that name")
+    source = data.get("tokenizer_source")
+    if isinstance(source, str) and source.startswith("model:"):  # as mergekit wrote it once
+        data["tokenizer_source"] = source.removeprefix("model:")
+        notes.append(
+            f"line {lines.at(('tokenizer_source',))}: tokenizer_source: {source} is written without model: now"
+        )
+    return data, Document.model_validate(data), notes, edits
+
+
+def _edited(
+    config: Path, text: str, removed: list[tuple[int, str]], moves: dict[str, str], wanted: list[Any]
+) -> str | None:
+    """The text with its comments, less the removed (line, key) and with moved paths; None unless it says `wanted`."""
+    rows = text.splitlines()
+    for line, key in removed:
+        row = rows[line - 1]
+        if not row.lstrip().startswith(f"{key}:"):  # inside { }
+            rows[line - 1] = re.sub(
+                rf",\s*{re.escape(key)}:[^,{{}}\[\]]*|{re.escape(key)}:[^,{{}}\[\]]*,\s*", "", row, count=1
+            )
+            continue
+        indent, stop = len(row) - len(row.lstrip()), line
+        while stop < len(rows) and rows[stop].strip() and len(rows[stop]) - len(rows[stop].lstrip()) > indent:
+            stop += 1
+        rows[line - 1 : stop] = [""] * (stop - line + 1)  # the lines of other keys stay where they are
+    edited = "\n".join(rows) + "\n"
+    for old, new in moves.items():
+        edited = re.sub(rf"(?<![\w./-]){re.escape(old)}(?![\w/-])" if "/" in old else re.escape(old), new, edited)
+    try:
+        found = [data for data, _ in load_documents(config, edited)[0]]
+    except BadInput:
+        return None
+    return edited if found == wanted else None
 
 
 def known_parameters(document: Document) -> set[str]:
@@ -93,13 +135,16 @@ def _remove(data: Any, location: tuple[Any, ...]) -> None:
     data.pop(location[-1], None)
 
 
-def _parameter_tables(data: Any) -> list[dict[str, Any]]:
+def _parameter_tables(data: Any, where: Location) -> list[tuple[Location, dict[str, Any]]]:
+    """Every `parameters:` in plain values, with its place."""
     if isinstance(data, list):
-        return [t for v in data for t in _parameter_tables(v)]
+        return [t for i, v in enumerate(data) for t in _parameter_tables(v, (*where, i))]
     if not isinstance(data, dict):
         return []
-    own = [data["parameters"]] if isinstance(data.get("parameters"), dict) else []
-    return own + [t for k, v in data.items() if k != "parameters" for t in _parameter_tables(v)]
+    found: list[tuple[Location, dict[str, Any]]] = []
+    if isinstance(data.get("parameters"), dict):
+        found.append(((*where, "parameters"), data["parameters"]))
+    return found + [t for k, v in data.items() if k != "parameters" for t in _parameter_tables(v, (*where, k))]
 
 
 def _rebase(documents: list[Any], checked: list[Document], here: Path, there: Path) -> list[str]:

@@ -14,10 +14,10 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from pydantic import PrivateAttr
 
-from mftmerge.checkpoint import Checkpoint
 from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.headers import opened
 from mftmerge.recipe.locate import absolute
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
 from mftmerge.recipe.translate import Translation
@@ -134,7 +134,7 @@ class MaskedInputs(Translation):
                         (path / file.name).unlink(missing_ok=True)
                         (path / file.name).symlink_to(file.resolve())
             mask = self.book.evaluate(use.expression())
-            names, base = match(mask, Checkpoint.open(merged.model.path), str(reference)), self._delta_base(use)
+            names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self._delta_base(use)
             view = ModelReference.model_validate(str(path))
             self.loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)
             self.views[key] = str(path)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from mftmerge.checkpoint import TensorEntry
 from mftmerge.errors import BadInput
-from mftmerge.recipe.catalogue import suggestion
+from mftmerge.recipe.catalogue import METHODS, suggestion
 from mftmerge.recipe.check import Checked, check_documents, out_of_range, references
 from mftmerge.recipe.files import FileChecks
 from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
@@ -71,7 +71,7 @@ def check_files(folder: Path, documents: Checked, sound: bool, settings: MergeSe
     stages: dict[str, Path | None] = {d.name: None for d, _ in documents if d.name}
     with tempfile.TemporaryDirectory(prefix="mftmerge-") as scratch:
         for i, (document, lines) in enumerate(documents):
-            checks = FileChecks(folder, document, stages, settings.allow_lost)
+            checks = FileChecks(folder, document, stages, Path(scratch) / "checks" / str(i), settings.allow_lost)
             found = list(checks.problems())
             result = None
             needs = [r.path for _, r in references(document) if r.path in stages]
@@ -107,9 +107,10 @@ def load_recipe(path: str | Path, *, files: bool = True, settings: MergeSettings
         try:
             documents.append((Document.model_validate(data), lines))
         except ValidationError as e:
-            problems += [problem_of(error, lines) for error in e.errors()]
+            problems += problems_of(e, data, lines)
             salvaged += (found := _without_unknown(data, lines, e))
-            if files and not found:
+            others = isinstance(data, dict) and bool(OTHER_TOOLS.keys() & data.keys())
+            if files and not found and not others:
                 names = {n for d, _ in parsed if isinstance(d, dict) for n in (d.get("name"), *(d.get("masks") or ()))}
                 problems += _absent(path.parent, data, lines, names)
     if not parsed:
@@ -166,14 +167,32 @@ def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tu
         return []
 
 
+OTHER_TOOLS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
+
+
+def problems_of(error: ValidationError, data: Any, lines: Lines) -> list[Problem]:
+    """What is wrong with a document's form."""
+    for key, tool in OTHER_TOOLS.items():
+        if isinstance(data, dict) and key in data and "merge_method" not in data:
+            return [Problem(lines.at((key,)), f"{key}: this is a file for {tool}, not a recipe; run {tool}")]
+    errors = error.errors()
+    # A list whose parts are all wrong is called empty as well.
+    noise = [e for e in errors if e["type"] == "too_short"]
+    noise = [e for e in noise if any(o is not e and o["loc"][: len(e["loc"])] == e["loc"] for o in errors)]
+    return [problem_of(e, lines) for e in errors if e not in noise]
+
+
 def problem_of(error: Any, lines: Lines) -> Problem:
     """One pydantic error as a line of ours."""
     location: Location = error["loc"]
     where = ".".join(str(p) for p in location if not str(p).startswith("function-"))
     line = lines.at(location)
     if error["type"] == "extra_forbidden":
+        name = str(location[-1])
+        if name in {n for m in METHODS.values() for n in m.parameters} and "parameters" not in location:
+            return Problem(line, f"{where}: {name} is a parameter of merge methods; it belongs under parameters:")
         known = {k for cls in Strict.__subclasses__() for k in cls.model_fields} | {"layer_range", "on", "base"}
-        return Problem(line, f"unknown key {location[-1]!r} at {where}{_close(str(location[-1]), known)}")
+        return Problem(line, f"unknown key {location[-1]!r} at {where}{_close(name, known - {name})}")
     if error["type"] == "missing":
         return Problem(line, f"{where}: is missing")
     message = error["msg"].removeprefix("Value error, ")

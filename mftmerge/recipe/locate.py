@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from mftmerge.checkpoint import resolve
 from mftmerge.errors import BadInput
+from mftmerge.files import HUB_SCHEME, located
 from mftmerge.mask import Mask
 from mftmerge.recipe.schema import MaskExpression, Reference
 
@@ -26,12 +29,13 @@ def looks_like_hub_id(text: str) -> bool:
     return not text.startswith(("/", ".", "~")) and text.count("/") == 1
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
 def model_directory(path: str, folder: Path, revision: str | None = None) -> Path:
     """The directory of a model; a hub id is downloaded. Raises BadInput when there is no such model."""
     found = local(path, folder)
-    if found is None and looks_like_hub_id(path):
-        from mftmerge.checkpoint import resolve
-
+    if found is None and (looks_like_hub_id(path) or HUB_NAME.fullmatch(path)):  # gpt2 has no owner
         try:
             return resolve(f"{path}@{revision}" if revision else path).resolve()
         except BadInput as e:
@@ -64,7 +68,9 @@ class MaskBook:
         self._open: list[str] = []
 
     def file(self, text: str) -> Path:
-        """Path of a mask file. Raises BadInput when there is none."""
+        """Path of a mask file; `hf://owner/name/file.mask` is downloaded. Raises BadInput when there is none."""
+        if text.startswith(HUB_SCHEME):
+            return located(text)
         found = local(text, self.folder)
         if found is None or not found.is_file():
             raise BadInput(

@@ -7,7 +7,6 @@ which does not exist yet, is stood for by a directory with its configuration and
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import defaultdict
@@ -27,21 +26,21 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 
-from mftmerge.checkpoint import SINGLE, Checkpoint, TensorEntry
+from mftmerge.checkpoint import SINGLE, TensorEntry
 from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups
+from mftmerge.recipe.headers import Header, header, hole
 from mftmerge.recipe.inputs import OrderedConfiguration
 from mftmerge.recipe.lines import Location
-from mftmerge.recipe.locate import WEIGHTS, absolute
+from mftmerge.recipe.locate import absolute
 from mftmerge.recipe.merge import quiet
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import BaseInput, Document, ModelInput, Reference, SliceInput
 from mftmerge.recipe.translate import Translation
 
-Header = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 LAYER = re.compile(r"\.(\d+)\.")
 # Buffers that old checkpoints store and that models compute: nothing is lost with them.
 COMPUTED = re.compile(
@@ -77,18 +76,6 @@ class HeaderLoader(LazyTensorLoader):
         self.asked.add(found)
         shape, dtype = self.header[found]
         return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def header(model: Path) -> Header:
-    """Shapes and types of a model's tensors, of safetensors or pickled weights."""
-    if any((model / name).is_file() for name in WEIGHTS[:2]):
-        return {e.name: (e.shape, e.element.torch) for e in Checkpoint.open(model, follow_links=True)}
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    index = ShardedTensorIndex.from_disk(str(model))
-    for shard in index.shards:
-        tensors = torch.load(model / shard.filename, map_location="meta", weights_only=True)
-        found |= {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
-    return found
 
 
 class HeaderInputs(Translation):
@@ -189,7 +176,7 @@ def _plan(
 
     def stand_in(folder: Path) -> None:
         folder.mkdir(parents=True)
-        _hole(entries, folder / SINGLE)
+        hole(entries, folder / SINGLE)
         if tokenizer is not None:
             section = configuration.tokenizer
             padding = section.pad_to_multiple_of if section else None
@@ -304,17 +291,3 @@ def _lost(inputs: HeaderInputs, written: set[str]) -> list[tuple[Location, str, 
         if names and not base_only:
             found.append((where, str(item.model), names))
     return found
-
-
-def _hole(entries: list[TensorEntry], path: Path) -> None:
-    """A safetensors file with these tensors, whose data is a hole: it takes no room."""
-    at, table = 0, {}
-    for e in entries:
-        nbytes = e.size * e.element.nbytes
-        table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.reference import Reference, Strict
@@ -130,11 +130,15 @@ class SliceInput(ModelInput):
 
     layer_range: tuple[int, int] = Field(description="[first, after-last] layer that is taken, counted from 0.")
 
-    @model_validator(mode="after")
-    def _check(self) -> SliceInput:
-        if not 0 <= self.layer_range[0] <= self.layer_range[1]:
-            raise ValueError("layer_range is [first, after-last]")
-        return self
+    @field_validator("layer_range", mode="before")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        numbers = list(value) if isinstance(value, list | tuple) else []
+        if len(numbers) != 2 or not all(isinstance(v, int) or str(v).isdigit() for v in numbers):
+            raise ValueError(f"layer_range is [first, after-last], two whole numbers, not {value!r}")
+        if not 0 <= int(numbers[0]) <= int(numbers[1]):
+            raise ValueError(f"layer_range is [first, after-last], not {value!r}")
+        return value
 
 
 class BaseInput(Strict):

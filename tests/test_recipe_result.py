@@ -1,0 +1,331 @@
+"""What a recipe will give is known before a tensor is read: names, shapes, layers, what gets lost, what fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from recipe_kitchen import add_adapter, assert_equal, make_kitchen, tensors
+
+from mftmerge.apply import apply_mask
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.cli.main import main
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask
+from mftmerge.recipe.build import build
+from mftmerge.recipe.importing import import_recipe
+from mftmerge.recipe.load import load_recipe
+from mftmerge.recipe.plan import plan
+
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
+    add_adapter(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_kitchen(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(kitchen)
+
+
+def written(text: str, folder: Path) -> Path:
+    (folder / "r.yml").write_text(text)
+    return folder / "r.yml"
+
+
+def fault(text: str, folder: Path) -> str:
+    with pytest.raises(BadInput) as e:
+        load_recipe(written(text, folder))
+    return str(e.value)
+
+
+def test_merge_keys(kitchen: Path, tmp_path: Path) -> None:
+    merged = """
+merge_method: linear
+models:
+  - model: models/math
+    parameters: &p {weight: 0.5}
+  - model: models/code
+    parameters:
+      <<: *p
+"""
+    build(written(merged, tmp_path), tmp_path / "merged")
+    build(written(merged.replace("<<: *p", "weight: 0.5"), tmp_path), tmp_path / "plain")
+    assert_equal(tensors(tmp_path / "merged"), tensors(tmp_path / "plain"))
+    over = merged.replace("<<: *p", "weight: 2\n      <<: [*p]")
+    documents = load_recipe(written(over, tmp_path)).documents
+    assert [m.parameters for _, m in documents[0].inputs()] == [{"weight": 0.5}, {"weight": 2}]
+    assert import_recipe(written(merged, tmp_path)).notes == ()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "llama", "gpt2"])
+def test_stacks_have_a_configuration_of_their_depth(architecture: str, tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny(architecture), model)
+    config = json.loads((model / "config.json").read_text())
+    if "layer_types" in config:  # unlike ones, so that their order shows
+        config["layer_types"] = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        (model / "config.json").write_text(json.dumps(config))
+    rows = "".join(f"- sources: [{{model: model, layer_range: {r}}}]\n" for r in ([0, 3], [1, 4]))
+    path = written(f"merge_method: passthrough\nslices:\n{rows}", tmp_path)
+    assert plan(path).steps[0].tensors == build(path, tmp_path / "out").tensors
+    found = AutoConfig.from_pretrained(tmp_path / "out")
+    assert found.num_hidden_layers == 6
+    if "layer_types" in config:
+        assert found.layer_types == [config["layer_types"][i] for i in (0, 1, 2, 1, 2, 3)]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_lost_tensors_are_refused(tmp_path: Path) -> None:
+    """DeepSeek-V3 has no definition in mergekit that lists its experts."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 8, "kv_lora_rank": 8}
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 64, "moe_intermediate_size": 16}
+    DeepseekV3ForCausalLM(DeepseekV3Config(**small, **heads, **experts, **sizes)).save_pretrained(tmp_path / "ds")
+    for inputs in ("models: [{model: ds}]", "slices: [{sources: [{model: ds, layer_range: [0, 2]}]}]"):
+        text = f"merge_method: passthrough\n{inputs}\n"
+        message = fault(text, tmp_path)
+        assert "line 2: ds: model.layers.1.mlp.experts.0.down_proj.weight and 11 more tensors" in message
+        report = build(written(text, tmp_path), tmp_path / inputs[:6], allow_lost=True)
+        assert any("experts" in w for w in report.warnings)
+        assert report.tensors == plan(tmp_path / "r.yml", report_settings()).steps[0].tensors
+
+
+def report_settings() -> object:
+    from mftmerge.recipe.settings import MergeSettings
+
+    return MergeSettings(allow_lost=True)
+
+
+def test_layers_that_a_recipe_leaves_out_are_not_lost(tmp_path: Path, kitchen: Path) -> None:
+    text = (
+        f"merge_method: passthrough\nslices: [{{sources: [{{model: {kitchen}/models/math, layer_range: [0, 2]}}]}}]\n"
+    )
+    assert build(written(text, tmp_path), tmp_path / "out").warnings == ()
+
+
+def test_fused_experts_of_a_result_take_masks(tiny: Tiny, tmp_path: Path) -> None:
+    a, b = tiny("mixtral", seed=1), tiny("mixtral", seed=2)
+    text = f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nparameters: {{weight: 1}}\n"
+    build(written(text, tmp_path), tmp_path / "plain")
+    checkpoint = Checkpoint.open(tmp_path / "plain")
+    name = next(n for n in checkpoint.names if "experts" in n)
+    kept = np.random.default_rng(0).random(checkpoint.entry(name).shape) < 0.5
+    Mask.from_bools({name: kept}).save(tmp_path / "e.mask")
+    build(written(f"{text}mask: e.mask\n", tmp_path), tmp_path / "built")
+    apply_mask(tmp_path / "e.mask", tmp_path / "plain", tmp_path / "applied")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+    own = next(n for n in Checkpoint.open(a).names if "experts" in n)
+    Mask.from_bools({own: np.ones(Checkpoint.open(a).entry(own).shape, bool)}).save(tmp_path / "own.mask")
+    assert f"line 4: mask own.mask: the result will have no tensor {own!r}" in fault(
+        f"{text}mask: own.mask\n", tmp_path
+    )
+
+
+def test_masks_on_results_of_other_shapes(kitchen: Path, tmp_path: Path) -> None:
+    """With a tokenizer of its own and with slices, the result's shapes and names are not those of the first input."""
+    name = "model.embed_tokens.weight"
+    shape = Checkpoint.open(kitchen / "models/math").entry(name).shape
+    Mask.from_bools({name: np.ones(shape, bool)}).save(tmp_path / "old.mask")
+    Mask.from_bools({name: np.ones((272, shape[1]), bool)}).save(tmp_path / "new.mask")
+    Mask.from_bools({"model.layers.5.mlp.up_proj.weight": np.zeros((160, 64), bool)}).save(tmp_path / "deep.mask")
+    models = ", ".join(f"{{model: {kitchen}/models/{m}}}" for m in ("math", "code"))
+    union = f"merge_method: linear\nmodels: [{models}]\nparameters: {{weight: 1}}\n"
+    union += "tokenizer: {source: union, pad_to_multiple_of: 16}\n"
+    assert f"line 5: mask old.mask: {name} is {shape}, (272, 64) in the result" in fault(
+        f"{union}mask: old.mask\n", tmp_path
+    )
+    build(written(f"{union}mask: new.mask\n", tmp_path), tmp_path / "union")
+    rows = "".join(f"- sources: [{{model: {kitchen}/models/math, layer_range: {r}}}]\n" for r in ([0, 3], [1, 4]))
+    stack = f"merge_method: passthrough\nslices:\n{rows}mask: deep.mask\n"
+    build(written(stack, tmp_path), tmp_path / "stack")
+    assert not tensors(tmp_path / "stack")["model.layers.5.mlp.up_proj.weight"].any()
+
+
+def test_masks_on_stages_are_checked_before_anything_is_built(kitchen: Path, tmp_path: Path) -> None:
+    Mask.from_bools({"model.layers.7.mlp.up_proj.weight": np.zeros((160, 64), bool)}).save(tmp_path / "m.mask")
+    text = (
+        f"name: a\nmerge_method: passthrough\nmodels: [{{model: {kitchen}/models/math}}]\n---\n"
+        "merge_method: passthrough\nmodels: [{model: a, mask: m.mask}]\n"
+    )
+    assert "line 6: mask m.mask: a:" in fault(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("slices: [{sources: [{model: MATH, layer_range: [0, 9]}]}]", 2, "ends at 9"),
+        ("slices:\n- sources: [{model: MATH, layer_range: [0, 2]}]\n- sources: [{model: NARROW, layer_range: [2, 4]}]",
+         4, "hidden size 32"),
+        ("models: [{model: QUANTISED}]", 2, "quantised (bitsandbytes)"),
+        ("models: [{model: ADAPTER}]", 2, "is an adapter"),
+        ("models: [{model: absent/one, mask: no.mask, parameters: 3}]", 2, "absent/one"),
+        ("models: [{model: MATH, mask: no.mask, parameters: 3}]", 2, "no mask file 'no.mask'"),
+        ("models: [{model: MATH}]\nselect_topk: 0.1", 3, "belongs under parameters:"),
+        ("models: [{model: MATH, mask: 'hf://a/b/c.mask'}]", 2, "cannot be had from the Hub"),
+        ("models: [{model: gpt2}]", 2, "hub"),
+        ("slices: [{sources: [{model: MATH, layer_range: [3]}]}]", 2, "two whole numbers"),
+    ],
+)  # fmt: skip
+def test_faults_in_files(text: str, line: int, part: str, kitchen: Path, tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(kitchen / "models/math", tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "quantised/config.json").write_text(json.dumps(config))
+    for name, path in {
+        "MATH": kitchen / "models/math",
+        "ADAPTER": kitchen / "models/adapter",
+        "QUANTISED": tmp_path / "quantised",
+        "NARROW": tiny("llama", hidden=32),
+    }.items():
+        text = text.replace(name, str(path))
+    message = fault(f"merge_method: passthrough\n{text}\n", tmp_path)
+    assert f"line {line}: " in message
+    assert part in message
+    assert "Tuple should" not in message
+
+
+def test_models_of_other_depth_and_architecture(kitchen: Path, tiny: Tiny, tmp_path: Path) -> None:
+    def two(other: Path) -> str:
+        models = f"models:\n- model: {kitchen}/models/math\n- model: {other}\n"
+        return f"merge_method: linear\n{models}parameters: {{weight: 1}}\n"
+
+    assert "line 4: " in (deep := fault(two(tiny("llama", layers=6)), tmp_path))
+    assert "has 6 layers" in deep
+    assert "--allow-crimes" in fault(two(tiny("qwen2", hidden=64)), tmp_path)
+
+
+def test_della_s_probabilities_lie_between_0_and_1(tmp_path: Path) -> None:
+    text = (
+        "merge_method: della\nbase_model: models/base\n"
+        "models: [{model: models/math, parameters: {weight: 1, density: 0.9}}]\n"
+    )
+    assert "line 3: epsilon 0.15 is too large for density 0.9" in fault(text, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("density", 53), ("density", -0.1)])
+def test_numbers_out_of_range_are_said(name: str, value: float, tmp_path: Path) -> None:
+    text = "merge_method: ties\nbase_model: models/base\nmodels:\n- model: models/math\n"
+    text += f"  parameters: {{weight: 1, {name}: {value}}}\n"
+    warnings = load_recipe(written(text, tmp_path)).warnings
+    assert any(w.startswith(f"line 5: {name} {value} is out of range") for w in warnings)
+
+
+def test_what_is_not_finite_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "merge_method: linear\nmodels:\n" + "".join(
+        f"- {{model: models/{m}, parameters: {{weight: {w}}}}}\n" for m, w in (("math", 1), ("code", -1))
+    )
+    path = written(text, tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main(["build", str(path), "-o", str(tmp_path / "out")])
+    assert e.value.code == 0
+    said = capsys.readouterr()
+    assert "line 2: the weights sum to 0" in said.err
+    assert "weights are not finite" in said.out.splitlines()[-1]
+    with pytest.raises(MftmergeError, match="not finite"):
+        build(path, tmp_path / "refused", require_finite=True)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_generation_config_comes_along_with_a_new_tokenizer(kitchen: Path, tmp_path: Path) -> None:
+    shutil.copytree(kitchen / "models/math", tmp_path / "a")
+    (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}\n')
+    text = f"merge_method: linear\nmodels: [{{model: a}}, {{model: {kitchen}/models/code}}]\n"
+    build(written(f"{text}parameters: {{weight: 1}}\ntokenizer: {{source: union}}\n", tmp_path), tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.3
+
+
+def test_masks_over_pickled_weights_and_over_adapters_in_slices(kitchen: Path, tmp_path: Path) -> None:
+    import torch
+    from mergekit.common import ModelReference
+    from safetensors.torch import load_file
+
+    shutil.copytree(kitchen / "models/math", tmp_path / "bin")
+    torch.save(load_file(tmp_path / "bin/model.safetensors"), tmp_path / "bin/pytorch_model.bin")
+    (tmp_path / "bin/model.safetensors").unlink()
+    mask = kitchen / "masks/math.mask"
+    text = f"merge_method: passthrough\nmodels: [{{model: bin, mask: {mask}}}]\n"
+    build(written(text, tmp_path), tmp_path / "built")
+    apply_mask(mask, kitchen / "models/math", tmp_path / "applied")
+    assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+    assert "line 2: mask small.mask" in fault(text.replace(str(mask), str(small(tmp_path))), tmp_path)
+
+    base, adapter = kitchen / "models/base", kitchen / "models/adapter"
+    source = f"{{model: {base}+{adapter}, layer_range: [1, 3], mask: {mask}}}"
+    text = f"merge_method: passthrough\nslices: [{{sources: [{source}]}}]\n"
+    build(written(text, tmp_path), tmp_path / "slice")
+    merged = ModelReference.model_validate(f"{base}+{adapter}").merged(cache_dir=str(tmp_path / "lora"))
+    apply_mask(mask, merged.model.path, tmp_path / "whole")
+    name, found, expected = (
+        "model.layers.{}.mlp.down_proj.weight",
+        tensors(tmp_path / "slice"),
+        tensors(tmp_path / "whole"),
+    )
+    for i in (0, 1):
+        assert np.array_equal(found[name.format(i)], expected[name.format(i + 1)])
+
+
+def small(folder: Path) -> Path:
+    path = folder / "small.mask"
+    Mask.from_bools({"model.layers.0.mlp.up_proj.weight": np.ones((3, 3), bool)}).save(path)
+    return path
+
+
+def test_import_keeps_comments(tmp_path: Path) -> None:
+    text = """\
+# what it is for
+merge_method: linear
+models:
+  - model: models/math  # the first
+    colour: red
+  - {model: models/code, colour: blue}
+parameters:
+  weight: 1
+  wait: 2
+tokenizer_source: model:models/math
+"""
+    report = import_recipe(written(text, tmp_path))
+    assert "# what it is for" in report.text
+    assert "# the first" in report.text
+    assert "colour" not in report.text
+    assert yaml.safe_load(report.text) == {
+        "merge_method": "linear",
+        "models": [{"model": "models/math"}, {"model": "models/code"}],
+        "parameters": {"weight": 1},
+        "tokenizer_source": "models/math",
+    }
+    assert [n.split(":")[0] for n in report.notes] == ["line 5", "line 6", "line 9", "line 10"]
+
+
+@pytest.mark.parametrize(("key", "tool"), [("experts", "mergekit-moe"), ("genome", "mergekit-evolve")])
+def test_files_of_other_tools_are_named(key: str, tool: str, tmp_path: Path) -> None:
+    assert f"line 2: {key}: this is a file for {tool}" in fault(f"base_model: a\n{key}: []\n", tmp_path)
+
+
+def test_mergekit_s_options_have_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["build", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("allow-crimes", "trust-remote-code", "out-shard-size", "lora-merge-dtype", "lazy-unpickle", "cuda"):
+        assert f"--{option}" in shown
+    assert "--num-threads" in shown
