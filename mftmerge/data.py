@@ -14,19 +14,21 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mftmerge.chat import IGNORE, Chat, Tokens, labelled
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer
 
-IGNORE = -100  # the label of a token that takes no part in the loss, as everywhere in transformers
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORE", "Row", "Tokens", "digest", "load_rows", "mix", "require_disjoint", "row_digest", "tokenize"]
 
 Row = dict[str, Any]
-Tokens = dict[str, list[int]]  # {"input_ids": [...], "labels": [...]}
 log = logging.getLogger(__name__)
 
 
@@ -128,13 +130,13 @@ def _hub(name: str, split: str) -> Any:
 
 
 def _checked(row: Any, where: str) -> Row:
-    """The row, if it has one of the three shapes and some text to learn from."""
+    """The row in one of the three shapes, if it can be brought into one and has something to learn from."""
     if not isinstance(row, Mapping):
         raise BadInput(f"{where}: a row must be an object with messages, prompt and completion, or text")
-    row = dict(row)
+    row = _known_shape(dict(row), where)
     if "messages" in row:
         _check_messages(row["messages"], where)
-        said: Any = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        said = list(row["messages"])
     elif "prompt" in row and "completion" in row:
         for key in ("prompt", "completion"):
             if not isinstance(row[key], str):
@@ -142,25 +144,74 @@ def _checked(row: Any, where: str) -> Row:
         if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
             raise BadInput(f"{where}: prompt and completion must both be strings or both be lists of messages")
         said = row["completion"]
-        said = [said] if isinstance(said, str) else [m["content"] for m in said if m["role"] == "assistant"]
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else list(said)
     elif "text" in row:
-        said = [row["text"]]
+        said = [{"role": "assistant", "content": row["text"]}]
     else:
         raise BadInput(f"{where}: a row needs messages, prompt and completion, or text; this one has {sorted(row)}")
-    if not any(isinstance(s, str) and s.strip() for s in said):
+    if not any(_says_something(m) for m in said if m["role"] == "assistant" and m.get("weight", 1) != 0):
         raise BadInput(f"{where}: no assistant text to learn from; fill it in or remove the row")
     return row
 
 
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+ROLES |= {"system": "system", "tool": "tool", "function_call": "assistant", "observation": "tool"}
+
+
+def _known_shape(row: Row, where: str) -> Row:
+    """Rows as other tools write them: ShareGPT's conversations, Alpaca's columns, the chosen side of a preference."""
+    if "messages" in row or "completion" in row or "text" in row:
+        return row
+    rest = {k: row[k] for k in ("tools", "chat_template_kwargs", "tests") if k in row}
+    if isinstance(turns := row.get("conversations"), list):
+        messages = []
+        for turn in turns:
+            who = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
+            if who not in ROLES:
+                raise BadInput(
+                    f"{where}: conversations need turns with from and value; {str(who)[:40]!r} is no speaker"
+                )
+            messages.append({"role": ROLES[who], "content": turn.get("value", turn.get("content"))})
+        return rest | {"messages": messages}
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        asked = "\n\n".join(t for t in (row["instruction"], row.get("input")) if isinstance(t, str) and t.strip())
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        if not system:
+            return rest | {"prompt": asked, "completion": row["output"]}
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        return rest | {"messages": [*system, *turns]}
+    if "chosen" in row:
+        if isinstance(row["chosen"], str):
+            return rest | {"prompt": row.get("prompt", ""), "completion": row["chosen"]}
+        asked = row.get("prompt")
+        return rest | ({"prompt": asked, "completion": row["chosen"]} if asked else {"messages": row["chosen"]})
+    return row
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message has a text or a call to learn."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [p.get("text") for p in parts if isinstance(p, Mapping)]
+    return bool(message.get("tool_calls")) or any(isinstance(t, str) and t.strip() for t in texts)
+
+
 def _check_messages(messages: Any, where: str) -> None:
-    good = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
-    )
-    if not good or isinstance(messages, str):
+    """Raise BadInput unless it is a list of messages: role, and text (or parts of it) unless tools are called."""
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not listed or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         raise BadInput(f"{where}: messages must be a list of objects with role and content")
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        if content is None and (message.get("tool_calls") or message["role"] != "user"):
+            continue
+        if not isinstance(content, str) and not (
+            isinstance(content, list) and all(isinstance(p, Mapping) for p in content)
+        ):
+            raise BadInput(f"{where}: message {number}: content must be text or a list of parts")
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Tokens]:
+def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
     """Token ids and labels of rows, cut on the right to `max_length` tokens; -100 outside the assistant's part.
 
     The end-of-turn token after the assistant's text is learnt too. Rows in which nothing to learn is left after cutting
@@ -184,25 +235,26 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Token
     return out
 
 
-def _tokenize_one(row: Row, tokenizer: Any, where: str) -> Tokens:
+def _tokenize_one(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+    chat = Chat(tokenizer, where, row.get("tools"), row.get("chat_template_kwargs"))
     if "messages" in row:
-        return _conversation(row["messages"], 0, tokenizer, where)
+        return chat.tokens(row["messages"])
     if "prompt" not in row:
         return _joined("", row["text"], tokenizer)
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str):
-        return _conversation([*prompt, *completion], len(prompt), tokenizer, where)
+        return chat.tokens([*prompt, *completion], len(prompt))
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _conversation(turns, 1, tokenizer, where)
+        return chat.tokens(turns, 1)
     return _joined(prompt, completion, tokenizer)
 
 
-def _joined(prompt: str, completion: str, tokenizer: Any) -> Tokens:
+def _joined(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Plain text: special tokens as the tokenizer adds them, the end token at the end, loss on the completion."""
     coded = tokenizer(prompt + completion, return_offsets_mapping=True)
     ids = list(coded["input_ids"])
-    labels = _labels(ids, coded["offset_mapping"], [(len(prompt), len(prompt) + len(completion))])
+    labels = labelled(ids, coded["offset_mapping"], [(len(prompt), len(prompt) + len(completion))])
     end = tokenizer.eos_token_id
     if end is not None and (not ids or ids[-1] != end):
         ids.append(end)
@@ -210,52 +262,6 @@ def _joined(prompt: str, completion: str, tokenizer: Any) -> Tokens:
     elif end is not None:
         labels[-1] = end
     return {"input_ids": ids, "labels": labels}
-
-
-def _conversation(messages: Sequence[Mapping[str, Any]], first: int, tokenizer: Any, where: str) -> Tokens:
-    """A conversation through the chat template; loss on the assistant's turns from message `first` on."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise BadInput(
-            f"{where}: messages need a chat template and the tokenizer has none; use prompt/completion or text rows"
-        )
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i >= first:
-            before = (
-                tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
-            )
-            through = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            if not (text.startswith(before) and text.startswith(through.rstrip()) and i):
-                return _by_generation_marks(messages, first, tokenizer, where)
-            spans.append((len(before), len(through.rstrip())))  # a line break after the end of turn is not learnt
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(coded["input_ids"])
-    return {"input_ids": ids, "labels": _labels(ids, coded["offset_mapping"], spans)}
-
-
-def _by_generation_marks(messages: Sequence[Mapping[str, Any]], first: int, tokenizer: Any, where: str) -> Tokens:
-    """For templates that rewrite earlier turns (such as removing old reasoning): they must mark what to learn."""
-    if first or not re.search(r"{%-?\s*generation", str(tokenizer.chat_template)):
-        raise BadInput(
-            f"{where}: the chat template rewrites earlier turns and does not mark the assistant's text with "
-            "{% generation %}; add the marks to the template, or give rows of one turn as prompt and completion"
-        )
-    coded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids = list(coded["input_ids"])
-    return {
-        "input_ids": ids,
-        "labels": [t if m else IGNORE for t, m in zip(ids, coded["assistant_masks"], strict=True)],
-    }
-
-
-def _labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Labels from character offsets: a token counts when it starts inside a span (and is not empty)."""
-    return [
-        token if any(lo <= start < hi for lo, hi in spans) and start < end else IGNORE
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
 
 
 def digest(tokens: Sequence[Tokens]) -> str:
