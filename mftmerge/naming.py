@@ -272,9 +272,19 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Name and list of a causal LM's decoder layers: the longest ModuleList that is not inside another one."""
+    """Name and list of a causal LM's decoder layers: the longest ModuleList of its text model, not inside another one.
+
+    Of a model for pictures or sound the text model is what `get_decoder` gives: its other towers may be deeper.
+    """
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
     outer = [(n, m) for n, m in found if not any(n.startswith(f"{o}.") for o, _ in found)]
     if not outer:
         raise BadInput(f"{type(model).__name__}: no list of decoder layers found; is it a causal language model?")
-    return max(outer, key=lambda pair: len(pair[1]))
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    if isinstance(decoder, torch.nn.Module):
+        inside = {id(m) for m in decoder.modules()}
+        outer = [(n, m) for n, m in outer if id(m) in inside] or outer
+    config = getattr(model, "config", None)
+    count = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    return max(outer, key=lambda pair: (len(pair[1]) == count, len(pair[1])))

@@ -252,17 +252,69 @@ def test_passes_inside_autocast_see_each_mask(tiny: Callable[..., Path]) -> None
         found = targets.find(model, "2-3")
         targets.freeze_others(model, found)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            base = float(model(**batch()).loss)
+            base = float(model(**batch()).loss.detach())
             optimizer = make(found)
             first = model(**batch()).loss
             first.backward()
             optimizer.step()
-            second = float(model(**batch()).loss)
-            assert second != float(first)
+            second = float(model(**batch()).loss.detach())
+            assert second != float(first.detach())
             optimizer.restore()
-            assert float(model(**batch()).loss) == base
+            assert float(model(**batch()).loss.detach()) == base
             state = {n: torch.zeros_like(v) for n, v in optimizer.mask().items()}
             with optimizer.masked_by(state):
-                inside = float(model(**batch()).loss)
+                inside = float(model(**batch()).loss.detach())
             assert inside not in (base, second)
-            assert float(model(**batch()).loss) != inside
+            assert float(model(**batch()).loss.detach()) != inside
+
+
+def test_experts_stored_in_out_get_patterns_along_their_inputs() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM, JetMoeConfig, JetMoeForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}
+    config = GptOssConfig(**sizes, num_experts_per_tok=2, layer_types=["full_attention"], pad_token_id=0)
+    found = {t.name.rsplit(".", 1)[-1]: t for t in targets.find(GptOssForCausalLM(config), modules="experts")}
+    assert {n: (t.input_dim, t.blocks) for n, t in found.items()} == {"gate_up_proj": (-2, 4), "down_proj": (-2, 4)}
+    t = found["gate_up_proj"]
+    kept = MaskOptimizer([t], initial_scores.initial([t]), pattern=(2, 4)).mask()[t.name]
+    assert (kept.view(4, 16, 4, 64).sum(2) == 2).all()  # (experts, in / 4, 4, out)
+
+    jet = JetMoeForCausalLM(JetMoeConfig(**sizes, num_experts_per_tok=2, kv_channels=16))
+    found = {t.name.split(".layers.0.")[1]: t for t in targets.find(jet)}
+    assert found["mlp.input_linear.weight"].blocks == found["self_attention.experts.input_linear.weight"].blocks == 4
+    assert not any("router" in name for name in found)
+    assert targets.share(jet, list(found.values())) > 0.98
+
+
+def test_what_multiplies_no_activations_is_never_masked() -> None:
+    from transformers import CohereConfig, CohereForCausalLM, MambaConfig, MambaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=8))
+    kinds = {t.name.split(".mixer.")[1] for t in targets.find(mamba)}
+    assert kinds == {"in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"}
+    cohere = CohereForCausalLM(CohereConfig(**sizes, intermediate_size=96, num_attention_heads=4, use_qk_norm=True))
+    assert not any("norm" in t.name for t in targets.find(cohere))  # two-dimensional: a row a head
+
+
+def test_a_parameter_of_several_layers_is_one_target(tiny: Callable[..., Path]) -> None:
+    model = load(tiny("llama"))
+    model.model.layers[3].mlp = model.model.layers[0].mlp
+    found = targets.find(model, "3")
+    assert [t.layer for t in found if ".mlp." in t.name] == [0, 0, 0]
+    both = targets.find(model, "0,3", "mlp")
+    assert len(both) == len({id(t.parameter) for t in both}) == 3
+    assert {t.name for t in both} <= {n for n, _ in model.named_parameters()}
+
+
+def test_the_text_model_of_a_vision_model_is_masked() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    found = targets.find(Gemma3ForConditionalGeneration(config))
+    assert {t.layer for t in found} == {0, 1}
+    assert all("language_model" in t.name for t in found)

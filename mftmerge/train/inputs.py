@@ -1,4 +1,4 @@
-"""What a run starts from: the model, the rows, and whoever logs it."""
+"""What a run starts from: the model, the rows, the first scores, and whoever logs it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge import data as rows_of
@@ -17,9 +18,11 @@ from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
+from mftmerge.loss import token_losses
 from mftmerge.naming import decoder_layers
-from mftmerge.train import memory, sharding
+from mftmerge.train import memory, scores, sharding
 from mftmerge.train.settings import TrainSettings
+from mftmerge.train.targets import Target
 
 
 def require_logger(name: str) -> None:
@@ -101,6 +104,56 @@ def read_rows(
         return rows, []
     order = random.Random(settings.seed).sample(range(len(rows)), len(rows))
     return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def dropped_values(
+    model: PreTrainedModel, targets: Sequence[Target], settings: TrainSettings
+) -> dict[str, Tensor] | None:
+    """The base model's values of the covered parameters, for a mask over the difference."""
+    if settings.base is None:
+        return None
+    trusted = settings.trust_remote_code or None
+    other = load_causal_lm(resolve(settings.base), dtype=model.dtype, trust_remote_code=trusted)
+    theirs = {n: p.detach() for n, p in other.named_parameters()}
+    for t in targets:
+        found = theirs.get(t.name)
+        if found is None or found.shape != t.parameter.shape:
+            raise BadInput(f"{settings.base}: has no tensor {t.name} of shape {tuple(t.parameter.shape)}")
+    return {t.name: theirs[t.name] for t in targets}
+
+
+def initial_scores(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    rows: Sequence[Tokens],
+    settings: TrainSettings,
+    dropped: Mapping[str, Tensor] | None,
+) -> dict[str, Tensor]:
+    """Where the scores start: another mask's, or what `settings.init` says."""
+    if settings.start is not None:
+        return scores.of_mask(settings.start, model, targets, signed=scores.is_signed(settings.init))
+    evidence = (
+        _evidence(model, targets, rows[: 8 * settings.batch_size], dropped) if settings.init == "taylor" else None
+    )
+    return scores.initial(targets, settings.init, seed=settings.seed, dropped=dropped, evidence=evidence)
+
+
+def _evidence(
+    model: PreTrainedModel, targets: Sequence[Target], rows: Sequence[Tokens], dropped: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Mean of dL/dW * (W - dropped) over rows."""
+    model.zero_grad()
+    for row in rows:
+        ids, labels = (torch.tensor([row[k]], device=model.device) for k in ("input_ids", "labels"))
+        (token_losses(model, ids, labels)[0].sum() / len(rows)).backward()
+    out = {}
+    for t in targets:
+        weight = sharding.whole(t.parameter.detach())
+        change = weight if dropped is None else weight - dropped[t.name]
+        assert t.parameter.grad is not None
+        out[t.name] = sharding.whole(t.parameter.grad).float() * change.float()
+    model.zero_grad()
+    return out
 
 
 def ranges(numbers: Sequence[int]) -> str:

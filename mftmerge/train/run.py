@@ -25,8 +25,7 @@ from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import replacing
-from mftmerge.loading import load_causal_lm
-from mftmerge.loss import Losses, mean_loss, row_losses, token_losses
+from mftmerge.loss import Losses, mean_loss, row_losses
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
 from mftmerge.naming import decoder_layers
@@ -193,8 +192,8 @@ class _Run:
 
     def _train(self, directory: Path, save: bool, resume: Path | None, start: float) -> TrainResult:
         losses = {"base": self.losses()} if self.valid else {}
-        dropped = self._dropped()
-        first = self._initial_scores(dropped)
+        dropped = inputs.dropped_values(self.model, self.targets, self.settings)
+        first = inputs.initial_scores(self.model, self.targets, self.rows, self.settings, dropped)
         optimizer = self._optimizer(first, dropped)
         best = Best(optimizer, self.settings, self.losses if self.valid else None, self.progress)
         try:
@@ -270,50 +269,14 @@ class _Run:
             adam_bits=s.adam_bits,
         )
 
-    def _dropped(self) -> dict[str, Tensor] | None:
-        """The base model's values of the covered parameters, for a mask over the difference."""
-        if self.settings.base is None:
-            return None
-        trusted = self.settings.trust_remote_code or None
-        other = load_causal_lm(resolve(self.settings.base), dtype=self.model.dtype, trust_remote_code=trusted)
-        theirs = {n: p.detach() for n, p in other.named_parameters()}
-        for t in self.targets:
-            found = theirs.get(t.name)
-            if found is None or found.shape != t.parameter.shape:
-                raise BadInput(f"{self.settings.base}: has no tensor {t.name} of shape {tuple(t.parameter.shape)}")
-        return {t.name: theirs[t.name] for t in self.targets}
-
-    def _initial_scores(self, dropped: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        if self.settings.start is not None:
-            signed = scores.is_signed(self.settings.init)
-            return scores.of_mask(self.settings.start, self.model, self.targets, signed=signed)
-        evidence = self._evidence(dropped) if self.settings.init == "taylor" else None
-        return scores.initial(
-            self.targets, self.settings.init, seed=self.settings.seed, dropped=dropped, evidence=evidence
-        )
-
-    def _evidence(self, dropped: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Mean of dL/dW * (W - dropped) over as many rows as one training run of 8 steps sees."""
-        rows = self.rows[: 8 * self.settings.batch_size]
-        self.model.zero_grad()
-        for row in rows:
-            ids, labels = (torch.tensor([row[k]], device=self.model.device) for k in ("input_ids", "labels"))
-            (token_losses(self.model, ids, labels)[0].sum() / len(rows)).backward()
-        out = {}
-        for t in self.targets:
-            weight = sharding.whole(t.parameter.detach())
-            change = weight if dropped is None else weight - dropped[t.name]
-            assert t.parameter.grad is not None
-            out[t.name] = sharding.whole(t.parameter.grad).float() * change.float()
-        self.model.zero_grad()
-        return out
-
     def _announce(self, first: Mapping[str, Tensor]) -> None:
         s, count = self.settings, sum(t.parameter.numel() for t in self.targets)
+        share = targets.share(self.model, self.targets, s.layers)
         cut = scores.typical_cut(first, s.keep, scores.is_signed(s.init))
         self.say(
             f"{len(self.rows)} rows, {len(self.valid)} for validation; {len(self.targets)} tensors of layers "
-            f"{inputs.ranges(self.layers)}, {count:,} weights, keep {s.pattern or s.keep}"
+            f"{inputs.ranges(self.layers)}, {count:,} weights ({share:.1%} of these layers'), "
+            f"keep {s.pattern or s.keep}"
         )
         ratio = f" ({s.travel / cut:.1f} times)" if cut > 0 else ""
         self.say(

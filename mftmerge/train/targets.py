@@ -1,4 +1,8 @@
-"""Which parameters are masked: the matrices of the chosen decoder layers, never embeddings, heads, norms or routers."""
+"""Which parameters are masked: the matrices of the chosen decoder layers that multiply activations.
+
+That is linear layers and experts, by the kind of module that holds them. Embeddings, heads, norms, convolutions, the
+state decay of recurrent layers (A_log) and whatever chooses experts or streams (routers, AltUp) are never masked.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from mftmerge.errors import BadInput
 from mftmerge.naming import decoder_layers
 from mftmerge.train.sharding import Shard
 
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_ROUTERS = {"gate", "wg", "shared_expert_gate", "altup", "indexer"}  # besides names with "router" in them
+_DOWN = ("down", "output", "w2")  # names of matrices that lead back to the hidden states
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Target:
 
     name: the live model's parameter name. layer: its decoder layer. blocks: number of equal contiguous pieces that are
     matrices of their own (fused experts hold one a expert, two where gate and up are fused), each cut separately.
-    input_dim: the dimension that is summed over in the product, for N:M patterns.
+    input_dim: the dimension that is summed over in the product, for N:M patterns. A parameter that several layers share
+    has the name and number of the first.
     """
 
     name: str
@@ -43,7 +49,13 @@ def find(model: nn.Module, layers: str | None = None, modules: str = "attn,mlp")
     prefix, stack = decoder_layers(model)
     chosen = set(parse_layers(layers, len(stack)))
     wanted = _matcher(modules)
-    everything = [t for t in _candidates(stack, prefix) if t.layer in chosen]
+    first: dict[int, Target] = {}  # by identity: a layer may use the parameters of another (Zamba)
+    used: set[int] = set()  # by the chosen layers
+    for t in _candidates(stack, prefix):
+        first.setdefault(id(t.parameter), t)
+        if t.layer in chosen:
+            used.add(id(t.parameter))
+    everything = [t for key, t in first.items() if key in used]
     found = [t for t in everything if wanted(t.name)]
     if not found:
         kinds = sorted({re.sub(rf"^{re.escape(prefix)}\.\d+\.", "", t.name) for t in everything})
@@ -67,18 +79,53 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     return sorted(set(numbers))
 
 
+def share(model: nn.Module, targets: list[Target], layers: str | None = None) -> float:
+    """Of all weights in the chosen layers, the share that the targets hold."""
+    stack = decoder_layers(model)[1]
+    chosen = parse_layers(layers, len(stack))
+    everything = {id(p): p.numel() for number in chosen for p in stack[number].parameters()}
+    return sum(t.parameter.numel() for t in targets) / max(1, sum(everything.values()))
+
+
 def _candidates(stack: nn.ModuleList, prefix: str) -> Iterator[Target]:
     from transformers.pytorch_utils import Conv1D
 
     for number, layer in enumerate(stack):
         for path, module in layer.named_modules():
-            skipped = isinstance(module, nn.Embedding | nn.modules.conv._ConvNd) or _ROUTERS & set(path.split("."))
-            for short, p in () if skipped else module.named_parameters(recurse=False):
+            parts = path.split(".")
+            if _ROUTERS & set(parts) or any("router" in part for part in parts):
+                continue
+            kind = type(module).__name__
+            linear = isinstance(module, nn.Linear | Conv1D) or kind.endswith("Linear")
+            experts = not linear and ("Expert" in kind or "experts" in parts)
+            for short, p in module.named_parameters(recurse=False) if linear or experts else ():
                 name = ".".join(filter(None, (prefix, str(number), path, short)))
-                if p.ndim == 2 and not short.endswith("bias"):
+                if short.endswith("bias") or p.ndim not in (2, 3):
+                    continue
+                if linear and p.ndim == 2:
                     yield Target(name, p, number, 1, 0 if isinstance(module, Conv1D) else -1)
-                elif p.ndim == 3 and "experts" in path.split("."):
-                    yield Target(name, p, number, p.shape[0] * (2 if "gate_up" in short else 1))
+                elif p.ndim == 3:  # (experts, out, in), or (experts, in, out)
+                    transposed = _is_transposed(module)
+                    halves = "gate_up" in short and not transposed and getattr(module, "is_concatenated", True)
+                    yield Target(name, p, number, p.shape[0] * (2 if halves else 1), -2 if transposed else -1)
+                elif count := _experts(module):  # (experts * inner, hidden), DBRX's
+                    yield Target(name, p, number, count, 0 if short in _DOWN else -1)
+
+
+def _experts(module: nn.Module) -> int:
+    return next((int(getattr(module, n)) for n in ("num_experts", "moe_num_experts") if hasattr(module, n)), 0)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether fused experts are stored as (experts, in, out): said by the module, or by the sizes of its matrices."""
+    said = getattr(module, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    hidden = next((getattr(module, n) for n in ("hidden_size", "hidden_dim") if hasattr(module, n)), None)
+    for name, p in module.named_parameters(recurse=False):
+        if p.ndim == 3 and p.shape[1] != p.shape[2] and hidden in p.shape[1:]:
+            return (p.shape[1] == hidden) != any(word in name for word in _DOWN)
+    return False
 
 
 def _matcher(modules: str) -> Callable[[str], bool]:
