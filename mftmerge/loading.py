@@ -33,7 +33,7 @@ def load_causal_lm(
 
     def load() -> tuple[PreTrainedModel, dict[str, Any]]:
         return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # because of output_loading_info
-            path, dtype=dtype, output_loading_info=True, trust_remote_code=_trusted(trust_remote_code)
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=trusted(trust_remote_code)
         )
 
     model, report = _guarded(path, "as a causal language model", load)
@@ -47,7 +47,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreT
     from transformers import AutoTokenizer
 
     def load() -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=_trusted(trust_remote_code))  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted(trust_remote_code))  # type: ignore[no-any-return]
 
     return _guarded(path, "with its tokenizer", load)
 
@@ -61,7 +61,8 @@ def check_directory(path: Path) -> None:
         Checkpoint.open(path)
 
 
-def _trusted(given: bool | None) -> bool:
+def trusted(given: bool | None) -> bool:
+    """Whether a model's own code may be run; None: as MFTMERGE_TRUST_REMOTE_CODE=1 in the environment says."""
     return os.environ.get("MFTMERGE_TRUST_REMOTE_CODE", "0") not in ("", "0") if given is None else given
 
 

@@ -133,7 +133,7 @@ def plan_result(
         configuration._order = [ModelReference.model_validate(inputs.input(i)) for _, i in document.parts()]
         cache = LoaderCache()
         cache.setup(chosen)
-        cache.loaders = dict(inputs.loaders)  # type: ignore[assignment,misc] - this thread's own, see merge.py
+        cache.loaders = dict(inputs.loaders)  # type: ignore[assignment,misc]  # this thread's own, see merge.py
         try:
             return result, _plan(result, inputs, configuration, chosen)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, NotImplementedError) as e:

@@ -48,7 +48,7 @@ def _take_from_layers(
     if not layers:
         return
     for key in inner(layers[0][0]).to_dict():
-        lists = [getattr(own, key, None) for own, _, _ in layers]
+        lists: list[Any] = [getattr(own, key, None) for own, _, _ in layers]
         if any(word in key for word in NOT_OF_LAYERS) or not all(isinstance(v, list | tuple) for v in lists):
             continue
         if key in INDICES:

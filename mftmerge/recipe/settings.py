@@ -12,27 +12,30 @@ from mftmerge.settings import Settings
 class MergeSettings(Settings):
     """What a recipe's checks need to know, for `build`, `export` and a dry run."""
 
-    allow_lost: bool = Field(False, description="build without tensors of an input that would reach no output")
-    allow_crimes: bool = Field(False, description="merge models of different architectures")
-    trust_remote_code: bool = Field(False, description="run code that comes with a model (danger)")
-    lora_merge_dtype: str | None = Field(None, description="dtype in which adapters are merged into their models")
-    lazy_unpickle: bool = Field(False, description="read pickled weights piece by piece, for less memory")
+    allow_lost: bool = Field(default=False, description="build without tensors of an input that would reach no output")
+    allow_crimes: bool = Field(default=False, description="merge models of different architectures")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with a model (danger)")
+    lora_merge_dtype: str | None = Field(default=None, description="dtype in which adapters are merged")
+    lazy_unpickle: bool = Field(default=False, description="read pickled weights piece by piece, for less memory")
 
     def of_mergekit(self) -> dict[str, Any]:
         """mergekit's options among them."""
-        return self.model_dump(include={"allow_crimes", "trust_remote_code", "lora_merge_dtype", "lazy_unpickle"})
+        from mftmerge.loading import trusted  # numpy, which `build --help` need not import
+
+        found = self.model_dump(include={"allow_crimes", "lora_merge_dtype", "lazy_unpickle"})
+        return found | {"trust_remote_code": trusted(self.trust_remote_code or None)}
 
 
 class BuildSettings(MergeSettings):
     """The options of `build` and of `mftmerge build`."""
 
-    overwrite: bool = Field(False, description="replace what is at OUT")
-    seed: int | None = Field(None, description="seed of methods that draw random numbers (dare, della)")
-    device: str = Field("cpu", description="where mergekit does arithmetic: cpu, cuda")
-    cuda: bool = Field(False, description="the same as --device cuda")
-    num_threads: int | None = Field(None, ge=1, description="tensors merged at a time (default: one a core)")
-    out_shard_size: str = Field("5B", description="bytes a file of weights at most, such as 500M or 5B")
-    require_finite: bool = Field(False, description="fail when a weight of the result is infinite or not a number")
+    overwrite: bool = Field(default=False, description="replace what is at OUT")
+    seed: int | None = Field(default=None, description="seed of methods that draw random numbers (dare, della)")
+    device: str = Field(default="cpu", description="where mergekit does arithmetic: cpu, cuda")
+    cuda: bool = Field(default=False, description="the same as --device cuda")
+    num_threads: int | None = Field(default=None, ge=1, description="tensors merged at a time (default: one a core)")
+    out_shard_size: str = Field(default="5B", description="bytes a file of weights at most, such as 500M or 5B")
+    require_finite: bool = Field(default=False, description="fail when a weight is infinite or not a number")
 
     @property
     def shard_bytes(self) -> int:
