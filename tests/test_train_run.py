@@ -432,3 +432,78 @@ def test_the_command_prints_one_line_of_json(base: Path, tmp_path: Path, capsys:
         main(["train", "-m", str(base), "-o", str(out)])
     assert done.value.code == 2
     assert "--data is missing" in capsys.readouterr().err
+
+
+# -- the published code's choices --
+
+
+def test_rows_may_count_equally_whatever_their_length(base: Path) -> None:
+    """Ten rows of one token and one of many: by token the long one decides, by row it is one of eleven."""
+    model, tokenizer = loaded(base)
+    short = [{"input_ids": [5 + i, 6, 7], "labels": [-100, -100, 7]} for i in range(3)]
+    rows = [*short, {"input_ids": list(range(5, 45)), "labels": [-100, *range(6, 45)]}]
+    from mftmerge.loss import row_losses
+
+    losses = row_losses(model, rows)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "layers": "3", "steps": 1, "eval_share": 0, "keep": 1.0}
+    expected = {"token": losses[:, 0].sum() / losses[:, 1].sum(), "row": (losses[:, 0] / losses[:, 1]).mean()}
+    for average, value in expected.items():
+        for how in ({"batch_size": 4}, {"batch_size": 2, "accumulate": 2}, {"packing": True, "max_length": 64}):
+            found = train_mask(model, rows, None, loss_average=average, **common, **how)  # type: ignore[arg-type]
+            assert found.history[-1]["loss"] == pytest.approx(value, rel=1e-5)
+
+
+def test_the_preset_gives_the_published_values_and_options_win() -> None:
+    paper = TrainSettings.make({"preset": "paper"})
+    assert (paper.init, paper.reference_rounding, paper.reference_schedule) == ("normal", True, True)
+    assert (paper.loss_average, paper.epochs, paper.batch_size * paper.accumulate) == ("row", 2.0, 128)
+    assert (paper.lr, paper.max_length) == (2e-5, 4096)
+    own = TrainSettings.make({"preset": "paper", "steps": 30, "lr": 1e-3})
+    assert (own.steps, own.epochs, own.lr) == (30, None, 1e-3)
+    with pytest.raises(BadInput, match="give one of them"):
+        TrainSettings.make({"steps": 3, "epochs": 1})
+
+
+def test_the_published_schedule_is_transformers_linear_one() -> None:
+    from transformers import get_linear_schedule_with_warmup
+
+    from mftmerge.train.loop import factor
+
+    settings = TrainSettings.make({"reference_schedule": True, "steps": 70, "warmup": 0.1})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 7, 70)
+    for step in range(70):
+        assert factor(step, settings) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_epochs_are_counted_in_rows_and_written_as_steps(base: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"layers": "3", "epochs": 1.5, "batch_size": 8, "accumulate": 2, "eval_share": 0}
+    result = train_mask(base, ROWS[:40], tmp_path / "a.mask", settings=settings)
+    assert len(result.history) == 5  # 5 batches, 3 steps an epoch
+    assert yaml.safe_load((tmp_path / "a.mask.yaml").read_text())["steps"] == 5
+
+
+def test_attention_and_the_rest_may_keep_different_shares(base: Path) -> None:
+    result = train_mask(base, ROWS[:20], layers="3", steps=2, keep_attn=0.8, keep_warmup=2)
+    for name in result.mask.names:
+        assert result.mask.density(name) == pytest.approx(0.8 if "attn" in name else 0.9, abs=1e-3)
+
+
+def test_rows_are_not_packed_for_a_model_that_mixes_them() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(**sizes))
+    rows = [{"input_ids": [5 + i, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]} for i in range(8)]
+
+    class Tokenizer:
+        pad_token_id = eos_token_id = 0
+
+    notes: list[str] = []
+    common: dict[str, Any] = {"tokenizer": Tokenizer(), "steps": 2, "batch_size": 4, "eval_share": 0}
+    result = train_mask(model, rows, packing=True, note=notes.append, **common)
+    assert "rows are not packed" in notes[0]
+    assert result.mask.digest == train_mask(model, rows, **common).mask.digest

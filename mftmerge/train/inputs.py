@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from mftmerge.errors import BadInput
 from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
 from mftmerge.loss import token_losses
 from mftmerge.naming import decoder_layers
-from mftmerge.train import memory, scores, sharding
+from mftmerge.train import batches, memory, scores, sharding
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.targets import Target
+from mftmerge.train.targets import Target, is_attention
 
 
 def require_logger(name: str) -> None:
@@ -104,6 +105,38 @@ def read_rows(
         return rows, []
     order = random.Random(settings.seed).sample(range(len(rows)), len(rows))
     return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def packed(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    say: Callable[[str], None],
+) -> list[batches.Pack]:
+    """Rows put together, where that is asked for and the model keeps them apart; else none, and said why."""
+    if not settings.packing:
+        return []
+    packs = batches.pack(rows, settings.max_length)
+    if why := batches.leak(model, packs, pad_id(tokenizer)):
+        say(f"this model does not keep packed rows apart ({why}): rows are not packed")
+        return []
+    return packs
+
+
+def with_steps(settings: TrainSettings, rows: int) -> TrainSettings:
+    """The settings with the steps that their epochs come to."""
+    if settings.epochs is None:
+        return settings
+    steps = batches.steps_of(settings.epochs, rows, settings)
+    return TrainSettings.make({**settings.model_dump(exclude_unset=True), "steps": steps, "epochs": None})
+
+
+def with_keep(targets: Sequence[Target], settings: TrainSettings) -> list[Target]:
+    """Targets with the shares that attention and the rest keep, where these are given apart."""
+    shares = {True: settings.keep_attn, False: settings.keep_mlp}
+    own = {t.name: shares[is_attention(t.name)] for t in targets}
+    return [t if own[t.name] is None else replace(t, keep=str(own[t.name])) for t in targets]
 
 
 def dropped_values(

@@ -21,20 +21,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE, Tokens
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.loss import Losses, mean_loss, padded, token_losses
+from mftmerge.loss import Losses, mean_loss, token_losses
 from mftmerge.progress import Progress, Step
+from mftmerge.train.batches import Batch, labelled_rows, loader, row_numbers, row_shares
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.sharding import Shard
 from mftmerge.train.stops import Interrupted, Stops
 from mftmerge.train.targets import Target
 
 COMPLETE = "complete"  # the file that is written last into a checkpoint: one without it is never used
-Batch = dict[str, Tensor]
 Entry = dict[str, Any]  # of the history: step, loss, lr, grad_norm, flipped, density, validation
 
 
@@ -151,7 +150,7 @@ class Loop:
             log_with=None if settings.log_to == "none" else settings.log_to,
             project_dir=logs.parent if logs else None,
         )
-        self.batches = self.accelerator.prepare(_loader(rows, settings, pad))
+        self.batches = self.accelerator.prepare(loader(model, rows, settings.batch_size, pad))
         # A model whose parameters are sharded already (FSDP2) is not wrapped again.
         wrap = self.accelerator.num_processes > 1 and not self.sharded
         self.call: torch.nn.Module = self.accelerator.prepare(model) if wrap else model
@@ -222,16 +221,20 @@ class Loop:
             self._due = False
 
     def _gradients(self, batches: Sequence[Batch]) -> float:
-        """Gradients of the mean token loss over the batches of one step, of all ranks; gives that loss."""
+        """Gradients of the mean loss over the tokens (or rows) of one step, of all ranks; gives that loss."""
         ranks = self.accelerator.num_processes
-        count = sum((b["labels"][:, 1:] != IGNORE).sum() for b in batches)
+        by_row = self.settings.loss_average == "row"
+        count = sum(labelled_rows(b) if by_row else (b["labels"][:, 1:] != IGNORE).sum() for b in batches)
         count = self.accelerator.gather(torch.as_tensor(count, device=self.accelerator.device)).sum().clamp(min=1)
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(batches):
             with self._synchronised(last=i == len(batches) - 1):
-                losses, _ = token_losses(
+                rows = row_numbers(batch) if by_row else None
+                losses, wanted = token_losses(
                     self.model, batch.pop("input_ids"), batch.pop("labels"), call=self.call, **batch
                 )
+                if rows is not None:
+                    losses = losses * row_shares(rows[wanted])
                 # DDP and FSDP average gradients over ranks, and the count is of all ranks.
                 loss = losses.sum() * ranks / count
                 self.accelerator.backward(loss)
@@ -326,30 +329,10 @@ def last_checkpoint(directory: Path) -> Path | None:
 def factor(step: int, settings: TrainSettings) -> float:
     """Of the learning rate at a step from 0: linear warm-up (the first step moves already), then linear decay."""
     steps, warm = settings.steps, settings.warmup_steps
+    if settings.reference_schedule:  # the published code's: transformers' linear schedule
+        warm = int(settings.warmup * steps)
+        return step / max(1, warm) if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
     return min(1.0, (step + 1) / max(1, warm)) * min(1.0, max(0, steps - step) / max(1, steps - warm))
-
-
-def _loader(rows: Sequence[Tokens], settings: TrainSettings, fill: int) -> DataLoader[Any]:
-    """Batches in an order that the seed decides; packed rows come one after the other in one sequence."""
-    if not settings.packing:
-
-        def collate(batch: list[Tokens]) -> Batch:
-            ids, labels, _ = padded(batch, fill=fill)  # padding is on the right: a causal model never looks there
-            return {"input_ids": ids, "labels": labels}
-
-        return DataLoader(rows, settings.batch_size, sampler=RandomSampler(rows), collate_fn=collate)  # type: ignore[arg-type]
-    from datasets import Dataset
-    from trl.data_utils import pack_dataset
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    packed = pack_dataset(Dataset.from_list([dict(r) for r in rows]), settings.max_length, "bfd")
-    flat = DataCollatorForLanguageModeling(fill, padding_free=True)
-
-    def joined(batch: list[dict[str, Any]]) -> Batch:
-        whole = flat(batch)
-        return {k: whole[k] for k in ("input_ids", "labels", "position_ids")}
-
-    return DataLoader(packed, settings.batch_size, sampler=RandomSampler(packed), collate_fn=joined)  # type: ignore[arg-type]
 
 
 def random_state() -> dict[str, Any]:

@@ -168,8 +168,16 @@ class MaskOptimizer(torch.optim.Optimizer):
     @property
     def current_keep(self) -> Fraction:
         """The share kept now: it falls in equal steps from 1 to `keep` during the keep warm-up."""
-        done = Fraction(min(self.steps, self.keep_warmup), self.keep_warmup) if self.keep_warmup else Fraction(1)
-        return 1 - (1 - self.keep) * done
+        return 1 - (1 - self.keep) * self._done
+
+    @property
+    def _done(self) -> Fraction:
+        """The share of the keep warm-up that is behind."""
+        return Fraction(min(self.steps, self.keep_warmup), self.keep_warmup) if self.keep_warmup else Fraction(1)
+
+    def _keep(self, target: Target, done: Fraction) -> Fraction:
+        """The share of a target that is kept when `done` of the keep warm-up is behind."""
+        return 1 - (1 - (self.keep if target.keep is None else cut.exact(target.keep))) * done
 
     def drop_count(self, size: int, keep: Fraction) -> int:
         """How many of `size` weights are dropped."""
@@ -180,9 +188,11 @@ class MaskOptimizer(torch.optim.Optimizer):
         score: Tensor = self.state[target.parameter]["score"]
         return score if self.signed else score.abs()
 
-    def _for_each_kept(self, keep: Fraction, use: Callable[[Target, Tensor], Result]) -> list[Result]:
+    def _for_each_kept(self, done: Fraction, use: Callable[[Target, Tensor], Result]) -> list[Result]:
         """`use(target, booleans of its local rows)` for each target; no more of them exist than there are threads."""
-        whole = self._global_cut(keep) if self.pattern is None and self.scope == "global" else None
+        whole = (
+            self._global_cut(1 - (1 - self.keep) * done) if self.pattern is None and self.scope == "global" else None
+        )
 
         def one(numbered: tuple[int, Target]) -> Result:
             number, t = numbered
@@ -191,7 +201,7 @@ class MaskOptimizer(torch.optim.Optimizer):
                 return use(t, selection.keep_pattern(values, *self.pattern, dim=t.input_dim))
             if whole is not None:
                 return use(t, whole.keep(number, values))
-            shard, shape = Shard.of(t.parameter), t.parameter.shape
+            shard, shape, keep = Shard.of(t.parameter), t.parameter.shape, self._keep(t, done)
             return use(t, shard.keep_top(values, shape, t.blocks, lambda n: self.drop_count(n, keep)))
 
         numbered = list(enumerate(self.targets))
@@ -216,7 +226,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             local.copy_(new)
             return int(changed)
 
-        self.flipped = sum(self._for_each_kept(self.current_keep, write))
+        self.flipped = sum(self._for_each_kept(self._done, write))
         torch.clear_autocast_cache()  # inside autocast, passes would go on with the weights that were cast before
 
     def _select(self, target: Target, kept: Tensor) -> Tensor:
@@ -230,12 +240,12 @@ class MaskOptimizer(torch.optim.Optimizer):
 
         With sharded parameters every rank must call it, and every rank gets whole tensors.
         """
-        keep = self.keep if final else self.current_keep
+        done = Fraction(1) if final else self._done
 
         def whole(t: Target, kept: Tensor) -> Tensor:
             return Shard.of(t.parameter).whole(kept, t.parameter).cpu()
 
-        return dict(zip((t.name for t in self.targets), self._for_each_kept(keep, whole), strict=True))
+        return dict(zip((t.name for t in self.targets), self._for_each_kept(done, whole), strict=True))
 
     def scores(self) -> dict[str, Tensor]:
         """float32 scores on the CPU by parameter name (copies; whole tensors on every rank)."""

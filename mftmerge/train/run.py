@@ -7,7 +7,7 @@ import logging
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,7 @@ def train_mask(
     checkpoint has been saved if `out` is given (`resume` continues from it). SIGTERM does the same and then what it
     did before.
     """
-    given = settings.model_dump() if isinstance(settings, TrainSettings) else dict(settings or {})
+    given = settings.model_dump(exclude_unset=True) if isinstance(settings, TrainSettings) else dict(settings or {})
     if isinstance(prefix, str):
         overrides["prefix"], prefix = prefix, None
     chosen = TrainSettings.make({**given, **overrides})
@@ -101,7 +101,10 @@ def train_mask(
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
         rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen)
+        packs = inputs.packed(loaded, rows, tokenizer, chosen, say)
+        chosen = inputs.with_steps(chosen, len(packs or rows))
         run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)
+        run.batched = packs or rows
         resumed = place.checkpoint(run.identity()) if out is not None else None
         if resume:
             say(
@@ -144,7 +147,8 @@ class _Run:
         self.model, self.tokenizer, self.reference = model, tokenizer, reference
         self.rows, self.valid, self.settings, self.say, self.progress = rows, valid, settings, say, progress
         self.logs = Path(f"{out or 'mftmerge'}.logs")
-        self.targets = targets.find(model, settings.layers, settings.modules)
+        self.batched: Sequence[Any] = rows  # what a step takes: rows, or packs of them
+        self.targets = inputs.with_keep(targets.find(model, settings.layers, settings.modules), settings)
         self.layers = sorted({t.layer for t in self.targets})
         self.cache = cache or self._new_cache()
         if self.cache is not None:
@@ -198,6 +202,10 @@ class _Run:
         best = Best(optimizer, self.settings, self.losses if self.valid else None, self.progress)
         try:
             self._announce(first)
+            if save and self.settings.steps:
+                # The old checkpoint goes when the new one is complete, so that for a moment there are two.
+                size = 2 * sum(t.parameter.numel() for t in self.targets) * self.settings.checkpoint_bytes
+                self.say(f"checkpoints take up to {size / 2**20:.0f} MiB of disk ({directory})")
             if resume is None:
                 best.consider(0)
                 if self.valid:
@@ -213,7 +221,7 @@ class _Run:
             losses |= run_controls(
                 self.model,
                 self.targets,
-                self.rows,
+                self.batched,
                 self.settings,
                 self.losses,
                 dropped=dropped,
@@ -225,7 +233,7 @@ class _Run:
     def _loop(self, optimizer: MaskOptimizer, best: Best, place: Path | None, resume: Path | None) -> None:
         loop = Loop(
             self.model,
-            self.rows,
+            self.batched,
             optimizer,
             best,
             self.settings,
@@ -330,7 +338,7 @@ class _Run:
             "gained": gained,
         }
         info = MaskInfo(
-            keep=None if self.settings.pattern else self.settings.keep,
+            keep=None if self.settings.pattern or any(t.keep for t in self.targets) else self.settings.keep,
             base=self.reference or None,
             fingerprints={n: checkpoint.fingerprint(n) for n in kept} if checkpoint else {},
             training=training,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,25 @@ TRAVEL = 0.0125
 LR_CAP = 1e-3  # of the default learning rate: runs of less than 25 steps travel less instead of leaping at the start
 
 
+# The published code's values (arXiv 2503.22764). A batch of 128 rows, one at a time.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "init": "normal",
+        "keep": 0.9,
+        "seed": 42,
+        "lr": 2e-5,
+        "warmup": 0.03,
+        "reference_schedule": True,
+        "reference_rounding": True,
+        "loss_average": "row",
+        "epochs": 2.0,
+        "batch_size": 1,
+        "accumulate": 128,
+        "max_length": 4096,
+    }
+}
+
+
 class TrainSettings(Settings):
     """Settings of `train_mask`."""
 
@@ -23,6 +42,8 @@ class TrainSettings(Settings):
     keep: float = Field(0.9, gt=0, le=1, description="share of weights kept in each matrix")
     layers: str | None = Field(None, description="decoder layers, such as 4-7; the last four by default")
     modules: str = Field("attn,mlp", description="matrices: attn, mlp, names such as q_proj, or a regular expression")
+    keep_attn: float | None = Field(None, gt=0, le=1, description="keep of attention's matrices, if another")
+    keep_mlp: float | None = Field(None, gt=0, le=1, description="keep of all other matrices, if another")
     scope: Literal["matrix", "global"] = Field("matrix", description="one cut a matrix, or one over all")
     pattern: str | None = Field(None, description="N:M sparsity such as 2:4, instead of keep")
     base: str | None = Field(None, description="learn a mask over the difference from this model instead")
@@ -38,13 +59,21 @@ class TrainSettings(Settings):
     scores: bool = Field(False, description="store final and initial scores in the mask, for score arithmetic")
 
     # The steps
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: the published code's values, where no other is given"
+    )
     steps: int = Field(60, ge=0, description="optimiser steps")
+    epochs: float | None = Field(None, gt=0, description="times that all rows are seen, instead of steps")
     batch_size: int = Field(8, ge=1, description="rows in a forward pass, on each device")
     accumulate: int = Field(1, ge=1, description="forward passes in a step")
     lr: float | None = Field(
         None, gt=0, description="learning rate of the scores; by default 2 * 0.0125 / steps, at most 0.001"
     )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps over which the learning rate rises")
+    reference_schedule: bool = Field(False, description="rise from rate 0 in int(warmup * steps), as published")
+    loss_average: Literal["token", "row"] = Field(
+        "token", description="what counts equally in a step's loss; the published code's is row"
+    )
     clip: float | None = Field(1.0, gt=0, description="largest norm of the score gradients")
 
     # The data
@@ -78,12 +107,25 @@ class TrainSettings(Settings):
             raise ValueError("give N:M with 0 < N < M, such as 2:4")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        """A preset's values below those that are given; `steps` and `epochs` are two ways to say one thing."""
+        if not isinstance(given, dict):
+            return given
+        preset = PRESETS.get(str(given.get("preset")), {})
+        if given.get("epochs") is not None and "steps" in given:
+            raise ValueError("steps and epochs say the same; give one of them")
+        return {k: v for k, v in preset.items() if k != "epochs" or "steps" not in given} | given
+
     @model_validator(mode="after")
     def _together(self) -> TrainSettings:
-        if self.keep_warmup and self.keep_warmup > self.steps:
+        if self.keep_warmup and self.keep_warmup > self.steps and self.epochs is None:
             raise ValueError(f"keep_warmup {self.keep_warmup} is longer than the run's {self.steps} steps")
         if self.pattern and (self.keep_warmup or self.scope == "global"):
             raise ValueError("pattern fixes the share kept: leave keep_warmup and scope out")
+        if (self.keep_attn or self.keep_mlp) and (self.pattern or self.scope == "global"):
+            raise ValueError("keep_attn and keep_mlp need a cut in each matrix: leave pattern and scope out")
         return self
 
     # -- what follows from the settings -------------------------------------------------------------------------------
@@ -100,6 +142,11 @@ class TrainSettings(Settings):
     @property
     def warmup_steps(self) -> int:
         return math.ceil(self.warmup * self.steps)
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Bytes of a checkpoint for each masked weight: score, moments, the best mask, and its scores if stored."""
+        return 4 + (8 if self.adam_bits == 32 else 2 + 8 / 256) + 1 + 4 * self.scores
 
     @property
     def every(self) -> int:

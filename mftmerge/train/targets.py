@@ -37,6 +37,7 @@ class Target:
     layer: int
     blocks: int = 1
     input_dim: int = -1
+    keep: str | None = None  # share kept where it is not that of all targets
 
 
 def find(model: nn.Module, layers: str | None = None, modules: str = "attn,mlp") -> list[Target]:
@@ -134,8 +135,7 @@ def _matcher(modules: str) -> Callable[[str], bool]:
 
         def matches(name: str) -> bool:
             path = name.split(".")
-            attention = any("attn" in p or "attention" in p for p in path)
-            return bool(parts & {*path, "attn" if attention else "mlp"})
+            return bool(parts & {*path, "attn" if is_attention(name) else "mlp"})
 
         return matches
     try:
@@ -143,6 +143,11 @@ def _matcher(modules: str) -> Callable[[str], bool]:
     except re.error as e:
         raise BadInput(f"--modules {modules}: not a regular expression ({e})") from None
     return lambda name: bool(expression.search(name))
+
+
+def is_attention(name: str) -> bool:
+    """Whether a parameter belongs to an attention block; all others count as the MLP's."""
+    return any("attn" in p or "attention" in p for p in name.split("."))
 
 
 def freeze_others(model: nn.Module, targets: list[Target]) -> dict[str, bool]:

@@ -1,0 +1,116 @@
+"""Tokenised rows in batches: padded, or packed one after the other, and whether a model keeps packed rows apart."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import PreTrainedModel
+
+from mftmerge.data import IGNORE, Tokens
+from mftmerge.loss import padded, token_losses
+from mftmerge.train.settings import TrainSettings
+
+Batch = dict[str, Any]  # input_ids and labels, (rows, length), and what else the model's forward takes
+Pack = dict[str, list[int]]  # as Tokens, of several rows, with their seq_lengths
+# What attention with variable lengths and recurrent layers need to know, besides positions, of where rows begin.
+_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def pack(rows: Sequence[Tokens], length: int) -> list[Pack]:
+    """Rows put together into sequences of at most `length` tokens, best fit first, none cut in two."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    return list(pack_dataset(Dataset.from_list([dict(r) for r in rows]), length, "bfd"))
+
+
+def loader(model: PreTrainedModel, rows: Sequence[Tokens] | Sequence[Pack], size: int, fill: int) -> DataLoader[Any]:
+    """Batches of `size` rows or packs, in an order that the seed decides."""
+
+    def collate(batch: list[Any]) -> Batch:
+        return joined(model, batch, fill) if "seq_lengths" in batch[0] else _padded(batch, fill)
+
+    return DataLoader(rows, size, sampler=RandomSampler(rows), collate_fn=collate)  # type: ignore[arg-type]
+
+
+def _padded(rows: list[Tokens], fill: int) -> Batch:
+    ids, labels, _ = padded(rows, fill=fill)  # padding is on the right: a causal model never looks there
+    return {"input_ids": ids, "labels": labels}
+
+
+def joined(model: PreTrainedModel, packs: list[Pack], fill: int) -> Batch:
+    """Packs as one sequence, with where each row begins in all the ways that the model can be told."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    whole = DataCollatorForLanguageModeling(fill, padding_free=True)(packs)
+    known = inspect.signature(model.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    names = ("input_ids", "labels", "position_ids", *(n for n in _BORDERS if anything or n in known))
+    return {n: whole[n] for n in names if n in whole}
+
+
+def row_numbers(batch: Batch) -> Tensor:
+    """For each position of a batch the number of its row: (rows, length)."""
+    if "position_ids" in batch:
+        return (batch["position_ids"] == 0).cumsum(1)
+    ids: Tensor = batch["input_ids"]
+    return torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
+
+
+def labelled_rows(batch: Batch) -> Tensor:
+    """How many rows of a batch have a label that a loss sees."""
+    wanted = batch["labels"][:, 1:] != IGNORE
+    return torch.tensor(row_numbers(batch)[:, 1:][wanted].unique().numel(), device=wanted.device)
+
+
+def row_shares(rows: Tensor) -> Tensor:
+    """For each labelled token, given the number of its row, what it counts when every row counts 1."""
+    return 1.0 / rows.bincount()[rows]
+
+
+@torch.no_grad()
+def leak(model: PreTrainedModel, packs: Sequence[Pack], fill: int) -> str:
+    """Why rows must not be packed for this model: packed, their tokens have other losses than apart. "" where not.
+
+    Tried on the first pack of several rows. State that is carried from row to row, or attention across them, shows.
+    """
+    several = next((p for p in packs if len(p["seq_lengths"]) > 1), None)
+    if several is None:
+        return ""
+    training = model.training
+    model.eval()
+    try:
+        batch = {
+            k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in joined(model, [several], fill).items()
+        }
+        together, _ = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)
+        apart, at = [], 0
+        for length in several["seq_lengths"]:
+            ids, labels = (several[k][at : at + length] for k in ("input_ids", "labels"))
+            apart.append(token_losses(model, *(torch.tensor([x], device=model.device) for x in (ids, labels)))[0])
+            at += length
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # whatever a model's own code raises for inputs that it does not know
+        return (str(e).splitlines() or [type(e).__name__])[0]
+    finally:
+        model.train(training)
+    separate = torch.cat(apart)
+    difference = (together - separate).abs()
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    same = bool(difference.max() <= 1e-4) if exact else bool(difference.mean() <= 0.05)
+    return "" if same else f"loss {float(together.mean()):.4f} packed, {float(separate.mean()):.4f} apart"
+
+
+def steps_of(epochs: float, rows: int, settings: TrainSettings) -> int:
+    """Optimiser steps in which so many rows (or packs) are seen `epochs` times, by all processes together."""
+    batches = -(-rows // settings.batch_size)
+    own = -(-batches // int(os.environ.get("WORLD_SIZE", "1")))
+    return max(1, math.ceil(epochs * -(-own // settings.accumulate)))
