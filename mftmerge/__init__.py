@@ -14,16 +14,21 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.apply import apply_mask as apply_mask
     from mftmerge.combine import combine as combine_masks  # noqa: F401
     from mftmerge.combine import combine_files as combine_files
+    from mftmerge.derive import DiffSettings as DiffSettings
+    from mftmerge.derive import diff_mask as diff_mask
+    from mftmerge.derive import import_mask as import_mask
     from mftmerge.errors import BadInput as BadInput
     from mftmerge.errors import MftmergeError as MftmergeError
     from mftmerge.evaluate.choosing import choose_combination as choose_combination
     from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
+    from mftmerge.inspection import inspect as inspect
     from mftmerge.live import attach as attach
     from mftmerge.mask import Mask as Mask
     from mftmerge.mask import MaskInfo as MaskInfo
     from mftmerge.mask import Parent as Parent
     from mftmerge.operations import operation as operation
+    from mftmerge.overlap import compare as compare
     from mftmerge.recipe.build import build as build_recipe  # noqa: F401
     from mftmerge.recipe.export import export as export_recipe  # noqa: F401
     from mftmerge.recipe.extend import merge_method as merge_method

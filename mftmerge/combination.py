@@ -12,6 +12,7 @@ from mftmerge import bits, cut, operations
 from mftmerge.bits import Words
 from mftmerge.errors import BadInput
 from mftmerge.mask import PIECE, Mask
+from mftmerge.maskstore import require_one_kind
 from mftmerge.operations import Operation, find
 
 SCORED_PIECE = 1 << 17  # weights handled at a time where scores (4 bytes each, several times) are read too
@@ -37,7 +38,7 @@ class Combination:
         self.options = {k: v for k, v in options.items() if v is not None and v is not False}
         self.notes: list[str] = []
         self._check_arguments()
-        self._check_kinds()
+        require_one_kind({label: mask.info for label, mask in zip(self.names, self.masks, strict=True)})
         self.shapes = self._shapes()
         if self.op.ballots is None:
             self._check_scores()
@@ -67,15 +68,6 @@ class Combination:
             self.options["threshold"] = int(value) if kind == "count" else float(value)
         if kind == "count" and value > len(self.masks):
             raise BadInput(f"threshold {value} is above the number of masks, {len(self.masks)}; give fewer, or a share")
-
-    def _check_kinds(self) -> None:
-        """Bits over weights and bits over a delta mean different things: kept weights, and kept changes."""
-        kinds = {mask.info.on: label for label, mask in zip(self.names, self.masks, strict=True)}
-        if len(kinds) > 1:
-            raise BadInput(
-                f"{kinds['delta']} keeps changes from another model (on: delta), {kinds['weights']} keeps weights; "
-                "they do not combine: apply one, then the other"
-            )
 
     @property
     def allowed(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from mftmerge.files import refuse_existing
 from mftmerge.mask import PIECE, Mask, MaskInfo, Parent
 from mftmerge.maskfile import MaskWriter, compress
 from mftmerge.maskheader import BLOCK
+from mftmerge.maskstore import combined
 from mftmerge.operations import OPERATIONS
 
 __all__ = ["OPERATIONS", "CombineReport", "InputReport", "combine", "combine_files"]
@@ -209,49 +210,18 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], jobs: Iterable[T
             future.cancel()
 
 
-def _common(values: Iterable[Any]) -> Any:
-    """The value that all share, None where they differ."""
-    distinct = {repr(v): v for v in values}
-    return next(iter(distinct.values())) if len(distinct) == 1 else None
-
-
 def _describe(combination: Combination) -> MaskInfo:
-    """The header of the result: what is common to the inputs, the operation, and the inputs as parents."""
+    """The header of the result."""
     infos = [m.info for m in combination.masks]
-    for what, bases in (("bases", {i.base for i in infos}), ("bases of the delta", {i.delta_base for i in infos})):
-        if len(bases - {None}) > 1:
-            combination.notes.append(f"masks name different {what}: {', '.join(sorted(map(str, bases - {None})))}")
-    fingerprints, differing = _common_prints([i.fingerprints for i in infos], combination.shapes)
-    delta_fingerprints, _ = _common_prints([i.delta_fingerprints for i in infos], combination.shapes)
-    if differing:
-        combination.notes.append(f"{differing} tensors had different base weights when the masks were made")
     weights = combination.options.get("weights") or [None] * len(infos)
     parents = [
         Parent(label, mask.digest, weight, mask.info.operation, mask.info.options, mask.info.parents)
         for label, mask, weight in zip(combination.names, combination.masks, weights, strict=True)
     ]
-    return MaskInfo(
-        keep=None if combination.density is None else float(cut.exact(combination.density)),
-        base=_common(i.base for i in infos if i.base is not None),
-        fingerprints=fingerprints,
-        operation=combination.op.name,
-        options=_written(combination),
-        parents=tuple(parents),
-        on=infos[0].on,  # all alike: a combination of both kinds is refused
-        delta_base=_common(i.delta_base for i in infos if i.delta_base is not None),
-        delta_fingerprints=delta_fingerprints,
-    )
-
-
-def _common_prints(given: Sequence[dict[str, str]], covered: Mapping[str, object]) -> tuple[dict[str, str], int]:
-    """Fingerprints of covered tensors on which all agree that have one, and for how many tensors they do not."""
-    found: dict[str, str] = {}
-    differing: set[str] = set()
-    for prints in given:
-        for name, value in prints.items():
-            if name in covered and found.setdefault(name, value) != value:
-                differing.add(name)
-    return {n: v for n, v in found.items() if n not in differing}, len(differing)
+    keep = None if combination.density is None else float(cut.exact(combination.density))
+    info, notes = combined(infos, combination.shapes, combination.op.name, _written(combination), parents, keep)
+    combination.notes += notes
+    return info
 
 
 def _written(combination: Combination) -> dict[str, Any]:

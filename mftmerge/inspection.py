@@ -11,7 +11,7 @@ from mftmerge import bits
 from mftmerge.errors import BadInput, shown
 from mftmerge.maskfile import MaskFile
 from mftmerge.maskheader import info_json
-from mftmerge.maskstore import MaskInfo
+from mftmerge.maskstore import MaskInfo, Store
 from mftmerge.names import layer_of, module_of
 
 Key = TypeVar("Key", int | None, str)
@@ -31,7 +31,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A mask file's content. file_bytes includes the header; bits_per_weight counts the bits of the mask alone."""
+    """A mask's content. bits_per_weight counts the bits of the mask alone.
+
+    file_bytes includes the header; 0 for a mask in memory.
+    """
 
     path: str
     file_bytes: int
@@ -87,28 +90,37 @@ def group(tensors: Mapping[str, Share], key: Callable[[str], Key]) -> dict[Key, 
 def inspect(path: str | Path) -> Inspection:
     """Read a mask file whole, checking each tensor's bits, count and check sum. Raises BadInput."""
     file = MaskFile(path)
+    return inspect_store(file, file.info, str(path))
+
+
+def inspect_store(store: Store, info: MaskInfo, path: str) -> Inspection:
+    """The same of an open file or of arrays in memory; path: how it is called in messages."""
+    file = store if isinstance(store, MaskFile) else None
     tensors = {}
-    for name in file.names:
-        kept = sum(map(bits.count, file.pieces(name)))
-        if kept != file.count(name):
-            raise BadInput(f"{path}: tensor {name!r} keeps {kept} weights, its header says {file.count(name)}")
-        file.verify_scores(name)
-        tensors[name] = Share(file.size(name), kept)
+    for name in store.names:
+        kept = sum(map(bits.count, store.pieces(name)))
+        if kept != store.count(name):
+            raise BadInput(f"{path}: tensor {name!r} keeps {kept} weights, its header says {store.count(name)}")
+        store.verify_scores(name)
+        tensors[name] = Share(store.size(name), kept)
     total = Share(sum(s.size for s in tensors.values()), sum(s.kept for s in tensors.values()))
-    stored = sum(e.stop - e.start for e in file.header.entries.values())
-    where = file.header.sidecar if file.header.sidecar and file.has_scores else "embedded" if file.has_scores else None
+    if file is not None:
+        stored = sum(e.stop - e.start for e in file.header.entries.values())
+    else:
+        stored = sum(bits.nbytes(s.size) for s in tensors.values())
+    sidecar = file.header.sidecar if file is not None else None
     return Inspection(
-        path=str(path),
-        file_bytes=file.path.stat().st_size,
+        path=path,
+        file_bytes=file.path.stat().st_size if file is not None else 0,
         bits_per_weight=8 * stored / total.size if total.size else 0.0,
-        archive=file.header.archive,
-        scores=where,
-        initial_scores=file.has_initial_scores,
-        digest=file.digest(),
+        archive=file is not None and file.header.archive,
+        scores=(sidecar or "embedded") if store.has_scores else None,
+        initial_scores=store.has_initial_scores,
+        digest=store.digest(),
         total=total,
         tensors=tensors,
-        shapes=dict(file.shapes),
-        info=file.info,
+        shapes=dict(store.shapes),
+        info=info,
     )
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge import bits, maskfile
+from mftmerge import bits, maskfile, plots
 from mftmerge.errors import BadInput
-from mftmerge.maskstore import PIECE, Arrays, MaskInfo, Parent, Scores, Store
+from mftmerge.inspection import Inspection, inspect_store
+from mftmerge.maskstore import PIECE, Arrays, MaskInfo, Parent, Scores, Store, combined, require_one_kind
+from mftmerge.names import module_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PIECE", "Mask", "MaskInfo", "Parent", "Scores", "require_same_shape"]
 
@@ -62,8 +68,113 @@ class Mask:
     def __contains__(self, name: object) -> bool:
         return name in self._store.shapes
 
+    def __len__(self) -> int:
+        """Number of covered tensors."""
+        return len(self._store.shapes)
+
+    def __bool__(self) -> bool:
+        return True  # a mask that covers nothing is a mask
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the covered tensors, sorted."""
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.bool_]:
+        """As `kept`. KeyError where the mask does not cover the tensor."""
+        return self.kept(name)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same tensors are covered and the same weights kept; provenance and scores do not count."""
+        return self.digest == other.digest if isinstance(other, Mask) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __reduce__(self) -> tuple[type[Mask], tuple[object, ...]]:
+        """A copy or a pickle holds the bits and scores themselves, also those of a file."""
+        packed, shapes = {n: self.packed(n) for n in self}, {n: self.shape(n) for n in self}
+        scores = {n: self.scores(n) for n in self if self.has_scores}
+        initial = {n: self.initial_scores(n) for n in self if self.has_initial_scores}
+        return type(self), (packed, shapes, self.info, scores, initial)
+
     def __repr__(self) -> str:
-        return f"Mask({len(self._store.shapes)} tensors, {sum(map(self.size, self.names))} weights)"
+        return f"Mask({self._facts()})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what `repr` says, and the density of each module."""
+        sums: dict[str, list[int]] = {}
+        for name in self:
+            here = sums.setdefault(module_of(name), [0, 0])
+            sums[module_of(name)] = [here[0] + self.count(name), here[1] + self.size(name)]
+        rows = [
+            f"<tr><td>{escape(m)}</td><td>{s:,}</td><td>{k / s if s else 1:.4f}</td></tr>" for m, (k, s) in sums.items()
+        ]
+        head = "<tr><th>module</th><th>weights</th><th>density</th></tr>"
+        return f"<p><b>Mask</b>: {escape(self._facts())}</p><table>{head}{''.join(rows)}</table>"
+
+    def _facts(self) -> str:
+        info = self.info
+        words = [f"{len(self)} tensors", f"{sum(map(self.size, self)):,} weights", f"density {self.density():.4f}"]
+        words += [info.operation] if info.operation else []
+        words += [f"base {info.base!r}"] if info.base else []
+        words += [f"on the delta from {info.delta_base!r}"] if info.on == "delta" else []
+        return ", ".join(words)
+
+    def __and__(self, other: Mask) -> Mask:
+        """What both keep, as the operation `intersection`: where one covers a tensor alone, what that one keeps."""
+        return self._with(other, "intersection", np.bitwise_and)
+
+    def __or__(self, other: Mask) -> Mask:
+        """What either keeps, as the operation `union`: where one covers a tensor alone, what that one keeps."""
+        return self._with(other, "union", np.bitwise_or)
+
+    def __xor__(self, other: Mask) -> Mask:
+        """What one of the two keeps, as the operation `xor`: where one covers a tensor alone, what that one keeps."""
+        return self._with(other, "xor", np.bitwise_xor)
+
+    def __invert__(self) -> Mask:
+        """What this mask drops, as the operation `complement`."""
+        packed = {n: bits.clear_padding(~self.packed(n), self.size(n)) for n in self}
+        return self._made(packed, {n: self.shape(n) for n in self}, "complement", (self,))
+
+    def _with(self, other: Mask, operation: str, rule: np.ufunc) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        require_one_kind({"one mask": self.info, "the other": other.info})
+        packed, shapes = {}, {}
+        for name in sorted({*self, *other}):
+            owners = [mask for mask in (self, other) if name in mask]
+            shapes[name] = owners[0].shape(name)
+            if len(owners) == 2:
+                require_same_shape(name, shapes[name], other.shape(name), "the other mask")
+            parts = [mask.packed(name) for mask in owners]
+            packed[name] = rule(*parts) if len(parts) == 2 else parts[0]
+        return self._made(packed, shapes, operation, (self, other))
+
+    def _made(
+        self,
+        packed: dict[str, bits.Packed],
+        shapes: dict[str, tuple[int, ...]],
+        operation: str,
+        masks: tuple[Mask, ...],
+    ) -> Mask:
+        parents = [
+            Parent(f"mask {i}", m.digest, None, m.info.operation, m.info.options, m.info.parents)
+            for i, m in enumerate(masks, 1)
+        ]
+        return Mask(packed, shapes, combined([m.info for m in masks], shapes, operation, {}, parents)[0])
+
+    def inspect(self) -> Inspection:
+        """Density by layer and module, provenance and more; reads and checks every bit. Raises BadInput."""
+        path = self._store.path if isinstance(self._store, maskfile.MaskFile) else "mask in memory"
+        return inspect_store(self._store, self.info, str(path))
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A matplotlib figure of the density by layer and module; also written to `path` (.png, .svg, .pdf)."""
+        figure = plots.density_by_layer(self.inspect())
+        if path is not None:
+            plots.save(figure, path)
+        return figure
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a covered tensor; KeyError where the mask does not cover it."""

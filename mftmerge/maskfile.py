@@ -55,10 +55,6 @@ class MaskFile(Store):
                 if entry.size % 8:
                     self._check_padding(name, entry, os.pread(self._fd, 1, self._data + entry.stop - 1)[-1])
 
-    def __reduce__(self) -> tuple[type[MaskFile], tuple[Path]]:
-        """Copies and pickles open the file again."""
-        return MaskFile, (self.path.absolute(),)
-
     def count(self, name: str) -> int:
         return self.header.entries[name].kept
 

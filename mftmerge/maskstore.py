@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -88,6 +88,63 @@ class MaskInfo:
             generation, parent = waiting.pop()
             yield generation, parent
             waiting += [(generation + 1, p) for p in reversed(parent.parents)]
+
+
+def combined(
+    infos: Sequence[MaskInfo],
+    covered: Container[str],
+    operation: str,
+    options: dict[str, Any],
+    parents: Sequence[Parent],
+    keep: float | None = None,
+) -> tuple[MaskInfo, list[str]]:
+    """What a combination's header says, and notes: what is common to the inputs, the operation, the inputs as parents.
+
+    infos: of the inputs, all on weights or all on a delta. covered: the result's tensors.
+    """
+    notes = []
+    found: dict[str, str | None] = {}
+    for what, bases in (("bases", {i.base for i in infos}), ("bases of the delta", {i.delta_base for i in infos})):
+        named = sorted(b for b in bases if b is not None)
+        found[what] = named[0] if len(named) == 1 else None
+        notes += [f"masks name different {what}: {', '.join(named)}"] if len(named) > 1 else []
+    fingerprints, differing = _common([i.fingerprints for i in infos], covered)
+    delta_fingerprints, _ = _common([i.delta_fingerprints for i in infos], covered)
+    if differing:
+        notes.append(f"{differing} tensors had different base weights when the masks were made")
+    info = MaskInfo(
+        keep=keep,
+        base=found["bases"],
+        fingerprints=fingerprints,
+        operation=operation,
+        options=options,
+        parents=tuple(parents),
+        on=infos[0].on,
+        delta_base=found["bases of the delta"],
+        delta_fingerprints=delta_fingerprints,
+    )
+    return info, notes
+
+
+def _common(given: Sequence[dict[str, str]], covered: Container[str]) -> tuple[dict[str, str], int]:
+    """Fingerprints of covered tensors on which all agree that have one, and for how many tensors they do not."""
+    found: dict[str, str] = {}
+    differing: set[str] = set()
+    for prints in given:
+        for name, value in prints.items():
+            if name in covered and found.setdefault(name, value) != value:
+                differing.add(name)
+    return {n: v for n, v in found.items() if n not in differing}, len(differing)
+
+
+def require_one_kind(infos: Mapping[str, MaskInfo]) -> None:
+    """Raise BadInput for masks over weights with masks over a delta: kept weights and kept changes do not combine."""
+    kinds = {info.on: label for label, info in infos.items()}
+    if len(kinds) > 1:
+        raise BadInput(
+            f"{kinds['delta']} keeps changes from another model (on: delta), {kinds['weights']} keeps weights; "
+            "they do not combine: apply one, then the other"
+        )
 
 
 # -- its tensors ------------------------------------------------------------------------------------------------------

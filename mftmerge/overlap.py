@@ -11,15 +11,19 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge import bits, cut
+from mftmerge import bits, cut, plots
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, Scores
 from mftmerge.names import layer_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -179,6 +183,51 @@ def _from_common_start(name: str, a: Mask, b: Mask, start_a: Mask, start_b: Mask
     expected = stayed_a.both * stayed_b.both / inside if inside else 0.0
     left = (stayed_a.pruned_a - stayed_a.both) * (stayed_b.pruned_a - stayed_b.both)
     return expected + (left / outside if outside else 0.0)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def picture(comparison: Comparison) -> Figure:
+    """Left: Jaccard of the pruned sets of each pair. Right: the same by layer, with the two baselines dashed/dotted."""
+    names, pairs = comparison.names, comparison.pairs
+    figure = plots.new_figure(6.5 + 0.6 * len(names), max(3.2, 1.5 + 0.5 * len(names)))
+    left, right = figure.subplots(1, 2, width_ratios=[len(names) + 1, 5])
+    _matrix(figure, left, names, np.array(comparison.matrix(lambda p: p.total.jaccard)))
+    layers = sorted({n for p in pairs for n in p.by_layer}, key=lambda n: (n is None, n or 0))
+    place = {n: i for i, n in enumerate(layers)}
+    for i, pair in enumerate(pairs):
+        at, colour = [place[n] for n in pair.by_layer], f"C{i % 10}"
+        every = pair.by_layer.values()
+        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=f"{pair.a}, {pair.b}", markersize=3)
+        right.plot(at, [o.jaccard_independent for o in every], "--", color=colour, linewidth=0.8)
+        if pair.total.jaccard_from_start is not None:
+            right.plot(at, [o.jaccard_from_start for o in every], ":", color=colour)
+    right.set_xticks(range(len(layers)), ["other" if n is None else str(n) for n in layers])
+    right.set_xlabel("layer")
+    right.set_ylabel("Jaccard of pruned sets")
+    right.set_ylim(bottom=0)
+    if len(pairs) <= 10:
+        right.legend(
+            fontsize=7,
+            title="dashed: independent\ndotted: from a common start",
+            title_fontsize=7,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
+    return figure
+
+
+def _matrix(figure: Figure, axes: Axes, names: list[str], values: cut.Floats) -> None:
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title("pruned sets, Jaccard", fontsize=9)
+    for i in range(len(names)):
+        for j in range(len(names)):
+            shade = "white" if values[i, j] < 0.6 else "black"
+            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=shade, fontsize=7)
+    figure.colorbar(image, ax=axes, shrink=0.7)
 
 
 # -- the mask before training -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mftmerge.cut import drop_count, keep_top
 from mftmerge.derive import DiffSettings, diff_mask
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
-from mftmerge.overlap import compare, untrained
+from mftmerge.overlap import compare, picture, untrained
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 
@@ -114,7 +114,7 @@ def test_masks_without_common_tensors_and_full_masks(tmp_path: Path) -> None:
     found = compare([full, Mask.from_bools({"b": np.ones(8, np.bool_)}), full], list("xyz"))
     assert [p.tensors for p in found.pairs] == [0, 1, 0]
     assert found.pairs[1].total.jaccard == 1
-    plots.save(plots.overlap(found), tmp_path / "x.png")
+    plots.save(picture(found), tmp_path / "x.png")
     with pytest.raises(BadInput, match="shape"):
         compare([full, Mask.from_bools({"a": np.ones(9, np.bool_)})], list("xy"))
 

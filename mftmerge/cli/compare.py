@@ -28,14 +28,14 @@ def command(
       mftmerge compare code.mask math.mask --plot overlap.png
     """
     from mftmerge.mask import Mask
-    from mftmerge.overlap import compare
+    from mftmerge.overlap import compare, picture
 
     names = [p.name if [q.name for q in masks].count(p.name) == 1 else str(p) for p in masks]
     found = compare([Mask.load(p) for p in masks], names)
     if plot is not None:
         from mftmerge import plots
 
-        plots.save(plots.overlap(found), plot)
+        plots.save(picture(found), plot)
     if as_json:
         print_json(found.to_json())
         return

@@ -263,7 +263,7 @@ class _Run:
         from mftmerge import plots
         from mftmerge.inspection import inspect
         from mftmerge.mask import Mask
-        from mftmerge.overlap import compare
+        from mftmerge.overlap import compare, picture
         from mftmerge.report.page import write_report
 
         found = GridResult.from_json(self.at.row("masks"))
@@ -275,7 +275,7 @@ class _Run:
         write_text(self.at.results.with_suffix(".md"), page(found, self.plan))
         masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
         plots.save(plots.density_by_layer(inspect(self.at.mask("intersection"))), self.at.root / "density.png")
-        plots.save(plots.overlap(compare(list(masks.values()), list(masks))), self.at.root / "overlap.png")
+        plots.save(picture(compare(list(masks.values()), list(masks))), self.at.root / "overlap.png")
         write_report(self.at.root, overwrite=True)
         return found
 
