@@ -113,15 +113,19 @@ def packed(
     tokenizer: PreTrainedTokenizerBase,
     settings: TrainSettings,
     say: Callable[[str], None],
-) -> list[batches.Pack]:
-    """Rows put together, where that is asked for and the model keeps them apart; else none, and said why."""
+) -> tuple[list[batches.Pack], TrainSettings]:
+    """Rows put together, where that is asked for and the model keeps them apart; else none, and said why.
+
+    Where it does not, batches of the settings have as many rows more as a pack would have held.
+    """
     if not settings.packing:
-        return []
+        return [], settings
     packs = batches.pack(rows, settings.max_length)
     if why := batches.leak(model, packs, pad_id(tokenizer)):
-        say(f"this model does not keep packed rows apart ({why}): rows are not packed")
-        return []
-    return packs
+        size = settings.batch_size * -(-len(rows) // len(packs))
+        say(f"this model does not keep packed rows apart ({why}): rows are not packed, a batch has {size} of them")
+        return [], settings.model_copy(update={"packing": False, "batch_size": size})
+    return packs, settings
 
 
 def with_steps(settings: TrainSettings, rows: int) -> TrainSettings:

@@ -101,7 +101,7 @@ def train_mask(
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
         rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen)
-        packs = inputs.packed(loaded, rows, tokenizer, chosen, say)
+        packs, chosen = inputs.packed(loaded, rows, tokenizer, chosen, say)
         chosen = inputs.with_steps(chosen, len(packs or rows))
         run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)
         run.batched = packs or rows
