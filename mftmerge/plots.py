@@ -30,6 +30,8 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib.text import Text
 
     check(path)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]  # a $ in a tensor's name is no formula
     path = Path(path)
     for text in figure.findobj(Text):
         if isinstance(text, Text):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 import mftmerge
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.cli.main import COMMANDS
+from mftmerge.cli.main import COMMANDS, main
 
 HEAVY = ("torch", "transformers", "mergekit", "matplotlib", "datasets", "trl", "numpy")
 
@@ -144,3 +145,63 @@ def test_completion_is_shown_and_installed(tmp_path: Path, shell: str, word: str
     installed = run("--install-completion", shell, env=environment)
     assert installed.returncode == 0, installed.stderr
     assert any("mftmerge" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_did_you_mean() -> None:
+    assert "did you mean train?" in run("trian").stderr
+    assert "did you mean --threshold?" in run("combine", "--thresold", "2").stderr
+    assert "did you mean" not in run("combine", "--no-such-option").stderr
+
+
+def test_short_help_and_the_module_as_a_program() -> None:
+    assert run("train", "-h").stdout.startswith("Usage: mftmerge train")
+    done = subprocess.run([sys.executable, "-m", "mftmerge", "-h"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("Usage: mftmerge [OPTIONS]")
+
+
+def test_no_line_of_help_is_wider_than_the_terminal_or_breaks_a_word() -> None:
+    for name in set(COMMANDS) - OTHERS:
+        text = run(name, "--help", env=os.environ | {"COLUMNS": "80"}).stdout
+        options = text.split("Options:", 1)[1]
+        assert all(len(line) <= 80 for line in options.splitlines()), name
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "not enough memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\nTried"), "--batch-size"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "no UTF-8"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (json.JSONDecodeError("Expecting value", "x", 0), "no JSON"),
+        (zlib.error("Error -3"), "compressed file"),
+        (KeyError("ours"), "report it"),
+    ],
+)
+def test_what_libraries_raise_is_said_in_words(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["mftmerge.cli.main"], "app", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "a.mask"])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert shown.count("\n") == 1
+    assert said in shown
+    assert ("unexpected" in shown) == isinstance(error, KeyError)
+
+
+def test_foreign_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    names = {"model.layers.0.[/x]a.weight": np.ones(8, bool), "model.layers.0.$x^{$.weight": np.ones(8, bool)}
+    info = mftmerge.MaskInfo(base="\x1b]0;title\x07\x1b[2J\rdensity 1.0000, verified")
+    for name in ("e.mask", "code[v2].mask"):
+        mftmerge.Mask.from_bools(names, info).save(tmp_path / name)
+    done = run("inspect", "code[v2].mask", "--plot", "p.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    assert "[/x]a" in done.stdout
+    assert "code[v2].mask" in run("compare", "e.mask", "code[v2].mask", "--plot", "q.png", cwd=tmp_path).stdout

@@ -10,7 +10,7 @@ import typer
 from mftmerge.applysettings import ApplySettings
 from mftmerge.cli.options import AsJson, MaskFile, ModelOut, options
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, say
 
 
 @options(given=ApplySettings)
@@ -41,10 +41,10 @@ def command(
         return
     share = report.dropped / report.covered if report.covered else 0.0
     dropped = f"{report.dropped:,} of {report.covered:,} weights dropped ({share:.2%})"
-    print(f"{out}: {report.tensors} tensors masked, {dropped}")
+    say(f"{out}: {report.tensors} tensors masked, {dropped}")
     if report.difference:
-        print(report.difference)
+        say(report.difference)
     if report.continued:
-        print(f"continued: {len(report.continued)} shards were already there")
+        say(f"continued: {len(report.continued)} shards were already there")
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from mftmerge.cli.options import AsJson, Recipe, options
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, say
 from mftmerge.errors import BadInput
 from mftmerge.recipe.settings import BuildSettings
 
@@ -54,10 +53,10 @@ def command(
     with shown_progress(quiet=as_json) as show:
         report = build(recipe, out, progress=show, **given)
     for warning in report.warnings:
-        print(f"warning: {recipe}: {warning}", file=sys.stderr)
+        say(f"warning: {recipe}: {warning}", error=True)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
     odd = f"; {report.not_finite} weights are not finite" if report.not_finite else ""
-    print(f"{report.out}: {size}{odd}")
+    say(f"{report.out}: {size}{odd}")

@@ -8,7 +8,7 @@ import typer
 
 from mftmerge.cli.options import MASKS, ROWS, files, named
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json, quiet
+from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
 from mftmerge.progress import Step
 
@@ -87,6 +87,6 @@ def command(
         print_json(choice.to_json())
         return
     choice.show(Console())
-    print(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}; the same mask again:\n  {choice.command}")
+    say(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}; the same mask again:", f"  {choice.command}")
     if choice.out:
-        print(f"wrote {choice.out} ({Path(choice.out).stat().st_size:,} bytes)")
+        say(f"wrote {choice.out} ({Path(choice.out).stat().st_size:,} bytes)")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mftmerge.cli.options import MASKS, Archive, AsJson, MaskOut, Overwrite, files, operations, pairs
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, say
 from mftmerge.errors import BadInput
 
 Masks = Annotated[
@@ -81,12 +81,12 @@ def command(
     width = max(len(i.name) for i in report.inputs)
     for i in report.inputs:
         weight = "" if i.weight is None else f", weight {i.weight:g}"
-        print(f"{i.name:<{width}}  density {i.density:.4f}, {i.tensors} tensors{weight}, {i.changed:,} bits changed")
+        say(f"{i.name:<{width}}  density {i.density:.4f}, {i.tensors} tensors{weight}, {i.changed:,} bits changed")
     given = "".join(f", {k} {v}" for k, v in report.options.items())
-    print(f"{report.operation}{given}: density {report.density:.4f}, {report.kept:,} of {report.size:,} kept")
+    say(f"{report.operation}{given}: density {report.density:.4f}, {report.kept:,} of {report.size:,} kept")
     for note in report.notes:
-        print(f"note: {note}")
-    print(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
+        say(f"note: {note}")
+    say(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
 
 
 def _scalar(text: str) -> bool | int | float | str:

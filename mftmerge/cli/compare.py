@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mftmerge.cli.options import MASKS, files
-from mftmerge.cli.reporting import print_json, print_table
+from mftmerge.cli.reporting import print_json, print_table, say
 
 
 def command(
@@ -55,6 +55,6 @@ def command(
             title=f"{p.a}, {p.b}",
         )
     for name, o in found.moved.items():
-        print(f"{name}: Jaccard {o.jaccard:.4f} with its own untrained mask")
+        say(f"{name}: Jaccard {o.jaccard:.4f} with its own untrained mask")
     if plot is not None:
-        print(f"wrote {plot}")
+        say(f"wrote {plot}")

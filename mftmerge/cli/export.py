@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mftmerge.cli.options import AsJson, Overwrite, Recipe
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, say
 
 
 def command(
@@ -42,17 +41,17 @@ def command(
         verify=verify,
         overwrite=overwrite,
         allow_lost=allow_lost,
-        notify=lambda text: print(text, file=sys.stderr),
+        notify=lambda text: say(text, error=True),
     )
     for warning in report.warnings:
-        print(f"warning: {recipe}: {warning}", file=sys.stderr)
+        say(f"warning: {recipe}: {warning}", error=True)
     if as_json:
         print_json(dataclasses.asdict(report))
         return
-    print(f"{report.out}: {report.nbytes / 1e6:.1f} MB")
+    say(f"{report.out}: {report.nbytes / 1e6:.1f} MB")
     for form in report.forms:
-        print(f"  {form}")
-    print(f"run with: {report.command}")
+        say(f"  {form}")
+    say(f"run with: {report.command}")
     if v := report.verification:
         equal = f"{v.tensors} tensors, {v.weights} weights equal"
-        print(f"verified: {equal}; {v.different_bits} differ in the sign of zero")
+        say(f"verified: {equal}; {v.different_bits} differ in the sign of zero")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mftmerge.cli.options import YAML, AsJson, Overwrite, files
-from mftmerge.cli.reporting import print_json
+from mftmerge.cli.reporting import print_json, say
 
 
 def command(
@@ -39,5 +38,5 @@ def command(
         print_json({"out": out and str(out), "recipe": report.text, "notes": report.notes})
         return
     for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(report.text if out is None else f"{out}\n", end="")
+        say(f"note: {note}", error=True)
+    print(report.text, end="") if out is None else say(str(out))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mftmerge.cli.options import AsJson, MaskFile
-from mftmerge.cli.reporting import print_json, print_table
+from mftmerge.cli.reporting import print_json, print_table, say
 
 if TYPE_CHECKING:
     from mftmerge.inspection import Inspection, Share
@@ -38,17 +38,17 @@ def command(
         print_json(found.to_json())
         return
     kind = "archived" if found.archive else "raw"
-    print(f"{mask}: {len(found.tensors)} tensors, {found.total.size:,} weights, density {found.total.density:.4f}")
-    print(f"file {found.file_bytes:,} bytes, {kind}, {found.bits_per_weight:.3f} bits a weight; digest {found.digest}")
+    say(f"{mask}: {len(found.tensors)} tensors, {found.total.size:,} weights, density {found.total.density:.4f}")
+    say(f"file {found.file_bytes:,} bytes, {kind}, {found.bits_per_weight:.3f} bits a weight; digest {found.digest}")
     if found.scores:
-        print(f"scores: {found.scores}{', with those before training' if found.initial_scores else ''}")
+        say(f"scores: {found.scores}{', with those before training' if found.initial_scores else ''}")
     _table(found)
     for what, value in inspection.provenance(found.info):
-        print(f"{what}: {value}")
+        say(f"{what}: {value}")
     if found.info.parents:
-        print("\n".join(["", *inspection.family_tree(mask.name, found.info)]))
+        say("", *inspection.family_tree(mask.name, found.info))
     if plot is not None:
-        print(f"wrote {plot}")
+        say(f"wrote {plot}")
 
 
 def _table(found: Inspection) -> None:

@@ -141,8 +141,41 @@ def _usage(error: Any) -> str:
     return f"{message}{meant}{where}"
 
 
-def _unexpected(error: Exception) -> str:
-    return f"unexpected {type(error).__name__}: {error}; run again with --debug and report it"
+# What libraries raise for the user's own things, by name or by the library's: what to say before their message.
+KNOWN = {
+    "OutOfMemoryError": "not enough memory on the device (a smaller --batch-size or --batch-tokens needs less)",
+    "MemoryError": "not enough memory",
+    "RecursionError": "something in a file is nested too deeply",
+    "UnicodeDecodeError": "a file is no UTF-8 text",
+    "UnicodeEncodeError": "a text cannot be written as UTF-8",
+    "DistributedError": "the processes of this run lost each other",
+    "huggingface_hub": "the Hub did not give it",
+    "httpx": "the network did not give it",
+    "requests": "the network did not give it",
+    "urllib3": "the network did not give it",
+    "safetensors": "a safetensors file cannot be read",
+    "safetensors_rust": "a safetensors file cannot be read",
+    "pyarrow": "a table of rows cannot be read",
+    "datasets": "the rows cannot be read",
+    "jinja2": "the chat template of the tokenizer fails",
+    "tokenizers": "the tokenizer cannot be read",
+    "zipfile": "an archive cannot be read",
+    "gzip": "a compressed file cannot be read",
+    "zlib": "a compressed file cannot be read",
+    "lzma": "a compressed file cannot be read",
+    "json": "a file is no JSON",
+    "yaml": "a file is no YAML",
+}
+
+
+def _unexpected(error: BaseException) -> str:
+    """A line for an error that nobody caught: in the user's terms where its class tells, else as a fault of ours."""
+    text = " ".join(str(error).split())
+    for kind in type(error).__mro__:
+        said = KNOWN.get(kind.__name__) or KNOWN.get(kind.__module__.partition(".")[0])
+        if said:
+            return f"{said}{f': {text}' if text else ''}; --debug shows where"
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +9,7 @@ import typer
 
 from mftmerge.cli.options import Overwrite
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json
-from mftmerge.errors import shown
+from mftmerge.cli.reporting import print_json, say
 from mftmerge.progress import Step
 
 
@@ -36,8 +34,8 @@ def command(
     with shown_progress(quiet=as_json) as show:
         report = write_report(directory, out, overwrite=overwrite, say=lambda what: show(Step(what, 0, 0)))
     for name, problem in report.found.problems:
-        print(shown(f"mftmerge: note: {name}: {problem}"), file=sys.stderr)
+        say(f"mftmerge: note: {name}: {problem}", error=True)
     if as_json:
         print_json(report.to_json())
         return
-    print(f"{report.path}: {report.summary()}")
+    say(f"{report.path}: {report.summary()}")

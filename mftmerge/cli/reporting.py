@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,12 @@ from mftmerge.errors import shown
 
 if TYPE_CHECKING:
     from mftmerge.mask import Mask
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Lines for the reader, on stdout or stderr. What does not print, in names and texts of files, becomes escapes."""
+    for line in lines:
+        print(shown(line), file=sys.stderr if error else sys.stdout)
 
 
 def print_json(value: Any) -> None:
@@ -47,9 +54,9 @@ def new_mask(mask: Mask, out: Path, notes: Sequence[str], as_json: bool) -> None
         whole = {"out": str(out), "bytes": out.stat().st_size, "digest": mask.digest, **facts, "notes": list(notes)}
         print_json(whole)
         return
-    print(f"{out}: {facts['tensors']} tensors, {facts['weights']:,} weights, density {facts['density']:.4f}")
+    say(f"{out}: {facts['tensors']} tensors, {facts['weights']:,} weights, density {facts['density']:.4f}")
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def quiet() -> None:

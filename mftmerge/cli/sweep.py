@@ -9,7 +9,7 @@ import typer
 
 from mftmerge.cli.options import YAML, AsJson, Overwrite, files
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json, quiet
+from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
 from mftmerge.progress import Step
 from mftmerge.settings import in_words
@@ -61,7 +61,7 @@ def command(
             print_json([{"combination": r.combination, "seed": r.settings.seed} for r in runs])
             return
         for run in runs:
-            print(f"{in_words(run.combination)}, seed {run.settings.seed}")
+            say(f"{in_words(run.combination)}, seed {run.settings.seed}")
         return
     quiet()
     with shown_progress(quiet=as_json) as progress:
@@ -72,4 +72,4 @@ def command(
         print_json({"out": str(out), **result.to_json()})
         return
     show(result, Console())
-    print(f"{out / RESULTS}: {len(result.runs)} runs")
+    say(f"{out / RESULTS}: {len(result.runs)} runs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ import typer
 
 from mftmerge.cli.options import ROWS, YAML, AsJson, Overwrite, files, options
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import print_json, quiet
+from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
 from mftmerge.train.settings import RUN_KEYS, TrainSettings
 
@@ -88,7 +87,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             progress=show,
-            note=lambda line: print(line, file=sys.stderr if as_json else sys.stdout) if main else None,
+            note=lambda line: say(line, error=as_json) if main else None,
         )
     if not main:
         return
@@ -99,4 +98,4 @@ def command(
         print_json({"out": str(run["out"]), "digest": mask.digest, "density": mask.density(), **facts})
     else:
         what = f"{len(result.mask.names)} tensors, density {result.mask.density():.4f}"
-        print(f"{run['out']}: {what}, {result.seconds:.0f} s")
+        say(f"{run['out']}: {what}, {result.seconds:.0f} s")
