@@ -103,3 +103,14 @@ def test_every_package_is_declared_in_the_extra_that_is_named() -> None:
     for package, extra in EXTRAS.items():
         dependencies = {"peft": "mergekit", "pyarrow": "datasets"}  # come with these
         assert dependencies.get(package, package) in names(project["optional-dependencies"][extra]), package
+
+
+def test_floors_are_the_versions_that_were_tried() -> None:
+    root = Path(__file__).parent.parent
+    project = (root / "pyproject.toml").read_text().lower()
+    for line in (root / "constraints-lowest.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.lower().split("==")
+            floors = {tuple(map(int, v.split("."))) for v in re.findall(rf'"{name}[>=]=([\d.]+)"', project)}
+            tried = tuple(map(int, version.split(".")))
+            assert {f + (0,) * (3 - len(f)) for f in floors} == {tried}, name
