@@ -1,6 +1,6 @@
 """Claim: a k-of-n vote on packed bits is at least 4x faster than unpacking and summing (n <= 5).
 
-Both sides work a stretch at a time with the same piece size, so that neither pays for memory that it need not touch.
+Both sides work a piece at a time with the same piece size, so that neither pays for memory that it need not touch.
 """
 
 from __future__ import annotations

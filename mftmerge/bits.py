@@ -127,7 +127,7 @@ def at_least(planes: Sequence[Words], needed: int, out: Words | None = None) -> 
 
 
 # Words voted on at a time: few enough for the cache, and for malloc not to ask the system each time.
-STRETCH = 1 << 13
+AT_ONCE = 1 << 13
 
 
 def vote(masks: Sequence[Words], needed: int) -> Words:
@@ -135,8 +135,8 @@ def vote(masks: Sequence[Words], needed: int) -> Words:
     if len(masks) <= 3:  # fewer word operations than counting
         return weighted_vote(masks, (1,) * len(masks), needed)
     result = np.empty_like(masks[0])
-    for start in range(0, result.size, STRETCH):
-        here = slice(start, start + STRETCH)
+    for start in range(0, result.size, AT_ONCE):
+        here = slice(start, start + AT_ONCE)
         at_least(add_up([m[here] for m in masks]), needed, result[here])
     return result
 
@@ -184,7 +184,7 @@ def weighted_vote(masks: Sequence[Words], weights: Sequence[int], needed: int) -
         return at_least(add_up(masks, weights), needed)
     nodes, root = _diagram(tuple(weights), needed)
     result = np.full_like(masks[0], ~np.uint64(0) if root == -2 else np.uint64(0))
-    stride = max(1024, min(STRETCH, (1 << 15) // max(1, len(nodes))))  # so that all nodes' values stay in the cache
+    stride = max(1024, min(AT_ONCE, (1 << 15) // max(1, len(nodes))))  # so that all nodes' values stay in the cache
     for start in range(0, result.size if root >= 0 else 0, stride):
         here = slice(start, start + stride)
         values: list[Words] = []

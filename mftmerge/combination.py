@@ -1,4 +1,4 @@
-"""One combination, checked before any work: who covers which tensor, and what the result is on any stretch of it."""
+"""One combination, checked before any work: who covers which tensor, and what the result is on any range of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORED_PIECE = 1 << 17  # weights handled at a time where scores (4 bytes each, 
 
 
 class Combination:
-    """One operation on some masks, checked: knows who covers a tensor and computes any stretch of the result."""
+    """One operation on some masks, checked: knows who covers a tensor and computes any range of the result."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Combination:
         self._check_arguments()
         require_one_kind({label: mask.info for label, mask in zip(self.names, self.masks, strict=True)})
         self.shapes = self._shapes()
-        if self.op.ballots is None:
+        if self.op.support is None:
             self._check_scores()
         if self.density is not None:
             cut.drop_count(0, self.density)
@@ -157,11 +157,11 @@ class Combination:
     def read(self, name: str, start: int, stop: int, covering: list[int]) -> list[Words]:
         """The words of the covering masks for bits [start, stop) of a tensor."""
         return [
-            bits.words(self.masks[d].read(name, start, stop)) if name in self.masks[d] else _ones(stop - start)
+            bits.words(self.masks[d].read(name, start, stop)) if name in self.masks[d] else bits.ones(stop - start)
             for d in covering
         ]
 
-    def stretch(self, name: str, start: int, stop: int) -> tuple[Words, list[Words]]:
+    def on_range(self, name: str, start: int, stop: int) -> tuple[Words, list[Words]]:
         """The result for bits [start, stop) of a tensor, and the words of the masks that cover it."""
         covering = self.covering(name)
         masks = self.read(name, start, stop, covering)
@@ -177,14 +177,14 @@ class Combination:
         for d in covering:
             if name in self.masks[d] and self.masks[d].has_scores:
                 self.masks[d].verify_scores(name)
-        if self.op.ballots is None:
+        if self.op.support is None:
             return cut.project(size, dropped, SCORED_PIECE, keys=self._score_keys(name, covering))
-        ballots, weights = self.op.ballots, options.get("weights")
+        support, weights = self.op.support, options.get("weights")
         whole = operations.whole_weights(weights)[0] if weights is not None else None
 
         def levels(start: int, stop: int) -> list[Words]:
             masks = self.read(name, start, stop, covering)
-            votes = bits.add_up(ballots(masks), whole)
+            votes = bits.add_up(support(masks), whole)
             return [self.op.function(masks, **options), *reversed(votes)]
 
         keys = self._tie_keys(name, covering)
@@ -213,10 +213,3 @@ class Combination:
             return cut.sortable(total, "signed")
 
         return keys if scored else None
-
-
-def _ones(size: int) -> Words:
-    """Words with the first `size` bits set."""
-    words = np.full(-(-size // 64), ~np.uint64(0))
-    bits.clear_padding(words.view(np.uint8), size)
-    return words

@@ -1,6 +1,6 @@
-"""Combining masks, in memory or file to file: one stretch of one tensor at a time, so memory does not grow with them.
+"""Combining masks, in memory or file to file: one range of one tensor at a time, so memory does not grow with them.
 
-The operations are in `operations`, exact densities in `projection`, the rules of who covers what in `combination`.
+The operations are in `operations`, exact densities in `cut`, the rules of who covers what in `combination`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Run:
         total, parts = _Total(len(self.combination.masks)), []
         for a in range(start, stop, 8 * PIECE):
             b = min(a + 8 * PIECE, stop)
-            result, masks = self.combination.stretch(name, a, b)
+            result, masks = self.combination.on_range(name, a, b)
             total.count(result, masks, by_bit=self.combination.op.effect is None)
             packed = result.view(np.uint8)[: bits.nbytes(b - a)]
             if self.archive:
@@ -157,7 +157,7 @@ class _Run:
 
 
 class _Total:
-    """Counts and check sums of a stretch of the result and of the masks that it came from."""
+    """Counts and check sums of a range of the result and of the masks that it came from."""
 
     def __init__(self, masks: int) -> None:
         self.kept = self.check = 0

@@ -1,6 +1,6 @@
 """The operations on masks, each one typed function registered once. The command line, recipes and Python read it.
 
-A function gets, for a stretch of one tensor, the packed words of the masks that have an opinion there, and returns the
+A function gets, for a range of one tensor, the packed words of the masks that have an opinion there, and returns the
 words of the result. Its keyword arguments are the operation's options, its docstring is their description.
 """
 
@@ -30,7 +30,7 @@ class Operation:
     """A registered operation.
 
     function: see the module. options: names of its keyword arguments. most: how many masks it takes (None = any).
-    ordered: whether the first mask has a part of its own. ballots: the masks whose ones support a kept weight, which
+    ordered: whether the first mask has a part of its own. support: the masks whose ones support a kept weight, which
     rank the weights when the result is projected to a density; None for an operation on scores.
     effect: "grows" / "shrinks" where the result contains / is contained in every mask that counts.
     """
@@ -40,7 +40,7 @@ class Operation:
     options: tuple[str, ...]
     most: int | None
     ordered: bool
-    ballots: Callable[[Sequence[Words]], list[Words]] | None
+    support: Callable[[Sequence[Words]], list[Words]] | None
     effect: Literal["grows", "shrinks"] | None
 
     @property
@@ -61,7 +61,7 @@ def operation(
     *,
     most: int | None = None,
     ordered: bool = False,
-    ballots: Callable[[Sequence[Words]], list[Words]] | None = _as_they_are,
+    support: Callable[[Sequence[Words]], list[Words]] | None = _as_they_are,
     effect: Literal["grows", "shrinks"] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a typed function under its own name. The keyword arguments are the fields of `Operation`.
@@ -75,7 +75,7 @@ def operation(
         name = function.__name__
         owner = OPERATIONS[name].function.__module__ if name in OPERATIONS else None
         plugins.free(name, function.__module__, owner, "operation")
-        OPERATIONS[name] = Operation(name, function, options, most, ordered, ballots, effect)
+        OPERATIONS[name] = Operation(name, function, options, most, ordered, support, effect)
         return function
 
     return register
@@ -126,7 +126,7 @@ def _against_the_rest(masks: Sequence[Words]) -> list[Words]:
     return [masks[0], *(~m for m in masks[1:])]
 
 
-@operation(ordered=True, ballots=_against_the_rest)
+@operation(ordered=True, support=_against_the_rest)
 def difference(masks: Sequence[Words]) -> Words:
     """Keeps what the first mask keeps and none of the others does."""
     return functools.reduce(lambda a, b: a & ~b, masks[1:], masks[0])
@@ -138,13 +138,13 @@ def xor(masks: Sequence[Words]) -> Words:
     return functools.reduce(np.bitwise_xor, masks[1:], masks[0])
 
 
-@operation(most=1, ballots=lambda masks: [~masks[0]])
+@operation(most=1, support=lambda masks: [~masks[0]])
 def complement(masks: Sequence[Words]) -> Words:
     """Keeps what the mask prunes."""
     return ~masks[0]
 
 
-@operation(ballots=None)
+@operation(support=None)
 def score(
     scores: Sequence[Scores],
     initial: Sequence[Scores],
