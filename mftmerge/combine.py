@@ -247,23 +247,27 @@ def _report(run: _Run, out: str | None) -> CombineReport:
     )
 
 
+def _opened(mask: Mask | str | Path) -> Mask:
+    return mask if isinstance(mask, Mask) else Mask.load(mask)
+
+
 def combine(
     op: str,
-    masks: Sequence[Mask],
+    masks: Sequence[Mask | str | Path],
     *,
     names: Sequence[str] | None = None,
     density: float | str | None = None,
     uncovered: Literal["abstain", "keep"] = "abstain",
     **options: Any,
 ) -> Mask:
-    """Combine masks in memory; `op` is one of `OPERATIONS`, its description says which `options` it takes.
+    """Combine masks, or .mask files, into one in memory. op: one of `OPERATIONS`, which says what `options` it takes.
 
     names: what the inputs are called in the result's family tree. density: cut every tensor to exactly this share of
     kept weights, by votes, then scores, then position (of equals the lowest index is dropped). uncovered: a mask
     abstains on a tensor that it does not cover, or counts as keeping all of it. Raises BadInput.
     """
     labels = names or [f"mask {i}" for i in range(1, len(masks) + 1)]
-    combination = Combination(op, masks, labels, density=density, uncovered=uncovered, **options)
+    combination = Combination(op, [_opened(m) for m in masks], labels, density=density, uncovered=uncovered, **options)
     sink = _Memory(combination.shapes)
     _Run(combination, sink).all()
     return Mask(sink.packed, combination.shapes, _describe(combination))
@@ -271,7 +275,7 @@ def combine(
 
 def combine_files(
     op: str,
-    paths: Sequence[str | Path],
+    paths: Sequence[Mask | str | Path],
     out: str | Path,
     *,
     names: Sequence[str] | None = None,
@@ -281,15 +285,15 @@ def combine_files(
     uncovered: Literal["abstain", "keep"] = "abstain",
     **options: Any,
 ) -> CombineReport:
-    """Combine .mask files into a new one, in memory that does not depend on their size. Options as for `combine`.
+    """Combine .mask files (or masks) into a new one, in memory that does not depend on their size.
+
+    Options as for `combine`.
 
     Raises BadInput (also where an input's bits do not have their check sum) and leaves no output behind.
     """
-    refuse_existing(Path(out), overwrite, paths)
-    labels = names or [Path(p).name for p in paths]
-    combination = Combination(
-        op, [Mask.load(p) for p in paths], labels, density=density, uncovered=uncovered, **options
-    )
+    refuse_existing(Path(out), overwrite, [p for p in paths if not isinstance(p, Mask)])
+    labels = names or [f"mask {i}" if isinstance(p, Mask) else Path(p).name for i, p in enumerate(paths, 1)]
+    combination = Combination(op, [_opened(p) for p in paths], labels, density=density, uncovered=uncovered, **options)
     info = _describe(combination)
     writer = MaskWriter(out, combination.shapes, archive=archive, info=info, overwrite=overwrite)
     with writer:

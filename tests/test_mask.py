@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mftmerge import combine_masks
+from mftmerge import combine_files, combine_masks
+from mftmerge.cli import main
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask, MaskInfo
 
@@ -64,6 +65,31 @@ def test_operators_are_the_operations() -> None:
         a | Mask.from_bools({NAMES[0]: np.ones((7, 5), np.bool_)})
     with pytest.raises(BadInput, match="do not combine"):
         a | random_mask(2, on="delta")
+
+
+def test_paths_and_masks_combine(tmp_path: Path) -> None:
+    a, b = random_mask(1), random_mask(2)
+    a.save(tmp_path / "a.mask")
+    assert combine_masks("union", [tmp_path / "a.mask", b]) == (a | b)
+    combine_files("union", [a, tmp_path / "a.mask", b], tmp_path / "out.mask")
+    assert Mask.load(tmp_path / "out.mask") == (a | b)
+
+
+def test_what_a_file_says_is_printed_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "x\x1b]0;title\x07\x1b[2J\rdensity 1.0000"
+    names = ("model.layers.0.[/x][link=y]a.weight", f"model.layers.1.{evil}.weight")
+    paths = [tmp_path / "code[v2].mask", tmp_path / "b.mask"]
+    for seed, path in enumerate(paths):
+        random_mask(seed, names, training={evil: evil}, delta_base=evil).save(path)
+    combine_files("union", paths, tmp_path / "c.mask", names=[evil, evil])
+    commands = (["inspect", paths[0]], ["inspect", tmp_path / "c.mask"], ["compare", *paths])
+    for command in (*commands, ["combine", *paths, "-o", tmp_path / "d.mask"]):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in command])
+        assert not stop.value.code
+        shown = capsys.readouterr().out
+        assert not {"\x1b", "\r", "\x07"} & set(shown)
+        assert command[0] != "compare" or "code[v2].mask" in shown
 
 
 @pytest.mark.parametrize("archive", [False, True])
