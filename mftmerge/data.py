@@ -1,4 +1,4 @@
-"""Rows of text (JSONL, JSON, Parquet, hub) and their tokens with labels: the same for training and for evaluation.
+"""Rows of text and their tokens with labels: the same for training and for evaluation.
 
 A row is one of three shapes, the ones that TRL reads:
 
@@ -14,14 +14,13 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftmerge.chat import IGNORE, Chat, Tokens, labelled
 from mftmerge.errors import BadInput
-from mftmerge.files import refuse_pointer
+from mftmerge.rowfiles import raw_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,101 +31,29 @@ Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-def load_rows(source: str | Path | Sequence[Any], *, split: str | None = None) -> list[Row]:
+def load_rows(source: Any, *, split: str | None = None, skip_bad: bool = False) -> list[Row]:
     """Read and check rows.
 
-    source: a `.jsonl`, `.json` or `.parquet` file, a dataset's id on the hub (`owner/name`), a list of rows, or a list
-    of any of these (joined in order). split: split of a hub dataset, "train" by default.
+    source: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; texts also as .gz), a directory or glob of them, one
+    that `save_to_disk` wrote, a range of any of these (`rows.jsonl[0:100]`), a dataset's id on the hub, a dataset or
+    data frame in memory, a list of rows, or a list of any of these (joined in order). split: of what has several,
+    "train" by default. skip_bad: leave out rows that cannot be used, with one warning that counts them.
 
     Raises BadInput for a missing file, an unreadable line, or a row with no assistant text, naming file and line.
     """
-    if isinstance(source, str | Path):
-        return [_checked(row, where) for where, row in _read(source, split)]
-    rows: list[Row] = []
-    for number, item in enumerate(source, 1):
-        rows += [_checked(item, f"row {number}")] if isinstance(item, Mapping) else load_rows(item, split=split)
+    rows, bad = list[Row](), list[str]()
+    for where, row in raw_rows(source, split):
+        try:
+            rows.append(_checked(row, where))
+        except BadInput as e:
+            if not skip_bad:
+                raise
+            bad.append(str(e))
+    if bad:
+        log.warning("%d of %d rows are skipped; the first: %s", len(bad), len(bad) + len(rows), bad[0])
+    if not rows:
+        raise BadInput(f"{source if isinstance(source, str | Path) else 'the data'}: no rows to use in it")
     return rows
-
-
-def _read(source: str | Path, split: str | None) -> Iterator[tuple[str, Any]]:
-    path = Path(source)
-    if path.is_file():
-        with path.open("rb") as f:
-            refuse_pointer(path, f.read(64))
-        if path.suffix == ".parquet":
-            yield from _numbered(path, _parquet(path))
-        elif path.suffix == ".json" and _text(path).lstrip().startswith("["):
-            yield from _numbered(path, _json(_text(path), str(path)))
-        else:
-            yield from _lines(path)
-    elif path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute() or path.is_dir():
-        raise BadInput(
-            f"{source}: no such file of rows; give a .jsonl, .json or .parquet file, or a dataset id on the hub"
-        )
-    else:
-        yield from _numbered(path, _hub(str(source), split or "train"))
-
-
-def _parquet(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as e:
-        raise BadInput(f"{path}: not a readable Parquet file ({(str(e).splitlines() or ['damaged'])[0]})") from None
-
-
-@contextmanager
-def _utf8(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: not UTF-8 text ({e.reason}); rows are JSON, one object a line") from None
-
-
-def _text(path: Path) -> str:
-    with _utf8(path):
-        return path.read_text(encoding="utf-8")
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    found = False
-    with _utf8(path), path.open(encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                found = True
-                yield f"{path}:{number}", _json(line, f"{path}:{number}")
-    if not found:
-        raise BadInput(f"{path}: no rows in this file")
-
-
-def _numbered(path: Path, rows: Any) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        found = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON and no text
-            json.dumps(found, ensure_ascii=False).encode()
-        return found
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{where}: not JSON ({e.msg})") from None
-    except RecursionError:
-        raise BadInput(f"{where}: nested too deeply to be rows") from None
-    except UnicodeEncodeError:
-        raise BadInput(f"{where}: half of a surrogate pair, which is no character; mend or remove the row") from None
-
-
-def _hub(name: str, split: str) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(name, split=split)
-    except Exception as e:  # the hub's client raises many kinds: absent, gated, offline, no such split
-        first_line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise BadInput(f"{name}: neither a file here nor a readable dataset on the hub ({first_line})") from None
 
 
 def _checked(row: Any, where: str) -> Row:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,20 +117,6 @@ def plan_runs(plan: SweepPlan, identity: str = "", validation_rows: int = 1) -> 
     return runs
 
 
-def read_slice(sources: Sources) -> list[rows_of.Row]:
-    """Rows of files, each with an optional range of rows: `rows.jsonl[10:20]`."""
-    rows: list[rows_of.Row] = []
-    for source in [sources] if isinstance(sources, str) else sources:
-        match = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", source)
-        assert match is not None
-        start, stop = (int(x) if x else None for x in match.group(2, 3))
-        part = rows_of.load_rows(match[1])[start:stop]
-        if not part:
-            raise BadInput(f"{source}: no rows in this range")
-        rows += part
-    return rows
-
-
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 RESULTS = "results.jsonl"
@@ -191,8 +176,8 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     inputs = (plan.model, plan.train, plan.validation, plan.test, plan.settings)
     protect(Path(out) / "masks", inputs)
     protect(Path(out) / RESULTS, inputs, directory=False)
-    raw = {"train": read_slice(plan.train), "validation": read_slice(plan.validation)}
-    raw |= {f"test {name}": read_slice(source) for name, source in plan.test.items()}
+    raw = {"train": rows_of.load_rows(plan.train), "validation": rows_of.load_rows(plan.validation)}
+    raw |= {f"test {name}": rows_of.load_rows(source) for name, source in plan.test.items()}
     rows_of.require_disjoint(raw)
     shared = TrainSettings.make(plan.settings)
     say("loading the model")

@@ -25,7 +25,7 @@ from mftmerge.settings import Flag, Settings
 Completion = Callable[[str], list[str]]
 
 MASKS = (".mask",)
-ROWS = (".jsonl", ".json", ".parquet")
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 YAML = (".yml", ".yaml")
 WORDS: dict[Any, str] = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH"}
 

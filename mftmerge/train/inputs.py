@@ -92,9 +92,11 @@ def read_rows(
             return list(source)
         several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
         if several and source and all(isinstance(s, str | Path) for s in source):
-            read = rows_of.mix([rows_of.load_rows(s) for s in source], settings.weights, settings.seed)
+            read = rows_of.mix(
+                [rows_of.load_rows(s, skip_bad=settings.skip_bad_rows) for s in source], settings.weights, settings.seed
+            )
         else:
-            read = rows_of.load_rows(source)
+            read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows)
         return rows_of.tokenize(read, tokenizer, settings.max_length)
 
     rows = tokens(data)

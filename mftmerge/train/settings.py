@@ -78,6 +78,7 @@ class TrainSettings(Settings):
 
     # The data
     max_length: int = Field(1024, ge=2, description="tokens of a row; longer rows are cut on the right")
+    skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
     packing: bool = Field(False, description="pack rows into full sequences")
     weights: list[float] | None = Field(None, description="shares of several data files in the mixture")
 

@@ -1,0 +1,137 @@
+"""Files of rows of every kind: what is read, and how what is not is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mftmerge import data
+from mftmerge.errors import BadInput
+
+ROWS = [{"prompt": f"q{i}", "completion": f"a{i}, with a comma"} for i in range(5)]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """The same rows in every kind of file."""
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list(ROWS)
+    table = "prompt,completion\r\n" + "".join(f'q{i},"a{i}, with a comma"\r\n' for i in range(5))
+    texts = {
+        "a.jsonl": LINES,
+        "a.json": json.dumps(ROWS),
+        "a.ndjson": LINES + "\n\n",
+        "a.csv": table,
+        "a.tsv": "prompt\tcompletion\n" + "".join(f"q{i}\ta{i}, with a comma\n" for i in range(5)),
+    }
+    found = {}
+    for name, text in texts.items():
+        found[name] = folder / name
+        found[name].write_text(text, newline="")
+        found[f"bom {name}"] = folder / f"bom-{name}"
+        found[f"bom {name}"].write_bytes(b"\xef\xbb\xbf" + text.encode())
+        found[f"{name}.gz"] = folder / f"{name}.gz"
+        found[f"{name}.gz"].write_bytes(gzip.compress(text.encode()))
+    dataset.to_parquet(folder / "a.parquet")
+    found["parquet"] = folder / "a.parquet"
+    dataset.save_to_disk(folder / "saved")
+    found["saved"] = folder / "saved"
+    found["arrow"] = next((folder / "saved").glob("*.arrow"))
+    DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(folder / "splits")
+    found["splits"] = folder / "splits"
+    return found
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    for name, path in write_all(tmp_path).items():
+        assert data.load_rows(path) == ROWS, name
+    assert data.load_rows(tmp_path / "splits", split="test") == ROWS[:1]
+
+
+def test_ranges_directories_and_globs(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for i, row in enumerate(ROWS):
+        (tmp_path / "many" / f"{i}.jsonl").write_text(json.dumps(row))
+    (tmp_path / "many" / "notes.md").write_text("not rows")
+    (tmp_path / "a.jsonl").write_text(LINES)
+    assert data.load_rows(tmp_path / "many") == ROWS
+    assert data.load_rows(f"{tmp_path}/many/[1-2].jsonl") == ROWS[1:3]
+    assert data.load_rows(f"{tmp_path}/a.jsonl[1:3]") == ROWS[1:3]
+    assert data.load_rows(f"{tmp_path}/a.jsonl[-2:]") == ROWS[-2:]
+    assert data.load_rows([f"{tmp_path}/a.jsonl[:1]", tmp_path / "many"]) == [ROWS[0], *ROWS]
+    (tmp_path / "odd[0:1].jsonl").write_text(json.dumps(ROWS[4]))
+    assert data.load_rows(tmp_path / "odd[0:1].jsonl") == ROWS[4:]
+
+
+def test_what_programs_hold(tmp_path: Path) -> None:
+    import pandas as pd
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list(ROWS)
+    assert data.load_rows(dataset) == ROWS
+    assert data.load_rows(dataset.to_iterable_dataset()) == ROWS
+    assert data.load_rows(DatasetDict({"train": dataset})) == ROWS
+    assert data.load_rows(pd.DataFrame(ROWS)) == ROWS
+    assert data.load_rows(row for row in ROWS) == ROWS
+    mixed = pd.DataFrame([ROWS[0], {"text": "plain"}])  # of other columns: what is empty is not there
+    assert data.load_rows(mixed) == [ROWS[0], {"text": "plain"}]
+    with pytest.raises(BadInput, match="has the splits a, b; name one of them"):
+        data.load_rows(DatasetDict({"a": dataset, "b": dataset}))
+
+
+def test_conversations_in_tables(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "a.tsv").write_text("messages\n" + json.dumps(talk) + "\n")
+    assert data.load_rows(tmp_path / "a.tsv") == [{"messages": talk}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-9], "not a whole gzip file"),
+        ("no.jsonl.gz", LINES.encode(), "not a whole gzip file"),
+        ("a.csv", b"prompt,completion\nq\n", "a.csv:2: has another number of columns"),
+        ("a.csv", b'prompt,completion\n"q,a\n', "not readable as .csv"),
+        ("a.csv", b"prompt,completion\n", "no rows"),
+        ("a.arrow", b"ARROW1" + bytes(50), "not a readable Arrow file"),
+        ("a.jsonl", b"{}\xff", "not UTF-8"),
+        ("a.jsonl[3:1]", b"", "no such file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    if "[" not in name:
+        path.write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        data.load_rows(path)
+
+
+def test_places_without_rows_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").write_text(LINES)
+    for source, message in (
+        (tmp_path / "empty", "no file of rows in it"),
+        (f"{tmp_path}/*.csv", "matches no file"),
+        (f"{tmp_path}/a.jsonl[7:]", "no rows in this range"),
+        (7, "cannot be read from a int"),
+        ([7], "row 1: a row must be an object"),
+        ([], "no rows to use"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            data.load_rows(source)
+
+
+def test_bad_rows_are_skipped_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: list[Any] = [*ROWS, {"prompt": "q", "completion": ""}, 7]
+    with pytest.raises(BadInput, match="row 6: no assistant text"):
+        data.load_rows(rows)
+    with caplog.at_level("WARNING"):
+        assert data.load_rows(rows, skip_bad=True) == ROWS
+    assert "2 of 7 rows are skipped; the first: row 6: no assistant text" in caplog.text
+    with pytest.raises(BadInput, match="no rows to use"):
+        data.load_rows(rows[5:], skip_bad=True)
