@@ -14,13 +14,12 @@ import pytest
 from helpers.commands import make_inputs
 from helpers.hub import Hub
 from helpers.hub import hub as running_hub
+from helpers.tiny_models import tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny(architecture, seed=..., dtype=...)` gives the path of a tiny checkpoint, made once a session. Read only."""
-    from mftmerge.quickstart.tiny import tiny_checkpoint
-
     made: dict[tuple[object, ...], Path] = {}
 
     def make(architecture: str = "llama", **options: object) -> Path:

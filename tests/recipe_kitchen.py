@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from helpers.tiny_models import tiny_checkpoint
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.mask import Mask
-from mftmerge.quickstart.tiny import tiny_checkpoint
 
 EXPERTS = ("math", "code", "instruct")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-from study import combinations, page, tables  # noqa: E402
+from research.combining import combinations, page, tables  # noqa: E402
 
 
 def test_the_page_is_what_the_program_writes() -> None:

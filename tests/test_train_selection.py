@@ -76,9 +76,8 @@ def test_layers_are_numbers_and_ranges() -> None:
 
 
 def test_modules_are_named_or_listed_when_nothing_matches() -> None:
+    from helpers.tiny_models import tiny_config
     from transformers import AutoModelForCausalLM
-
-    from mftmerge.quickstart.tiny import tiny_config
 
     def short(architecture: str, modules: str) -> set[str]:
         model = AutoModelForCausalLM.from_config(tiny_config(architecture, 300))

@@ -1,10 +1,17 @@
-"""Tiny random checkpoints of several architectures, made on the spot: for `quickstart --tiny`, tests and examples."""
+"""The model of `quickstart --tiny`, made on the spot: a tokenizer and a Llama of a million weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mftmerge.data import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -15,7 +22,7 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def tiny_tokenizer(corpus: Iterable[str] = (), vocab_size: int = 512) -> Any:
+def tiny_tokenizer(corpus: Iterable[str] = (), vocab_size: int = 512) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer with a ChatML template; without a corpus it has one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -35,70 +42,26 @@ def tiny_tokenizer(corpus: Iterable[str] = (), vocab_size: int = 512) -> Any:
     return fast
 
 
-def tiny_config(architecture: str, vocab_size: int, hidden: int = 64, layers: int = 4) -> Any:
-    """Configuration of a small model: llama, qwen2, qwen3, gemma3, mixtral (fused experts) or gpt2 (Conv1D)."""
-    import transformers as tf
-
-    common: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": hidden * 5 // 2,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    if architecture == "llama":
-        return tf.LlamaConfig(**common)
-    if architecture == "qwen2":
-        return tf.Qwen2Config(**common, tie_word_embeddings=True)
-    if architecture == "qwen3":
-        return tf.Qwen3Config(**common, head_dim=hidden // 4)
-    if architecture == "gemma3":
-        return tf.Gemma3TextConfig(**common, head_dim=hidden // 4, sliding_window=64)
-    if architecture == "mixtral":
-        return tf.MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2)
-    if architecture == "gpt2":
-        return tf.GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=hidden,
-            n_layer=layers,
-            n_head=4,
-            n_positions=1024,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    raise ValueError(f"unknown architecture {architecture!r}")
-
-
-def tiny_checkpoint(
-    path: str | Path,
-    architecture: str = "llama",
+def random_checkpoint(
+    path: Path,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = 0,
     dtype: str = "float32",
-    hidden: int = 64,
-    layers: int = 4,
-    corpus: Iterable[str] = (),
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write a random checkpoint with tokenizer and chat template to `path` and return the path.
+    """Write a model of random weights and its tokenizer to `path` and return the path.
 
-    dtype: name of a torch dtype for the stored weights. A small `max_shard_size` gives a sharded checkpoint.
+    dtype: name of a torch dtype for the stored weights. Torch's random state is left as it was.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    path = Path(path)
-    tokenizer = tiny_tokenizer(corpus)
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer), hidden, layers))
+        model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.random.set_rng_state(state)
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
@@ -107,28 +70,32 @@ def tiny_checkpoint(
 
 
 def tiny_base(
-    path: str | Path, rows: list[dict[str, Any]], *, steps: int = 150, seed: int = 0, report: Any = lambda step: None
+    path: Path, rows: list[dict[str, Any]], *, steps: int = 80, seed: int = 0, report: Callable[[int], None]
 ) -> Path:
     """A tiny Llama (1M weights, 4 layers), fine-tuned in full on `rows` for a few seconds: a base that knows a little.
 
     rows: as `data.load_rows` gives them. report: called with the number of steps done. Written whole or not at all.
     """
-    import os
-    import tempfile
-
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from mftmerge.data import tokenize
-
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         complete = Path(temporary) / "checkpoint"
-        corpus = [row["prompt"] + row["completion"] for row in rows]
-        tiny_checkpoint(complete, "llama", seed=seed, hidden=128, corpus=corpus)
-        from transformers import AutoTokenizer
-
+        tokenizer = tiny_tokenizer(row["prompt"] + row["completion"] for row in rows)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        random_checkpoint(complete, config, tokenizer, seed=seed)
         tokenized = tokenize(rows, AutoTokenizer.from_pretrained(complete), 256)
         model = AutoModelForCausalLM.from_pretrained(complete, dtype=torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)

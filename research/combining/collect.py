@@ -1,4 +1,4 @@
-"""Gather the records of a run into one file: `python benchmarks/study/collect.py OUT docs/results/NAME.json`.
+"""Gather the records of a run into one file: `python -m research.combining.collect OUT NAME.json` (in results/).
 
 The file holds, for the base model, the untrained mask and every model of every seed, the loss sums of the test rows
 (rounded to a thousandth of a nat), the mean validation losses, and what is known about it. Token counts are kept once.
@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from study.common import mean, read_record
-
 from mftmerge.files import replacing
+from research.combining.common import mean, read_record
 
 
 def collect(out: Path) -> dict[str, Any]:

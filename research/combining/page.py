@@ -1,24 +1,21 @@
-"""Write the tables and pictures of docs/results.md: `python benchmarks/study/page.py` (after `collect.py`).
+"""Write the tables and pictures of docs/results.md: `python -m research.combining.page` (after `collect.py`).
 
 The page's prose is written by hand; what stands between `<!-- NAME -->` and `<!-- end -->` is replaced by the table of
-that name, made from docs/results/*.json. A test checks that the page holds what this program would write.
+that name, made from research/combining/results/*.json. A test checks that the page holds what this program would write.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from study.pictures import picture_of_shares, picture_of_transfer
-from study.tables import Study, markdown
-
 from mftmerge.files import replacing
+from research.combining.pictures import picture_of_shares, picture_of_transfer
+from research.combining.tables import Study, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+RECORDS = Path(__file__).resolve().parent / "results"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
 
 
@@ -114,7 +111,7 @@ def transfer_table(study: Study) -> str:
 
 def blocks() -> dict[str, Callable[[], str]]:
     """Name of a block on the page -> its table."""
-    instruct, transfer = (Study.load(DOCS / "results" / f"{name}.json") for name in ("instruct", "transfer"))
+    instruct, transfer = (Study.load(RECORDS / f"{name}.json") for name in ("instruct", "transfer"))
     return {
         "answer": lambda: answer(instruct),
         "gains": lambda: own_gains(instruct),
@@ -138,9 +135,9 @@ def main() -> None:
     page = DOCS / "results.md"
     with replacing(page) as temporary:
         temporary.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    study = Study.load(DOCS / "results" / "instruct.json")
+    study = Study.load(RECORDS / "instruct.json")
     picture_of_shares(study, combined(study), DOCS / "results" / "shares.png")
-    picture_of_transfer(Study.load(DOCS / "results" / "transfer.json"), DOCS / "results" / "transfer.png")
+    picture_of_transfer(Study.load(RECORDS / "transfer.json"), DOCS / "results" / "transfer.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from study.tables import Study
+
+from research.combining.tables import Study
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # distinguishable without colour vision (Okabe and Ito)
 GOAL = 0.8

@@ -1,4 +1,4 @@
-"""Masks on models that they were not trained on: `python benchmarks/study/transfer.py OUT --model DIR --study DIR`.
+"""Masks on models that they were not trained on: `python -m research.combining.transfer OUT --model DIR --study DIR`.
 
 The masks of a finished `run.py` (its directory is --study) are applied to the average and to the sum (task arithmetic,
 scale 0.5) of the weight controls of the same seed, and to every checkpoint given as --target NAME=DIR.
@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from study.combinations import bools
-from study.common import Bench, Plan, Weights, average, read_rows, task_arithmetic
-
 from mftmerge.combine import combine
 from mftmerge.mask import Mask
 from mftmerge.train.run import train_mask
+from research.combining.combinations import bools
+from research.combining.common import Bench, Plan, Weights, average, read_rows, task_arithmetic
 
 DENSITY = 0.93  # of the combined mask: the score operation's default for masks of 0.9
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from study.common import Bench, Weights
 
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
@@ -15,6 +14,7 @@ from mftmerge.train.inputs import pad_id
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
+from research.combining.common import Bench, Weights
 
 
 def mask(bench: Bench, seed: int, name: str, domains: list[str], **more: Any) -> Mask:

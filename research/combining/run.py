@@ -1,4 +1,4 @@
-"""Run the study on one base model: `python benchmarks/study/run.py OUT --model DIR --domain math=FILE ... --seed 0`.
+"""Run the study on one base model: `python -m research.combining.run OUT --model DIR --domain math=FILE ... --seed 0`.
 
 Every trained mask and every measurement is a file in OUT; what is there already is not done again, so that a run that
 was stopped goes on, and seeds can run in several processes. `page.py` turns OUT into tables and pictures.
@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from study import combinations, learn
-from study.common import Bench, Plan, average, mean, read_record, read_rows, task_arithmetic
+from research.combining import combinations, learn
+from research.combining.common import Bench, Plan, average, mean, read_record, read_rows, task_arithmetic
 
 
 def seed_of_masks(bench: Bench, seed: int, parts: set[str], only: set[str] | None) -> None:

@@ -1,4 +1,4 @@
-"""Fully fine-tune a base on the mixture of the domains: `python benchmarks/study/fft.py OUT --model DIR --domain ...`.
+"""Fully fine-tune a base on the mixture of domains: `python -m research.combining.fft OUT --model DIR --domain ...`.
 
 All matrices of all layers learn, on the first `rows` training rows of every domain, one pass, the best state by
 validation. The result is a checkpoint: the further-tuned model of the transfer study.
@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from study.common import Plan, read_rows
 
 from mftmerge.loss import row_losses
 from mftmerge.train.control import trained_weights
 from mftmerge.train.inputs import pad_id
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
+from research.combining.common import Plan, read_rows
 
 
 def main() -> None:
