@@ -114,9 +114,8 @@ class Chat:
 
     def _by_marks(self, messages: Sequence[Message]) -> Tokens:
         """By the marks of the template itself: `{% generation %}`."""
-        coded: Any = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.more
-        )
+        wanted: Any = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        coded: Any = self.tokenizer.apply_chat_template(list(messages), **wanted, **self.more)
         ids = list(coded["input_ids"])
         masks = coded["assistant_masks"]
         return {"input_ids": ids, "labels": [t if m else IGNORE for t, m in zip(ids, masks, strict=True)]}

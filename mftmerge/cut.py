@@ -164,9 +164,9 @@ def project(
     edge = None  # the key at the cut
     if keys is not None and dropped:
         members = lambda a, b: keys(a, b)[bits.unpack(narrow(a, b)[1].view(np.uint8), b - a)]  # noqa: E731
-        high, dropped = locate(sum(np.bincount(members(a, b) >> 16, minlength=DIGIT) for a, b in ranges), dropped)
+        high, dropped = locate(sum(np.bincount(members(a, b) >> 16, minlength=DIGIT) for a, b in ranges), dropped)  # type: ignore[arg-type]
         lower = (k[k >> 16 == high] & 0xFFFF for k in (members(a, b) for a, b in ranges))
-        low, dropped = locate(sum(np.bincount(k, minlength=DIGIT) for k in lower), dropped)
+        low, dropped = locate(sum(np.bincount(k, minlength=DIGIT) for k in lower), dropped)  # type: ignore[arg-type]
         edge = high << 16 | low
 
     for a, b in ranges:

@@ -110,7 +110,7 @@ def _known_shape(row: Row, where: str) -> Row:
     if "chosen" in row:
         if isinstance(row["chosen"], str):
             return rest | {"prompt": row.get("prompt", ""), "completion": row["chosen"]}
-        asked = row.get("prompt")
+        asked = row.get("prompt")  # type: ignore[assignment]
         return rest | ({"prompt": asked, "completion": row["chosen"]} if asked else {"messages": row["chosen"]})
     return row
 

@@ -93,7 +93,7 @@ def test_conversations_in_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-9], "not a whole gzip file"),
+        ("cut.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "not a whole gzip file"),
         ("no.jsonl.gz", LINES.encode(), "not a whole gzip file"),
         ("a.csv", b"prompt,completion\nq\n", "a.csv:2: has another number of columns"),
         ("a.csv", b'prompt,completion\n"q,a\n', "not readable as .csv"),
@@ -102,6 +102,7 @@ def test_conversations_in_tables(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\xff", "not UTF-8"),
         ("a.jsonl[3:1]", b"", "no such file"),
     ],
+    ids=range(8),
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name

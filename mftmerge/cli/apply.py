@@ -43,7 +43,7 @@ def command(
     dropped = f"{report.dropped:,} of {report.covered:,} weights dropped ({share:.2%})"
     say(f"{out}: {report.tensors} tensors masked, {dropped}")
     if report.difference:
-        say(report.difference)
+        say(str(report.difference))
     if report.continued:
         say(f"continued: {len(report.continued)} shards were already there")
     for note in report.notes:

@@ -154,11 +154,11 @@ def load_model(
     from mftmerge.loading import load_causal_lm, load_tokenizer
 
     path = resolve(path)
-    model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device).eval(), tokenizer
+        return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as e:
         raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from None
 

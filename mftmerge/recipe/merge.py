@@ -293,7 +293,7 @@ def _write(
             if tensor is None:
                 continue
             flat = tensor.reshape(-1)
-            data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+            data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
             writer.add(task.tensor_name, of_torch(tensor.dtype).code, tuple(tensor.shape), data)
             sizes[task.tensor_name] = data.nbytes
             if progress:

@@ -90,7 +90,7 @@ def leak(model: PreTrainedModel, packs: Sequence[Pack], fill: int) -> str:
         batch = {
             k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in joined(model, [several], fill).items()
         }
-        together, _ = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)
+        together, _ = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)  # type: ignore[arg-type]
         apart, at = [], 0
         for length in several["seq_lengths"]:
             ids, labels = (several[k][at : at + length] for k in ("input_ids", "labels"))

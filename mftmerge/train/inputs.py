@@ -59,7 +59,7 @@ def load_model(
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
-            loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+            loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     elif shard:
         raise BadInput("FSDP shards a model while it is loaded: give train_mask the checkpoint's path, not a model")
     else:

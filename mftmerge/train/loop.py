@@ -338,7 +338,7 @@ def factor(step: int, settings: TrainSettings) -> float:
 def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, as torch.load reads them without running code."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}  # type: ignore[union-attr]
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return state | {"torch": torch.get_rng_state(), "cuda": cuda}
 

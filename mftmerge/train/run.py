@@ -215,7 +215,7 @@ class _Run:
         finally:
             optimizer.restore()
         if self.valid:
-            losses |= {"initial": best.initial, "mask": best.rows}
+            losses |= {"initial": best.initial, "mask": best.rows}  # type: ignore[dict-item]
         if self.settings.control and self.valid:
             self.say("training the matched control: the same steps on the weights")
             losses |= run_controls(
@@ -324,7 +324,7 @@ class _Run:
             named = naming.to_checkpoint(self.model, tensors, names=checkpoint.names if checkpoint else None)
             return {n: t.contiguous().numpy() for n, t in named.items()}
 
-        kept = convert(best.mask)
+        kept = convert(best.mask)  # type: ignore[arg-type]
         validation = [[h["step"], h["validation"]] for h in best.history if h.get("validation") is not None]
         training = self.settings.model_dump(exclude={"check_memory", "log_to", "control"}, exclude_none=True) | {
             "selection": "signed" if scores.is_signed(self.settings.init) else "abs",
@@ -347,7 +347,7 @@ class _Run:
         )
         if not self.settings.scores:
             return Mask.from_bools(kept, info)
-        return Mask.from_bools(kept, info, convert(best.scores), convert(first))
+        return Mask.from_bools(kept, info, convert(best.scores), convert(first))  # type: ignore[arg-type]
 
     def _checkpoint(self) -> Checkpoint | None:
         """The files of the model, where it has any: names and fingerprints are always theirs."""
