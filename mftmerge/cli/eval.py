@@ -86,7 +86,7 @@ def command(
             *inputs,
             reference=reference,
             measures=Measures(
-                exact=pairs(exact, "--exact"),
+                exact=pairs(exact, "--exact", "DOMAIN=RULE"),
                 run_tests=run_tests,
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,

@@ -173,13 +173,13 @@ def _help(field: FieldInfo) -> str:
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def pairs(texts: list[str], option: str) -> dict[str, str]:
+def pairs(texts: list[str], option: str, form: str = "NAME=VALUE") -> dict[str, str]:
     """What was typed as NAME=VALUE."""
     found = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name:
-            raise BadInput(f"{option} {text}: give NAME=VALUE")
+            raise BadInput(f"{option} {text}: give {form}")
         found[name] = value
     return found
 
