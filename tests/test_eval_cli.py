@@ -14,6 +14,7 @@ import pytest
 
 from mftmerge import checkpoint
 from mftmerge.cli import main
+from mftmerge.data import load_rows, tokenize
 from mftmerge.evaluate import files
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask, MaskInfo
@@ -136,3 +137,22 @@ def test_harness_tasks_run_on_the_masked_model(
     assert "0.2500 ± 0.1250" in capsys.readouterr().out
     density = Mask.load(kitchen.a).density("model.layers.1.mlp.up_proj.weight")
     assert seen == [0, pytest.approx(1 - density)]
+
+
+def test_inside_autocast_every_mask_is_seen(kitchen: SimpleNamespace) -> None:
+    """Autocast keeps the weights that it has cast, which a switch in place must not leave standing."""
+    import torch
+
+    from mftmerge.evaluate.grid import grid
+
+    model, tokenizer = files.load_model(kitchen.model, dtype="float32")
+    rows = tokenize(load_rows(kitchen.here / "math.jsonl"), tokenizer, 64)
+    masks = {"a": Mask.load(kitchen.a), "b": Mask.load(kitchen.b)}
+    plain = grid(model, masks, {"math": rows})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = grid(model, masks, {"math": rows})
+    for row in masks:
+        assert plain.difference(row, "math").mean != 0
+        assert cast.difference(row, "math").mean == pytest.approx(plain.difference(row, "math").mean, abs=0.02)
+        assert cast.difference(row, "math").mean != 0
+    assert cast.difference("a", "math", reference="b").mean != 0

@@ -43,6 +43,9 @@ def command(
     run_tests: bool = typer.Option(
         False, "--run-tests", help='pass@1 on rows with "tests": runs Python that the model wrote, in a sandbox.'
     ),
+    trusted: bool = typer.Option(
+        False, "--i-trust-this-code", help="Run tests even where the system cannot isolate them."
+    ),
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
     bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
     lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
@@ -88,6 +91,7 @@ def command(
             measures=Measures(
                 exact=pairs(exact, "--exact", "DOMAIN=RULE"),
                 run_tests=run_tests,
+                trusted=trusted,
                 max_new_tokens=max_new_tokens,
                 batch_tokens=batch_tokens,
                 resamples=bootstrap,

@@ -13,7 +13,7 @@ from mftmerge import data as rows_of
 from mftmerge import matching
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import generation, harness
+from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
@@ -24,13 +24,14 @@ class Measures:
     """What is measured beside the loss, and how.
 
     exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
-    that carry tests; runs code that the model wrote. lm_eval: task names for lm-evaluation-harness, lm_eval_limit:
-    documents a task at most. resamples: of the paired bootstrap, 0 for none. base: model whose values dropped weights
-    take, whatever the masks' headers say.
+    that carry tests; runs code that the model wrote. trusted: also where nothing holds that code. lm_eval: task names
+    for lm-evaluation-harness, lm_eval_limit: documents a task at most. resamples: of the paired bootstrap, 0 for none.
+    base: model whose values dropped weights take, whatever the masks' headers say.
     """
 
     exact: Mapping[str, str] = field(default_factory=dict)
     run_tests: bool = False
+    trusted: bool = False
     max_new_tokens: int = 256
     batch_tokens: int = 4096
     resamples: int = 0
@@ -90,6 +91,8 @@ def _check(models: Mapping[str, Any], data: Mapping[str, Any], measures: Measure
         if domain not in data:
             raise BadInput(f"exact match for {domain!r}: there is no such domain; there are {', '.join(data)}")
         generation.rule(name)
+    if measures.run_tests:
+        sandbox.require(measures.trusted)
     if measures.lm_eval:
         harness.require()
 
@@ -178,7 +181,12 @@ def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Meas
         return None
     try:
         return generation.marker(
-            rows, tokenizer, exact=exact, run_tests=run_tests, max_new_tokens=measures.max_new_tokens
+            rows,
+            tokenizer,
+            exact=exact,
+            run_tests=run_tests,
+            max_new_tokens=measures.max_new_tokens,
+            trusted=measures.trusted,
         )
     except BadInput as e:
         raise BadInput(f"domain {domain!r}: {e}") from None

@@ -17,7 +17,6 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate import sandbox
 from mftmerge.evaluate.pairing import Values
 from mftmerge.loss import length_batches
-from mftmerge.machine import cores
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
@@ -184,11 +183,13 @@ def marker(
     max_new_tokens: int = 256,
     batch_tokens: int = 8192,
     limits: sandbox.Limits | None = None,
+    trusted: bool = False,
 ) -> Callable[[Any], Marks]:
     """A function of the model that lets it answer every row once and marks the answers.
 
     exact: rule for exact match (see `rule`). run_tests: pass@1 over the rows that carry `tests`; this runs code
-    that the model wrote. Raises BadInput at once where the rows' own answers cannot be marked so.
+    that the model wrote; `trusted`: even where nothing holds it (see `sandbox`). Raises BadInput at once where the
+    rows' own answers cannot be marked so.
     """
     asked = questions(rows, tokenizer)
     extract = rule(exact) if exact else None
@@ -201,9 +202,10 @@ def marker(
         raise BadInput('no row carries "tests" (a string of Python, or a list of strings) to run')
     remarks: list[str] = []
     if tested:
-        own = _passes([code(asked[i].reference) for i in tested], asked, tested, limits)
+        sandbox.require(trusted)
+        own = _passes([code(asked[i].reference) for i in tested], asked, tested, limits, trusted)
         remarks.append(f"own answers of the rows pass {int(own[:, 0].sum())} of {len(own)} tests")
-        remarks.append(f"tests run without network by {sandbox.network_isolation()}")
+        remarks.append(f"tests run with {sandbox.describe()}")
 
     def mark(model: Any) -> Marks:
         prompts = [question.prompt for question in asked]
@@ -213,15 +215,19 @@ def marker(
             pairs = zip(answers, asked, strict=True)
             metrics[EXACT] = np.array([[extract(a) == extract(q.reference), 1.0] for a, q in pairs])
         if tested:
-            metrics[PASS_AT_1] = _passes([code(answers[i]) for i in tested], asked, tested, limits)
+            metrics[PASS_AT_1] = _passes([code(answers[i]) for i in tested], asked, tested, limits, trusted)
         return Marks(metrics, answers, remarks)
 
     return mark
 
 
 def _passes(
-    programs: list[str], asked: Sequence[Question], tested: Sequence[int], limits: sandbox.Limits | None
+    programs: list[str],
+    asked: Sequence[Question],
+    tested: Sequence[int],
+    limits: sandbox.Limits | None,
+    trusted: bool,
 ) -> Values:
     jobs = [(program, asked[i].tests or "") for program, i in zip(programs, tested, strict=True)]
-    outcomes = sandbox.run_all(jobs, limits, workers=max(1, cores() // 2))
+    outcomes = sandbox.run_all(jobs, limits, trusted=trusted)
     return np.array([[float(outcome.passed), 1.0] for outcome in outcomes])

@@ -1,10 +1,15 @@
-"""Run a generated Python program with its tests in a separate, limited process; only "passed or why not" comes back.
+"""Run programs that a model wrote with their tests, in processes that are kept from everything else.
 
-What holds the program: limits of the operating system on CPU time, memory, file size, open files and new processes; a
-time limit, after which the whole process group is killed; a temporary directory, removed afterwards; an empty
-environment; no network, through a network namespace of its own where the system permits that; and a Python audit hook
-(PEP 578) that refuses sockets, new processes, native libraries, and changes to files outside the temporary directory.
-That stops accidents. Code written to break out needs a container or a virtual machine around the whole evaluation.
+Two processes a test: one runs the program, one the tests, and they talk through a socket (see `exchange`), because code
+that shares a process with its tests can read what they expect and say that they passed. Each is in a jail (see `jail`).
+Levels, the best that the system permits is taken:
+
+- "bwrap": namespaces made by bubblewrap, where it is installed;
+- "namespaces": the same made here, where the system lets this user make namespaces;
+- "none": limits on processor time, memory, file sizes and open files only. The program can then read and write what
+  the user can: `run_tests` refuses unless the code is trusted.
+
+What no level keeps out: faults of the kernel that is shared. Code from an attacker wants a virtual machine around it.
 """
 
 from __future__ import annotations
@@ -12,101 +17,233 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
-from mftmerge.errors import MftmergeError
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.machine import cores
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
+Level = Literal["bwrap", "namespaces", "none"]
+
+JAIL = Path(__file__).with_name("jail.py")
+OURS = ("__init__", "jail", "exchange", "playing", "judging")
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
+POLL = 0.02  # seconds between looks at a running test
+OUT_OF_TIME = (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # directly, and through a namespace's first process
+PATIENCE = 20  # a test may take this many times its seconds by the clock, whatever it did in them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds: wall clock; cpu_seconds: CPU time; megabytes: address space; file_megabytes: a file's size;
-    files: open files; processes: new processes."""
+    """seconds: processor time, and time asleep; waiting for a busy machine's processors does not count. megabytes:
+    address space; file_megabytes: a file's size; disk_megabytes: all files together; files: open files."""
 
     seconds: float = 10.0
-    cpu_seconds: int = 10
     megabytes: int = 1024
     file_megabytes: int = 16
+    disk_megabytes: int = 64
     files: int = 64
-    processes: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: the program and its tests ran to their end; reason: "passed", "time", or the last line of the error."""
+    """passed: the tests ran to their end; reason: "passed", "time", or the error."""
 
     passed: bool
     reason: str
 
 
-def run_tests(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """Run `program`, then `tests` in the same namespace; pass means that neither raised, exited or was stopped.
-
-    A program that exits early, even with code 0, has not passed: the child reports the end of the tests with a secret
-    that the program is not given. Raises MftmergeError where there is no such isolation (Windows).
-    """
-    limits = limits or Limits()
+@cache
+def level() -> Level:
+    """The best isolation that this system permits; found out by trying."""
     if os.name != "posix":
         raise MftmergeError("running tests of generated code needs Linux or macOS; evaluate without --run-tests")
-    secret = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="mftmerge-tests-") as directory:
-        job = {"program": program, "tests": tests, "secret": secret, "limits": asdict(limits), "directory": directory}
-        output, code = _run(json.dumps(job), directory, limits.seconds)
-    if output is None or code == -signal.SIGXCPU:
-        return Outcome(False, "time")
-    if output.endswith(f"{secret}\n"):
-        return Outcome(True, "passed")
-    lines = [line for line in output.splitlines() if line.strip()]
-    return Outcome(False, lines[-1][:300] if lines and code == 1 else f"ended with code {code} before its tests did")
+    for found in ("bwrap", "namespaces"):
+        if (found == "bwrap" and not shutil.which("bwrap")) or not sys.platform.startswith("linux"):
+            continue
+        with tempfile.TemporaryDirectory(prefix="mftmerge-jail-") as root:
+            command = _command(found, "probe", root, Limits(), 0, 0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if subprocess.run(command, capture_output=True, text=True, timeout=20).stdout == "holds\n":
+                    return found
+    return "none"
 
 
-def run_all(programs: list[tuple[str, str]], limits: Limits | None = None, *, workers: int = 1) -> list[Outcome]:
-    """`run_tests` on many (program, tests), `workers` processes at a time, results in order."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(pool.map(lambda job: run_tests(job[0], job[1], limits), programs))
+def describe() -> str:
+    """The level in words, for the remarks on a result."""
+    return {
+        "bwrap": "bubblewrap: own namespaces, no network, no files, program and tests in separate processes",
+        "namespaces": "own namespaces, no network, no files, program and tests in separate processes",
+        "none": "limits on time and memory alone: the code was trusted",
+    }[level()]
 
 
-@cache
-def network_isolation() -> str:
-    """How programs are kept from the network here: "network namespace and audit hook", or "audit hook" alone."""
-    with tempfile.TemporaryDirectory(prefix="mftmerge-tests-") as directory:
-        output, _ = _run(json.dumps({"report": True}), directory, 10.0)
-    return "network namespace and audit hook" if output == "namespace\n" else "audit hook"
+def require(trusted: bool = False) -> None:
+    """Raise BadInput where this system cannot hold a program and nobody has said that the code is trusted."""
+    if level() == "none" and not trusted:
+        raise BadInput(
+            "--run-tests: this system permits no namespaces, so programs could read and change your files; install "
+            "bubblewrap, run inside a container that permits them, or add --i-trust-this-code"
+        )
 
 
-def _run(job: str, directory: str, seconds: float) -> tuple[str | None, int]:
-    """Output (last 64 kB) of the child and its exit code; None for the output when it ran out of time.
+def run_tests(program: str, tests: str, limits: Limits | None = None, *, trusted: bool = False) -> Outcome:
+    """Run `program` in one process and `tests` in another; pass means that every test ran to its end without an error.
 
-    All of its process group is gone afterwards.
+    Raises BadInput where nothing holds the program and it is not `trusted`.
     """
-    environment = {"PATH": os.defpath, "HOME": directory, "TMPDIR": directory, "PYTHONHASHSEED": "0"}
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with tempfile.TemporaryFile() as output:
+    require(trusted)
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="mftmerge-jail-") as one, tempfile.TemporaryDirectory() as two:
+        ours, theirs = socket.socketpair()
+        reading, writing = os.pipe()
+        with ours, theirs, os.fdopen(reading) as verdict, _running() as start:
+            start("program", one, limits, theirs.fileno(), 0)
+            judge = start("tests", two, limits, ours.fileno(), writing)
+            os.close(writing)
+            ours.close()
+            theirs.close()  # the processes' own copies remain: the death of one ends the other
+            text = json.dumps({"program": program, "tests": tests}).encode(errors="surrogatepass")
+            feeding = ThreadPoolExecutor(1)
+            feeding.submit(_feed, judge, text)
+            late = _wait(judge, limits, start.children)
+            if not late:  # a program that has ended says why in its code: let it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    start.children[0].wait(0.2)
+            feeding.shutdown(wait=False)
+            said = "" if late else verdict.read(4096)
+    if late or judge.returncode in OUT_OF_TIME:
+        return Outcome(False, "time")
+    try:
+        passed, reason = json.loads(said)
+    except ValueError:
+        return Outcome(False, f"ended with code {judge.returncode} before its tests did")
+    if not passed and start.children[0].returncode in OUT_OF_TIME:
+        return Outcome(False, "time")
+    return Outcome(passed is True, str(reason))
+
+
+def run_all(
+    programs: Sequence[tuple[str, str]],
+    limits: Limits | None = None,
+    *,
+    workers: int | None = None,
+    trusted: bool = False,
+) -> list[Outcome]:
+    """`run_tests` on many (program, tests), results in order; by default as many at a time as there are cores."""
+    require(trusted)
+    with ThreadPoolExecutor(max(1, workers or cores())) as pool:
+        return list(pool.map(lambda job: run_tests(job[0], job[1], limits, trusted=trusted), programs))
+
+
+class _Start:
+    """Starts the processes of a test and remembers them."""
+
+    def __init__(self) -> None:
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, role: str, root: str, limits: Limits, channel: int, verdict: int) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=directory,
-            env=environment,
+            _command(level(), role, root, limits, channel, verdict),
+            stdin=subprocess.PIPE if role == "tests" else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=root,
+            env={"PATH": "/usr/bin:/bin", "HOME": root, "TMPDIR": root, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            pass_fds=[fd for fd in (channel, verdict) if fd],
             start_new_session=True,
         )
-        try:
-            child.communicate(job.encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None, -signal.SIGKILL
-        finally:
+        self.children.append(child)
+        return child
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[_Start]:
+    """Whatever happens, the processes are gone afterwards, and with a level's first process all that it started."""
+    start = _Start()
+    try:
+        yield start
+    finally:
+        for child in start.children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
+        for child in start.children:
             child.wait()
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 65536))
-        return output.read().decode(errors="replace"), child.returncode
+            if child.stdin:
+                with contextlib.suppress(OSError):
+                    child.stdin.close()
+
+
+def _feed(child: subprocess.Popen[bytes], text: bytes) -> None:
+    assert child.stdin is not None
+    with contextlib.suppress(OSError, ValueError):
+        child.stdin.write(text)
+        child.stdin.close()
+
+
+def _wait(judge: subprocess.Popen[bytes], limits: Limits, children: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Wait for the tests to end; True when they took too long, not counting what they waited for a processor."""
+    start = time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            judge.wait(POLL)
+            return False
+        passed = time.monotonic() - start
+        if passed < limits.seconds:
+            continue
+        if passed > PATIENCE * limits.seconds or passed - sum(_queued(c.pid) for c in children) > limits.seconds + 0.5:
+            return True
+        time.sleep(POLL * 5)
+
+
+def _queued(pid: int) -> float:
+    """Seconds that a process and those below it were ready to run and another one had the processor (Linux)."""
+    try:
+        waited = int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return waited + sum(_queued(int(child)) for child in below)
+
+
+def _visible() -> list[str]:
+    """What a program may read: the Python installation and the system's libraries."""
+    own = [
+        sys.base_prefix,
+        sys.prefix,
+        *(sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")),
+    ]
+    real = [os.path.realpath(path) for path in own]
+    candidates = [*SYSTEM, *own, *real]
+    chosen: list[str] = []
+    for path in sorted({os.path.abspath(p) for p in candidates if os.path.exists(p)}, key=len):
+        # An installation at the root or at home would show everything there.
+        if path not in ("/", os.path.expanduser("~")) and not any(path.startswith(c + "/") for c in chosen):
+            chosen.append(path)
+    return chosen
+
+
+def _command(kind: str, role: str, root: str, limits: Limits, channel: int, verdict: int) -> list[str]:
+    job: dict[str, object] = {"level": kind, "root": root, "visible": _visible(), "limits": asdict(limits)}
+    job |= {"channel": channel, "verdict": verdict}
+    python = [sys.executable, "-I", "-B"]
+    if kind != "bwrap":
+        return [*python, str(JAIL), role, json.dumps(job)]
+    options = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    for path in [*_visible(), *(str(JAIL.with_name(f"{n}.py")) for n in OURS)]:
+        options += ["--ro-bind", path, path]
+    options += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.disk_megabytes << 20), "--tmpfs", "/tmp"]
+    options += ["--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp", "--uid", "65534", "--gid", "65534"]
+    return ["bwrap", *options, *python, str(JAIL), role, json.dumps(job)]

@@ -1,0 +1,254 @@
+"""The tests' process: calls the program in the other one and gives the verdict. Standard library only."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections.abc
+import importlib
+import io
+import json
+import os
+import sys
+import types
+from typing import Any
+
+from mftmerge.evaluate.exchange import CHANGED, Channel, Gone
+
+
+class TestsChannel(Channel):
+    """Asks the program's process, and serves callbacks while it waits for the answer."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.classes: dict[int, type] = {}
+
+    def reference(self, value: Any) -> Any:
+        if isinstance(value, Remote):
+            return ["back", number_of(value)]
+        if isinstance(value, type) and value in self.classes.values():
+            return ["back", next(n for n, c in self.classes.items() if c is value)]
+        if isinstance(value, collections.abc.Iterator):
+            return ["iterator", ["list", [self.encode(v) for v in value]]]
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+            return ["function", self.refer(value)]
+        raise TypeError(f"{type(value).__name__} of the tests cannot go to the program's process")
+
+    def dereference(self, kind: str, parts: list[Any]) -> Any:
+        if kind != "ref":
+            return super().dereference(kind, parts)
+        number, facts = int(parts[0]), parts[1]
+        if "name" in facts:
+            return self.class_of(number, facts)
+        own = self.decode(facts["class"]) if facts["class"] else None
+        made = own if isinstance(own, type) and issubclass(own, Remote) else Remote
+        value = object.__new__(made)
+        object.__setattr__(value, "_remote", (self, number))
+        if facts.get("async"):
+            return awaited(value)
+        if "plain" in facts:
+            object.__setattr__(value, "_plain", self.decode(facts["plain"]))
+        return value
+
+    def class_of(self, number: int, facts: dict[str, Any]) -> type:
+        """A class here that stands for a class there: for calls, `isinstance` and `except`."""
+        if number not in self.classes:
+            bases = [self.decode(b) for b in facts["bases"]]
+            errors = tuple(b for b in bases if isinstance(b, type) and issubclass(b, BaseException))
+            kept: tuple[type, ...] = (
+                errors or tuple(b for b in bases if isinstance(b, type) and issubclass(b, Remote)) or (Remote,)
+            )
+            maker = type if errors else RemoteClass
+            made = maker(str(facts["name"]), kept, {})
+            made._class = (self, number)  # type: ignore[attr-defined]
+            self.classes[number] = made
+        return self.classes[number]
+
+    def ask(self, what: str, *arguments: Any, **named: Any) -> Any:
+        """Have the program's process do something; its result, or its exception raised here."""
+        with self.lock:
+            self.send([what, self.encode(list(arguments)), self.encode(named)])
+            return self.answer(arguments)
+
+    def answer(self, arguments: tuple[Any, ...] = ()) -> Any:
+        while True:
+            what, *parts = self.receive()
+            if what == "callback":
+                self.called_back(*parts)
+                continue
+            sys.stdout.write(str(parts[-1]))
+            if what == "raise":
+                raise self.error(*parts[:-1])
+            for place, now in parts[1]:
+                replace(arguments[place], self.decode(now))
+            return self.decode(parts[0])
+
+    def called_back(self, number: int, arguments: Any, named: Any) -> None:
+        try:
+            result = self.mine[number](*self.decode(arguments), **self.decode(named))
+            self.send(["return", self.encode(result)])
+        except Gone:
+            raise
+        except Exception as e:
+            self.send(["raise", type(e).__name__, str(e)])
+
+    def error(self, kind: str, arguments: Any, own: Any, text: str) -> BaseException:
+        made = self.decode(own) if own else getattr(builtins, kind, Exception)
+        if not (isinstance(made, type) and issubclass(made, BaseException)):
+            made = RuntimeError
+        try:
+            return made(*self.decode(arguments))
+        except Exception:
+            return RuntimeError(text)
+
+
+async def awaited(value: Any) -> Any:
+    """A coroutine here for one there, which is run to its end when this one is awaited."""
+    return ask(value, "await")
+
+
+def replace(value: Any, now: Any) -> None:
+    """Give an argument the contents that the program's function left in it."""
+    if type(value) is not type(now) or type(value) not in CHANGED:
+        return
+    value.clear()
+    value.update(now) if isinstance(value, dict | set) else value.extend(now)
+
+
+def number_of(value: Any) -> int:
+    return object.__getattribute__(value, "_remote")[1]
+
+
+def ask(value: Any, what: str, *arguments: Any, **named: Any) -> Any:
+    channel = object.__getattribute__(value, "_remote")[0]
+    return channel.ask(what, value, *arguments, **named)
+
+
+class RemoteClass(type):
+    """Of the classes that stand for the program's."""
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        channel = cls._class[0]  # type: ignore[attr-defined]
+        return channel.ask("call", cls, *arguments, **named)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_") or "_class" not in vars(cls):
+            raise AttributeError(name)
+        return cls._class[0].ask("get", cls, name)  # type: ignore[attr-defined]
+
+
+def alike(name: str) -> Any:
+    """An operator between two references; with a plain value it is Python's own for unrelated types."""
+
+    def operate(self: Any, other: Any) -> Any:
+        if "_plain" in vars(self):  # int, str, ... or a subclass such as a named tuple
+            other = vars(other)["_plain"] if isinstance(other, Remote) and "_plain" in vars(other) else other
+            return getattr(type(vars(self)["_plain"]), name)(vars(self)["_plain"], other)
+        return ask(self, name, other) if isinstance(other, Remote) else NotImplemented
+
+    return operate
+
+
+class Remote:
+    """What stands in the tests' process for an object in the program's."""
+
+    for _name in ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv"):
+        locals()[f"__{_name}__"] = alike(f"__{_name}__")
+
+    def __hash__(self) -> int:
+        return hash(vars(self)["_plain"]) if "_plain" in vars(self) else number_of(self)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return ask(self, "call", *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return ask(self, "get", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ask(self, "set", name, value)
+
+    def __delattr__(self, name: str) -> None:
+        ask(self, "del", name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return ask(self, "item", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        ask(self, "setitem", key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        ask(self, "delitem", key)
+
+    # No `__contains__`: `x in f()` looks for x here, over what `f()` gives, or an object could say yes to everything.
+
+    def __iter__(self) -> Any:
+        return ask(self, "iter")
+
+    def __next__(self) -> Any:
+        return ask(self, "next")
+
+    def __len__(self) -> int:
+        return int(ask(self, "len"))
+
+    def __str__(self) -> str:
+        return str(ask(self, "str"))
+
+    def __repr__(self) -> str:
+        return str(ask(self, "repr"))
+
+    def __bool__(self) -> bool:
+        return bool(ask(self, "bool"))
+
+    def __enter__(self) -> Any:
+        return ask(self, "enter")
+
+    def __exit__(self, *error: Any) -> None:
+        ask(self, "exit")
+
+
+class Names(dict[str, Any]):
+    """The tests' own names; what they do not define is Python's, then the program's.
+
+    A name of the program hides one of Python's (`def sum(...)` as the answer) only where the tests use nothing else of
+    the program: elsewhere an `all` or `isinstance` of its own would be a way to pass.
+    """
+
+    def __init__(self, channel: TestsChannel, there: dict[str, Any], tests: str) -> None:
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self.channel = channel
+        used = {n.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)} & set(there)
+        pythons = {n for n in there if hasattr(builtins, n) or (n in sys.stdlib_module_names and not there[n])}
+        self.there = set(there) - (pythons if used - pythons - {n for n in there if there[n]} else set())
+        self.there -= {"__name__", "__builtins__", "__doc__", "__loader__", "__spec__", "__package__"}
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.there:
+            with self.channel.lock:
+                self.channel.send(["name", name])
+                return self.channel.answer()
+        if name in sys.stdlib_module_names and not hasattr(builtins, name):
+            return importlib.import_module(name)
+        raise KeyError(name)
+
+
+def tests(job: dict[str, Any]) -> None:
+    """The tests' process. The verdict goes to the evaluation through a pipe that the program's process never had."""
+    channel, verdict = TestsChannel(job["channel"]), os.fdopen(job["verdict"], "w")
+    given = json.loads(sys.stdin.read())
+    sys.set_int_max_str_digits(0)
+    sys.stdout, sys.stdin = open(os.devnull, "w"), io.StringIO()  # noqa: SIM115
+    try:
+        channel.send([given["program"]])
+        names = Names(channel, channel.answer(), given["tests"])
+        exec(compile(given["tests"], "tests.py", "exec", dont_inherit=True), names, names)
+        passed, reason = True, "passed"
+    except Gone:
+        passed, reason = False, "ended before its tests did"
+    except BaseException as e:
+        try:
+            text = str(e)
+        except BaseException:
+            text = ""
+        passed, reason = False, f"{type(e).__name__}: {text}" if text else type(e).__name__
+    verdict.write(json.dumps([passed, reason[-300:]]))
+    verdict.flush()
