@@ -3,8 +3,8 @@
 The program (`playing`) and its tests (`judging`) are each in a jail of their own, so that the program reaches neither
 the expected values nor the verdict: they are in another process's memory. The tests call the program's functions
 through a socket. Plain values travel as copies (lists and dictionaries that a function changed are changed in the tests
-too); functions, classes, instances and iterators stay where they are and travel as references. What comes from the program is
-read as data, never as code.
+too); functions, classes, instances and iterators stay where they are and travel as references. What comes from the
+program is read as data, never as code.
 
 A reference is never equal to a plain value and takes part in no arithmetic or order with one: an object whose `__eq__`
 or `__sub__` says what the tests want to hear passes nothing.
@@ -96,7 +96,7 @@ class Channel:
             return ["iso", kind.__name__, value.isoformat()]
         if kind is datetime.timedelta:
             return ["timedelta", [value.days, value.seconds, value.microseconds]]
-        if isinstance(value, type) and value is getattr(builtins, value.__name__, None):
+        if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
             return ["builtin", value.__name__]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
