@@ -76,7 +76,7 @@ class Channel:
 
     def encode(self, value: Any) -> Any:
         """A value as JSON: plain values by content, the rest by `reference`."""
-        kind = type(value)
+        kind: type[Any] = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
         if value is Ellipsis:
@@ -96,11 +96,11 @@ class Channel:
             return ["iso", kind.__name__, value.isoformat()]
         if kind is datetime.timedelta:
             return ["timedelta", [value.days, value.seconds, value.microseconds]]
-        if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
-            return ["builtin", value.__name__]
+        if isinstance(value, type) and vars(builtins).get(kind_name := getattr(value, "__name__", "")) is value:
+            return ["builtin", kind_name]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
-        if kind.__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufc":
+        if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind in "biufc":
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
         return self.reference(value)
 

@@ -4,8 +4,9 @@ Two processes a test: one runs the program, one the tests, and they talk through
 that shares a process with its tests can read what they expect and say that they passed. Each is in a jail (see `jail`).
 Levels, the best that the system permits is taken:
 
-- "bwrap": namespaces made by bubblewrap, where it is installed;
-- "namespaces": the same made here, where the system lets this user make namespaces;
+- "namespaces": made here, where the system lets this user make namespaces;
+- "bwrap": made by bubblewrap, which some systems permit alone (it is set-uid, or in a profile). Its /tmp has a limit on
+  bytes and none on the number of files, which is why it comes second;
 - "none": limits on processor time, memory, file sizes and open files only. The program can then read and write what
   the user can: `run_tests` refuses unless the code is trusted.
 
@@ -70,7 +71,7 @@ def level() -> Level:
     """The best isolation that this system permits; found out by trying."""
     if os.name != "posix":
         raise MftmergeError("running tests of generated code needs Linux or macOS; evaluate without --run-tests")
-    for found in ("bwrap", "namespaces"):
+    for found in ("namespaces", "bwrap"):
         if (found == "bwrap" and not shutil.which("bwrap")) or not sys.platform.startswith("linux"):
             continue
         with tempfile.TemporaryDirectory(prefix="mftmerge-jail-") as root:
@@ -246,4 +247,4 @@ def _command(kind: str, role: str, root: str, limits: Limits, channel: int, verd
         options += ["--ro-bind", path, path]
     options += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.disk_megabytes << 20), "--tmpfs", "/tmp"]
     options += ["--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp", "--uid", "65534", "--gid", "65534"]
-    return ["bwrap", *options, *python, str(JAIL), role, json.dumps(job)]
+    return [shutil.which("bwrap") or "bwrap", *options, *python, str(JAIL), role, json.dumps(job)]
