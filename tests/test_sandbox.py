@@ -72,6 +72,19 @@ RIGHT = {
         "try:\n    f(-1)\n    assert False\nexcept E as e:\n    assert str(e) == 'negative'\n"
         "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",
     ),
+    "arguments changed in place, deeper": ("def f(x): x['k'].append(1)", "k = []\nf({'k': k})\nassert k == [1]"),
+    "views of a dictionary given": (
+        "def f(x): return sum(x)",
+        "d = {1: 2}\nassert (f(d.keys()), f(d.values())) == (1, 2)",
+    ),
+    "one object is one object": (
+        "import enum\nclass C(enum.Enum): R = 1\ndef f(): return C.R",
+        "assert f() is C.R and f() is f() and f().value == 1",
+    ),
+    "a named tuple is a tuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'a b')\ndef f(): return P(1, 2)",
+        "assert isinstance(f(), tuple) and isinstance(f(), P) and list(f()) == [1, 2] and P(1, 2) == f()",
+    ),
     "generators": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0"),
     "named tuples": (
         "from collections import namedtuple\nP = namedtuple('P', 'a b')\ndef f(): return P(1, 2)",
@@ -158,9 +171,11 @@ FORGERIES = {
     "a cycle": "def f(x):\n    a = []; a.append(a); return a",
     "a huge message": "def f(x): return 'x' * (1 << 27)",
     "a hash that matches": "class A:\n    def __hash__(s): return hash(471)\n    def __eq__(s, o): return True\ndef f(x): return A()",
+    "the end of an iterator": "def f(x): raise StopIteration",
     "own isinstance and all": "all = any = isinstance = lambda *a: True\ndef f(x): return 0",
 }
 TESTS = {
+    "the end of an iterator": "assert all(map(lambda x: f(x) == 471, [20]))",
     "the frame that compares": "assert abs(f(20) - 471) < 1e-6",
     "a value with everything in it": "assert 471 in f(20)",
     "own isinstance and all": "assert all([f(20) == 471]) and isinstance(f(20), str)",

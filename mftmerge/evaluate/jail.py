@@ -158,6 +158,8 @@ def new_root(root: str, visible: list[str], megabytes: int) -> None:
     """A tree of our own at `root`: `visible` read-only at their own names, some devices, an empty /tmp."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)  # nothing that is mounted here is seen outside
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    os.makedirs(root + "/tmp")  # first: a Python that lives below /tmp is mounted into it
+    mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={megabytes}m,nr_inodes=4096,mode=1777")
     for path in visible:
         target = root + path
         if os.path.islink(path):  # /lib -> usr/lib
@@ -171,18 +173,19 @@ def new_root(root: str, visible: list[str], megabytes: int) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             open(target, "w").close()
             mount(path, target, None, MS_BIND)
-    for name in ("proc", "tmp", "dev"):
+    for name in ("proc", "dev"):
         os.makedirs(f"{root}/{name}", exist_ok=True)
     for name in DEVICES:
         open(f"{root}/dev/{name}", "w").close()
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
     for place in mounted_below(root):
+        if place == root + "/tmp":
+            continue
         # A bind takes no flags when it is made, and may not lose those that it inherited.
         kept = os.statvfs(place).f_flag & (MS_NODEV | MS_NOEXEC | 1024 | 2048)
         kept |= 1 << 21 if os.statvfs(place).f_flag & 4096 else 0  # ST_RELATIME -> MS_RELATIME
         device = MS_NODEV if not place.startswith(root + "/dev/") else 0
         mount("none", place, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | device | kept)
-    mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={megabytes}m,nr_inodes=4096,mode=1777")
 
 
 def mounted_below(root: str) -> list[str]:

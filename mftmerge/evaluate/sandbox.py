@@ -243,8 +243,9 @@ def _command(kind: str, role: str, root: str, limits: Limits, channel: int, verd
     if kind != "bwrap":
         return [*python, str(JAIL), role, json.dumps(job)]
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    options += ["--size", str(limits.disk_megabytes << 20), "--tmpfs", "/tmp"]  # what is visible may lie below it
     for path in [*_visible(), *(str(JAIL.with_name(f"{n}.py")) for n in OURS)]:
         options += ["--ro-bind", path, path]
-    options += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.disk_megabytes << 20), "--tmpfs", "/tmp"]
+    options += ["--proc", "/proc", "--dev", "/dev"]
     options += ["--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp", "--uid", "65534", "--gid", "65534"]
     return [shutil.which("bwrap") or "bwrap", *options, *python, str(JAIL), role, json.dumps(job)]
