@@ -37,7 +37,9 @@ def logits_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
     chat have no label.
     """
 
-    def select(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def select(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        if args[0].shape[:-1] != wanted.shape:
+            return None  # a head that sees something else beside the positions (ProphetNet's streams): all of it
         return (args[0][wanted][None],)  # (batch, length, hidden) -> (1, number wanted, hidden)
 
     head = model.get_output_embeddings()

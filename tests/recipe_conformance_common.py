@@ -85,7 +85,8 @@ def run_and_check_merge(
         recipe = Path(folder) / "recipe.yml"
         try:
             recipe.write_text(import_recipe(mergekit_yaml).text)
-            build(recipe, ours, seed=SEED)
+            # Of LLaVA's checkpoint mergekit reads no language model, and says nothing; we refuse that unless asked.
+            build(recipe, ours, seed=SEED, allow_lost=True)
         except MftmergeError:
             assert failure is not None, "our builder fails where mergekit does not"
             raise failure from None

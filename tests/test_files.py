@@ -6,8 +6,10 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mftmerge import files
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
@@ -170,19 +173,19 @@ def test_rows_and_settings_that_are_lfs_pointers(tmp_path: Path) -> None:
 
 
 def test_every_command_that_writes_refuses_to_write_over_its_inputs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever a command reads stays, with --overwrite and exit code 2."""
     model = tmp_path / "model"
-    model.mkdir()
-    fill = {n: np.ones((4, 4), np.float32) for n in ("model.layers.0.mlp.up_proj.weight",)}
-    save_file(fill, model / "model.safetensors")
-    (model / "config.json").write_text("{}")
+    shutil.copytree(tiny("llama", layers=2), model)  # sound, so that nothing else is wrong than where the output goes
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = Checkpoint.open(model).entry(name).shape
+    fill = {name: np.ones(shape, np.float32)}
     mask, other = tmp_path / "a.mask", tmp_path / "b.mask"
     for path in (mask, other):
-        Mask.from_bools({n: np.ones((4, 4), bool) for n in fill}).save(path)
+        Mask.from_bools({n: np.ones(shape, bool) for n in fill}).save(path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "foreign.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    save_file(fill, tmp_path / "foreign.safetensors")
     (tmp_path / "config.yml").write_text("merge_method: linear\nmodels: [{model: model}]\n")
     recipe = f"merge_method: linear\nmodels: [{{model: {model}, mask: {{file: a.mask}}, parameters: {{weight: 1}}}}]\n"
     (tmp_path / "recipe.yml").write_text(recipe)

@@ -185,7 +185,8 @@ class Loop:
             finally:
                 for t in self.optimizer.targets:
                     t.parameter.grad = None
-                self.accelerator.end_training()
+                for tracker in self.accelerator.trackers:  # not `end_training`: it ends the process group too
+                    tracker.finish()
 
     def _steps(self, stops: Stops) -> None:
         if self._due:
