@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from mftmerge.dtypes import BY_CODE
 from mftmerge.errors import BadInput
+from mftmerge.machine import lacks_bfloat16
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +62,27 @@ def check_directory(path: Path) -> None:
     read_config(path)
     if (path / SINGLE).exists() or (path / INDEX).exists():
         Checkpoint.open(path)
+
+
+def chosen_dtype(path: Path, asked: str, *, device: str | None = None) -> str:
+    """The type to load the weights in, by torch's name, or "auto" for as stored.
+
+    asked: "auto" becomes "float32" where 16-bit weights would be computed with on a processor that has no bfloat16
+    arithmetic, which is several times slower there (`benchmarks/busy_machine.py`), and float32 fits in half of the
+    memory that is free. device: where the model will run, a GPU where there is one by default.
+    """
+    from psutil import virtual_memory
+    from torch import cuda
+
+    if asked != "auto" or not (device or ("cuda" if cuda.is_available() else "cpu")).startswith("cpu"):
+        return asked
+    if not lacks_bfloat16() or not ((path / SINGLE).exists() or (path / INDEX).exists()):
+        return asked
+    entries = [e for c in [Checkpoint.open(path)] for e in map(c.entry, c.names)]
+    floats = [e for e in entries if BY_CODE[e.dtype].floating]
+    halves = all(e.dtype in ("BF16", "F16") for e in floats)
+    fits = sum(math.prod(e.shape) for e in entries) * 4 <= virtual_memory().available / 2
+    return "float32" if floats and halves and fits else asked
 
 
 def trusted(given: bool | None) -> bool:

@@ -11,6 +11,8 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 # Any of these in the environment means that the user has said how threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"flags": {"avx512_bf16", "amx_bf16"}, "Features": {"bf16", "svebf16"}}  # on x86-64 and on Arm
 
 
 def cores() -> int:
@@ -33,6 +35,21 @@ def _quota() -> float | None:
         if len(words) == 2 and all(w.isdecimal() and int(w) for w in words):  # else "max" or -1: no limit
             return int(words[0]) / int(words[1])
     return None
+
+
+def lacks_bfloat16() -> bool:
+    """Whether the processor says what it can do, and bfloat16 arithmetic is not in it: there float32 is faster.
+
+    Its flags and no measurement: a busy moment must not decide which masks a run gives.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for key, _, value in (line.partition(":") for line in lines):
+        if (known := BFLOAT16.get(key.strip())) is not None:
+            return not known & set(value.split())
+    return False
 
 
 def set_threads() -> None:

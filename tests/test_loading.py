@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mftmerge import loading
 from mftmerge.errors import BadInput
 from mftmerge.loading import load_causal_lm, load_tokenizer
 
@@ -60,3 +62,30 @@ def test_what_transformers_cannot_load_is_one_line(tiny: Callable[..., Path], tm
     (path / "config.json").write_text("[]")
     with pytest.raises(BadInput, match="not a JSON object"):
         load_causal_lm(path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "lacks", "expected"),
+    [
+        ("bfloat16", "auto", True, "float32"),
+        ("bfloat16", "auto", False, "auto"),
+        ("bfloat16", "bfloat16", True, "bfloat16"),
+        ("float16", "auto", True, "float32"),
+        ("float32", "auto", True, "auto"),
+    ],
+)
+def test_auto_takes_the_type_that_this_processor_is_fast_in(
+    stored: str, asked: str, lacks: bool, expected: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "lacks_bfloat16", lambda: lacks)
+    path = tiny(dtype=stored)
+    assert loading.chosen_dtype(path, asked, device="cpu") == expected
+    assert loading.chosen_dtype(path, asked, device="cuda:0") == asked, "a GPU computes in what is stored"
+
+
+def test_auto_stays_as_stored_where_float32_would_fill_the_memory(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "lacks_bfloat16", lambda: True)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert loading.chosen_dtype(tiny(dtype="bfloat16"), "auto", device="cpu") == "auto"

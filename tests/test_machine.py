@@ -60,3 +60,24 @@ def test_the_program_lets_threads_sleep_unless_told_otherwise() -> None:
     assert policy(program, OMP_WAIT_POLICY="active") == "active"
     assert policy(program, GOMP_SPINCOUNT="1000") == "None"
     assert policy(f"import mftmerge, mftmerge.mask, mftmerge.cli.main\n{SHOW}") == "None", "a library changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse2 avx avx2 avx512f\n", True),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_tile amx_bf16\n", False),
+        ("Features\t: fp asimd asimddp\n", True),
+        ("Features\t: fp asimd i8mm bf16\n", False),
+        ("isa\t: rv64imafdc\n", False),
+    ],
+)
+def test_a_processor_says_whether_it_has_bfloat16_arithmetic(
+    text: str, lacks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.lacks_bfloat16() is lacks
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "none")
+    assert machine.lacks_bfloat16() is False, "nothing is known"

@@ -42,7 +42,7 @@ def command(
     ),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
     archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),

@@ -50,7 +50,7 @@ def command(
     bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
     lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
     lm_eval_limit: int = typer.Option(None, "--lm-eval-limit", min=1, help="Documents a harness task at most."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored), float32 or bfloat16."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
     out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON, each row's measurement included."),

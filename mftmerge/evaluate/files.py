@@ -58,7 +58,7 @@ def evaluate_files(
     models, masks: name -> checkpoint (directory or hub id) or .mask file. With one model the rows of the table are its
     name and the masks' names; with several, `model` and `model+mask`. data: domain -> what `data.load_rows` reads.
     reference: name of the row that differences are taken against, the first model without mask by default.
-    limit: first rows of each domain. dtype: "auto" (as stored), "float32" or "bfloat16".
+    limit: first rows of each domain. dtype: "auto" (as stored; see `loading.chosen_dtype`), "float32" or "bfloat16".
 
     Raises BadInput before anything is loaded for unreadable masks, rows or rules.
     """
@@ -154,9 +154,10 @@ def load_model(
     """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
     import torch
 
-    from mftmerge.loading import load_causal_lm, load_tokenizer
+    from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer
 
     path = resolve(path)
+    dtype = chosen_dtype(path, dtype, device=device)
     model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

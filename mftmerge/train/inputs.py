@@ -18,7 +18,7 @@ from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
-from mftmerge.loading import check_directory, load_causal_lm, load_tokenizer
+from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer
 from mftmerge.loss import token_losses
 from mftmerge.naming import decoder_layers
 from mftmerge.train import batches, memory, scores, sharding
@@ -69,6 +69,13 @@ def load_model(
             raise BadInput("the model does not say where its tokenizer is; give tokenizer")
         tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code or None)
     return loaded, tokenizer, reference
+
+
+def with_dtype(settings: TrainSettings, model: object, *, shard: bool) -> TrainSettings:
+    """The settings with the dtype that "auto" means here, so that a run's file says it and gives the mask again."""
+    if not isinstance(model, str | Path) or shard:
+        return settings
+    return settings.model_copy(update={"dtype": chosen_dtype(resolve(model), settings.dtype)})
 
 
 def is_tokenised(data: Any) -> bool:

@@ -188,7 +188,7 @@ def available(*, on_gpu: bool) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return int(psutil.virtual_memory().available)
 

@@ -26,6 +26,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import replacing
 from mftmerge.loss import Losses, mean_loss, row_losses
+from mftmerge.machine import lacks_bfloat16
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
 from mftmerge.naming import decoder_layers
@@ -99,6 +100,7 @@ def train_mask(
     say = note or log.info
     shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
+        chosen = inputs.with_dtype(chosen, model, shard=shard)
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
         rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen)
         packs, chosen = inputs.packed(loaded, rows, tokenizer, chosen, say)
@@ -293,8 +295,8 @@ class _Run:
         if self.cache is not None:
             size = self.cache.nbytes([*self.rows, *self.valid])
             self.say(f"layers below {self.layers[0]} run once a row; their states take up to {size / 2**20:.0f} MiB")
-        if self.model.device.type == "cpu" and self.model.dtype != torch.float32:
-            self.say("many CPUs are several times faster in float32 (--dtype float32), which takes more memory")
+        if self.model.device.type == "cpu" and self.model.dtype == torch.bfloat16 and lacks_bfloat16():
+            self.say("this processor has no bfloat16 arithmetic: --dtype float32 is faster, and takes more memory")
         if not self.valid:
             self.say("no validation rows: the last mask is kept, whatever it is worth")
 

@@ -90,7 +90,10 @@ class TrainSettings(Settings):
     control: bool = Field(False, description="also run the matched control and the random and magnitude masks")
 
     # The machine
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of the weights; scores are float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="type of the weights; auto: as stored, but float32 on a processor without bfloat16 arithmetic",
+    )
     adam_bits: Literal[8, 32] = Field(32, description="bits of each of Adam's moments; 8 saves memory and costs time")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     compile: bool = Field(False, description="compile the trained layers")
