@@ -20,7 +20,14 @@ def shown(text: str) -> str:
 
 # Package -> the extra that brings it. Inspecting, combining, comparing, applying and reporting need none of them.
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "trl", "psutil", "pyarrow"), "train")
-EXTRAS |= {"mergekit": "merge", "peft": "merge", "matplotlib": "plot", "gguf": "quickstart", "lm_eval": "lm-eval"}
+EXTRAS |= {
+    "mergekit": "merge",
+    "peft": "merge",
+    "matplotlib": "plot",
+    "gguf": "quickstart",
+    "lm_eval": "lm-eval",
+    "submitit": "jobs",
+}
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

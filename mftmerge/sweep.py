@@ -7,7 +7,6 @@ goes to one file, `results.jsonl`, a line as soon as it is known; a sweep that w
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput, MftmergeError
@@ -25,97 +23,17 @@ from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.results import LOSS, GridResult, finite, markdown_table, rich_table, write_whole
 from mftmerge.files import protect
+from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
-from mftmerge.settings import Settings, in_words
+from mftmerge.settings import in_words
+from mftmerge.sweepplan import Run, SweepPlan, plan_runs
 from mftmerge.train import targets
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
-from mftmerge.yamltext import read_document
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-# -- what is to be done: the file that says it, and its runs -----------------------------------------------------------
-
-FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base")  # one value for a whole sweep
-Sources = str | list[str]
-
-
-class SweepPlan(Settings):
-    """A sweep file. Data files may carry a range of rows, as in `math.jsonl[0:512]` or `math.jsonl[-256:]`."""
-
-    model: str = Field(description="checkpoint directory or hub id of the base model")
-    train: Sources = Field(description="rows to train on: a file or a list of files")
-    validation: Sources = Field(
-        description="rows that settings are chosen on, and that each run keeps its best step by"
-    )
-    test: dict[str, Sources] = Field(
-        min_length=1, description="domain -> rows that the chosen settings are reported on"
-    )
-    settings: dict[str, Any] = Field(default_factory=dict, description="training settings that all runs share")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="setting -> values to try, all combinations")
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="one run a seed and combination")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run of a sweep: its identity, the combination of grid values, and all settings."""
-
-    id: str
-    combination: dict[str, Any]
-    settings: TrainSettings
-
-
-def load_plan(path: str | Path) -> SweepPlan:
-    """Read a sweep file; relative data paths and model directories are relative to it.
-
-    Raises BadInput for unknown or missing entries and for settings that training does not know.
-    """
-    path = Path(path)
-    given = read_document(path)
-    if not isinstance(given, dict):
-        raise BadInput(f"{path}: a sweep is a mapping with model, train, validation and test")
-    try:
-        plan = SweepPlan.make(given)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
-
-    def near(source: Any) -> Any:
-        if isinstance(source, list):
-            return [near(s) for s in source]
-        beside = path.parent / source.partition("[")[0]
-        return str(path.parent / source) if beside.exists() else source
-
-    placed = {"model": near(plan.model), "train": near(plan.train), "validation": near(plan.validation)}
-    plan = plan.model_copy(update=placed | {"test": {name: near(s) for name, s in plan.test.items()}})
-    try:
-        plan_runs(plan)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
-    return plan
-
-
-def plan_runs(plan: SweepPlan, identity: str = "", validation_rows: int = 1) -> list[Run]:
-    """All runs, seeds innermost. identity: digest of model and data, part of each run's id.
-
-    Raises BadInput for settings that training does not know and for those that a sweep does not vary.
-    """
-    wrong = sorted({*plan.grid} & {*FIXED})
-    if wrong:
-        raise BadInput(f"grid: {wrong[0]} must be the same in all runs; put it under settings (seeds: under seeds)")
-    unknown = sorted({*plan.settings} & {"seed", "weights", "eval_rows", "eval_share"})
-    if unknown:
-        raise BadInput(f"settings: {unknown[0]} follows from the sweep's data and seeds; leave it out")
-    runs = []
-    for values in itertools.product(*plan.grid.values()):
-        combination = dict(zip(plan.grid, values, strict=True))
-        for seed in plan.seeds:
-            settings = TrainSettings.make({**plan.settings, **combination, "seed": seed, "eval_rows": validation_rows})
-            text = json.dumps([identity, settings.model_dump()], sort_keys=True)
-            runs.append(Run(hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), combination, settings))
-    return runs
-
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
@@ -166,10 +84,17 @@ class Results:
         return {line["id"]: line for line in self.lines if line["kind"] == "run"}
 
 
-def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], None] | None = None) -> SweepResult:
+def run_sweep(
+    plan: SweepPlan,
+    out: str | Path,
+    *,
+    runner: RunnerSettings | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> SweepResult:
     """Train what is not in `out` yet, choose, and report.
 
     out: directory for `results.jsonl` and `masks/`; an existing one is continued when model and data are the same.
+    runner: hand the runs to an engine instead of training them one after the other here.
     Raises BadInput for shared rows or another sweep's directory, MftmergeError when no settings finished all seeds.
     """
     say = progress or (lambda text: None)
@@ -189,7 +114,10 @@ def run_sweep(plan: SweepPlan, out: str | Path, *, progress: Callable[[str], Non
     results = Results(out / RESULTS)
     identity = _continue(results, model, tokens, plan)
     runs = plan_runs(plan, identity, len(tokens["validation"]))
-    _train_missing(runs, results, model, tokenizer, tokens, out, say)
+    if runner is None or runner.runner == "here":
+        _train_missing(runs, results, model, tokenizer, tokens, out, say)
+    else:
+        _hand_out(plan, runs, results, out, runner, say)
     done = results.runs()
     lines = [done[run.id] for run in runs]
     chosen = choose(lines)
@@ -226,29 +154,68 @@ def _train_missing(
 ) -> None:
     caches: dict[int, PrefixCache] = {}
     for number, run in enumerate(runs, 1):
-        path = out / "masks" / f"{run.id}.mask"
-        if run.id in results.runs() and (path.exists() or "failed" in results.runs()[run.id]):
+        if _is_done(run, results, out):
             continue
         say(f"run {number} of {len(runs)}: {in_words(run.combination)}, seed {run.settings.seed}")
-        try:
-            found = train_mask(
-                model,
-                tokens["train"],
-                path,
-                settings=run.settings,
-                eval_data=tokens["validation"],
-                tokenizer=tokenizer,
-                prefix=_cache(model, run.settings, caches),
-                resume=Path(f"{path}.run").exists(),
-                overwrite=True,
-                note=lambda text: None,
-            )
-        except BadInput:
-            raise
-        except MftmergeError as e:
-            results.add({"kind": "run", "id": run.id, "combination": run.combination, "failed": str(e)})
-            continue
-        results.add(_run_line(run, found, path.relative_to(out)))
+        results.add(train_one(run, model, tokenizer, tokens, out, _cache(model, run.settings, caches)))
+
+
+def _is_done(run: Run, results: Results, out: Path) -> bool:
+    return run.id in results.runs() and (_mask(run, out).exists() or "failed" in results.runs()[run.id])
+
+
+def _mask(run: Run, out: Path) -> Path:
+    return out / "masks" / f"{run.id}.mask"
+
+
+def train_one(
+    run: Run, model: Any, tokenizer: Any, tokens: Mapping[str, Any], out: Path, cache: PrefixCache | None
+) -> dict[str, Any]:
+    """Train or continue one run's mask into `out`; its line of the results, which says so where training failed."""
+    path = _mask(run, out)
+    try:
+        found = train_mask(
+            model,
+            tokens["train"],
+            path,
+            settings=run.settings,
+            eval_data=tokens["validation"],
+            tokenizer=tokenizer,
+            prefix=cache,
+            resume=Path(f"{path}.run").exists(),
+            overwrite=True,
+            note=lambda text: None,
+        )
+    except BadInput:
+        raise
+    except MftmergeError as e:
+        return {"kind": "run", "id": run.id, "combination": run.combination, "failed": str(e)}
+    return _run_line(run, found, path.relative_to(out))
+
+
+def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, Any]:
+    """One run in a process of its own, which loads model and rows anew."""
+    shared = TrainSettings.make(plan.settings)
+    model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=shared.trust_remote_code or None)
+    sources = {"train": plan.train, "validation": plan.validation}
+    tokens = {n: rows_of.tokenize(rows_of.load_rows(s), tokenizer, shared.max_length) for n, s in sources.items()}
+    return train_one(run, model, tokenizer, tokens, out, None)
+
+
+def _hand_out(
+    plan: SweepPlan,
+    runs: Sequence[Run],
+    results: Results,
+    out: Path,
+    runner: RunnerSettings,
+    say: Callable[[str], None],
+) -> None:
+    """The same through an engine: each missing run is a job."""
+    missing = {run.id: (plan, run, out.resolve()) for run in runs if not _is_done(run, results, out)}
+    say(f"{len(missing)} of {len(runs)} runs go to {runner.runner}, {runner.at_once} at once")
+    for number, (_, line) in enumerate(run_jobs(_job, missing, out / "jobs", runner, say), 1):
+        results.add(line)
+        say(f"{number} of {len(missing)} runs are done")
 
 
 def _cache(model: Any, settings: TrainSettings, caches: dict[int, PrefixCache]) -> PrefixCache | None:

@@ -15,7 +15,7 @@ from mftmerge import sweep
 from mftmerge.cli import main
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.sweep import load_plan
+from mftmerge.sweepplan import load_plan
 
 
 def run(*arguments: object) -> int:
@@ -172,3 +172,21 @@ def test_dry_run_lists_and_touches_nothing(kitchen: SimpleNamespace, capsys: pyt
     assert run("sweep", kitchen.path, "--out", kitchen.out, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[1] == "lr 0.001, seed 1"
     assert not kitchen.out.exists()
+
+
+def test_runs_as_jobs_give_the_masks_that_runs_here_give(
+    kitchen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    assert run("sweep", kitchen.path, "--out", kitchen.out) == 0
+    there = kitchen.out.parent / "jobs"
+    assert run("sweep", kitchen.path, "--out", there, "--runner", "local", "--at-once", 2) == 0
+    here = {r["id"]: (r["digest"], r["validation"]) for r in lines(kitchen.results, "run")}
+    assert here == {r["id"]: (r["digest"], r["validation"]) for r in lines(there / "results.jsonl", "run")}
+    before = (there / "results.jsonl").read_text()
+    capsys.readouterr()
+    assert run("sweep", kitchen.path, "--out", there, "--runner", "local") == 0, "nothing is trained twice"
+    assert lines(there / "results.jsonl", "run") == [
+        r for r in map(json.loads, before.splitlines()) if r["kind"] == "run"
+    ]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mftmerge.cli.options import YAML, AsJson, Overwrite, files
+from mftmerge.cli.options import YAML, AsJson, Overwrite, files, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
+from mftmerge.jobs import RunnerSettings
 from mftmerge.progress import Step
 from mftmerge.settings import in_words
 
 
+@options(given=RunnerSettings)
 def command(
     plan: Annotated[
         Path, typer.Argument(metavar="SWEEP.YML", help="The sweep file, as above.", autocompletion=files(*YAML))
@@ -26,11 +28,12 @@ def command(
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
     as_json: AsJson = False,
+    given: dict[str, Any] | None = None,
 ) -> None:
     """Train a mask for every combination of settings and every seed; choose on validation rows, report on test rows.
 
     The three sets of rows must share no row, and only the chosen settings meet the test rows. A sweep that was stopped
-    continues with the same command.
+    continues with the same command. With --runner each run is a job of its own: of this machine, or of a Slurm cluster.
 
     \b
     model: fft
@@ -49,8 +52,10 @@ def command(
     from rich.console import Console
 
     from mftmerge.files import refuse_existing
-    from mftmerge.sweep import RESULTS, load_plan, plan_runs, run_sweep, show, write_markdown
+    from mftmerge.sweep import RESULTS, run_sweep, show, write_markdown
+    from mftmerge.sweepplan import load_plan, plan_runs
 
+    runner = RunnerSettings.make(given or {})
     wanted = load_plan(plan)
     if markdown is not None:
         inputs = (plan, wanted.model, wanted.train, wanted.validation, wanted.test)
@@ -65,7 +70,7 @@ def command(
         return
     quiet()
     with shown_progress(quiet=as_json) as progress:
-        result = run_sweep(wanted, out, progress=lambda what: progress(Step(what, 0, 0)))
+        result = run_sweep(wanted, out, runner=runner, progress=lambda what: progress(Step(what, 0, 0)))
     if markdown is not None:
         write_markdown(result, markdown, overwrite=overwrite)
     if as_json:
