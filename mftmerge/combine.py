@@ -6,13 +6,11 @@ The operations are in `operations`, exact densities in `cut`, the rules of who c
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from mftmerge import bits, cut
 from mftmerge.bits import Words
 from mftmerge.combination import Combination
 from mftmerge.files import refuse_existing
+from mftmerge.machine import cores, in_order
 from mftmerge.mask import PIECE, Mask, MaskInfo, Parent
 from mftmerge.maskfile import MaskWriter, compress
 from mftmerge.maskheader import BLOCK
@@ -27,9 +26,6 @@ from mftmerge.maskstore import combined
 from mftmerge.operations import OPERATIONS
 
 __all__ = ["OPERATIONS", "CombineReport", "InputReport", "combine", "combine_files"]
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -105,8 +101,8 @@ class _Run:
         jobs = [(n, a) for n, s in combination.shapes.items() for a in range(0, max(1, math.prod(s)), 8 * BLOCK)]
         total = _Total(len(combination.masks))
         # Numpy and the system calls release the interpreter lock; each worker holds a block or less of every mask.
-        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 4, 16 // len(combination.masks)))) as pool:
-            for (name, start), (part, blob) in _in_order(pool, self._block, jobs):
+        with ThreadPoolExecutor(max(1, min(cores(), 4, 16 // len(combination.masks)))) as pool:
+            for (name, start), (part, blob) in in_order(pool, self._block, jobs, ahead=8):
                 total.add(part)
                 if blob is not None:
                     self.sink.write(name, start // 8, blob)
@@ -191,23 +187,6 @@ class _Blocks:
         whole = np.concatenate(self.parts)
         yield self.start, compress(whole) if self.archive else whole
         self.start, self.parts = self.start + length, []
-
-
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], jobs: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Results in the order of the jobs, with only a few waiting, so that memory stays small."""
-    waiting: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for job in jobs:
-            waiting.append((job, pool.submit(work, job)))
-            if len(waiting) > 8:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
 
 
 def _describe(combination: Combination) -> MaskInfo:

@@ -1,10 +1,17 @@
-"""How many cores this process may use, and how torch's threads wait when the program runs from a command line."""
+"""Cores and threads: how many this process may use, work on them in order, and how torch's threads wait."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # cgroup v2: "max 100000" or "200000 100000" (microseconds of processor time in a period); v1: two files.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -50,6 +57,26 @@ def lacks_bfloat16() -> bool:
         if (known := BFLOAT16.get(key.strip())) is not None:
             return not known & set(value.split())
     return False
+
+
+def in_order(pool: Executor, work: Callable[[T], R], jobs: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
+    """Each job with its result, in the order of the jobs; at most `ahead` others are begun meanwhile, or wait done.
+
+    So memory stays small, whatever the number of jobs. After a failure, or when the caller stops, no more are begun.
+    """
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for job in jobs:
+            waiting.append((job, pool.submit(work, job)))
+            if len(waiting) > ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 def set_threads() -> None:

@@ -15,6 +15,7 @@ from helpers.commands import make_inputs
 from helpers.hub import Hub
 from helpers.hub import hub as running_hub
 from helpers.tiny_models import tiny_checkpoint
+from recipe_kitchen import add_adapter, make_kitchen
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,21 @@ def smollm2() -> Path:
 def inputs(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]) -> Path:
     """A directory with sound inputs for every command, see `helpers.commands.WORKING`. Read only."""
     return make_inputs(tmp_path_factory.mktemp("inputs"), tiny)
+
+
+@pytest.fixture(scope="session")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/{base,math,code,instruct,adapter} and masks/*.mask, as the files in recipes/ name them. Read only."""
+    folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
+    add_adapter(folder)
+    return folder
+
+
+@pytest.fixture
+def in_kitchen(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kitchen, as the current directory."""
+    monkeypatch.chdir(kitchen)
+    return kitchen
 
 
 @pytest.fixture

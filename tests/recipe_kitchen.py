@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import yaml
 from helpers.tiny_models import tiny_checkpoint
 
 from mftmerge.checkpoint import Checkpoint
@@ -45,6 +46,12 @@ def add_adapter(folder: Path) -> None:
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     adapted.save_pretrained(folder / "models/adapter")
+
+
+def written(config: dict[str, object] | str, path: Path) -> Path:
+    """The path, at which the configuration (values, or YAML text) now is."""
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return path
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,21 @@ def test_a_processor_says_whether_it_has_bfloat16_arithmetic(
     assert machine.lacks_bfloat16() is lacks
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "none")
     assert machine.lacks_bfloat16() is False, "nothing is known"
+
+
+def test_work_in_order_begins_little_ahead_and_nothing_after_a_failure() -> None:
+    taken = itertools.count()
+    begun: list[int] = []
+
+    def work(job: int) -> int:
+        begun.append(job)
+        if job == 7:
+            raise ValueError("seven")
+        return job * job
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="seven"):  # noqa: PT012
+        for job, result in machine.in_order(pool, work, itertools.count(), ahead=3):
+            assert (job, result) == (next(taken), job * job)
+            assert max(begun) <= job + 3
+    assert next(taken) == 7
+    assert max(begun) <= 10

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from recipe_kitchen import add_adapter, assert_equal, make_kitchen, stock, tensors
+from recipe_kitchen import assert_equal, stock, tensors, written
 
 from mftmerge import apply
 from mftmerge.combine import combine
@@ -16,23 +16,7 @@ from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-@pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
-    add_adapter(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_kitchen(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(kitchen)
-
-
-def written(config: dict[str, object] | str, path: Path) -> Path:
-    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return path
+pytestmark = pytest.mark.usefixtures("in_kitchen")
 
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in RECIPES.glob("*.yml")))

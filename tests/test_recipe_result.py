@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from recipe_kitchen import add_adapter, assert_equal, make_kitchen, tensors
+from recipe_kitchen import assert_equal, tensors, written
 
 from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
@@ -23,28 +23,12 @@ from mftmerge.recipe.load import load_recipe
 from mftmerge.recipe.plan import plan
 
 Tiny = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
-    add_adapter(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_kitchen(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(kitchen)
-
-
-def written(text: str, folder: Path) -> Path:
-    (folder / "r.yml").write_text(text)
-    return folder / "r.yml"
+pytestmark = pytest.mark.usefixtures("in_kitchen")
 
 
 def fault(text: str, folder: Path) -> str:
     with pytest.raises(BadInput) as e:
-        load_recipe(written(text, folder))
+        load_recipe(written(text, folder / "r.yml"))
     return str(e.value)
 
 
@@ -58,13 +42,13 @@ models:
     parameters:
       <<: *p
 """
-    build(written(merged, tmp_path), tmp_path / "merged")
-    build(written(merged.replace("<<: *p", "weight: 0.5"), tmp_path), tmp_path / "plain")
+    build(written(merged, tmp_path / "r.yml"), tmp_path / "merged")
+    build(written(merged.replace("<<: *p", "weight: 0.5"), tmp_path / "r.yml"), tmp_path / "plain")
     assert_equal(tensors(tmp_path / "merged"), tensors(tmp_path / "plain"))
     over = merged.replace("<<: *p", "weight: 2\n      <<: [*p]")
-    documents = load_recipe(written(over, tmp_path)).documents
+    documents = load_recipe(written(over, tmp_path / "r.yml")).documents
     assert [m.parameters for _, m in documents[0].inputs()] == [{"weight": 0.5}, {"weight": 2}]
-    assert import_recipe(written(merged, tmp_path)).notes == ()
+    assert import_recipe(written(merged, tmp_path / "r.yml")).notes == ()
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "llama", "gpt2"])
@@ -78,7 +62,7 @@ def test_stacks_have_a_configuration_of_their_depth(architecture: str, tiny: Tin
         config["layer_types"] = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
         (model / "config.json").write_text(json.dumps(config))
     rows = "".join(f"- sources: [{{model: model, layer_range: {r}}}]\n" for r in ([0, 3], [1, 4]))
-    path = written(f"merge_method: passthrough\nslices:\n{rows}", tmp_path)
+    path = written(f"merge_method: passthrough\nslices:\n{rows}", tmp_path / "r.yml")
     assert plan(path).steps[0].tensors == build(path, tmp_path / "out").tensors
     found = AutoConfig.from_pretrained(tmp_path / "out")
     assert found.num_hidden_layers == 6
@@ -106,7 +90,7 @@ def test_lost_tensors_are_refused(tmp_path: Path) -> None:
         text = f"merge_method: passthrough\n{inputs}\n"
         message = fault(text, tmp_path)
         assert "line 2: ds: model.layers.1.mlp.experts.0.down_proj.weight and 11 more tensors" in message
-        report = build(written(text, tmp_path), tmp_path / inputs[:6], allow_lost=True)
+        report = build(written(text, tmp_path / "r.yml"), tmp_path / inputs[:6], allow_lost=True)
         assert any("experts" in w for w in report.warnings)
         assert report.tensors == plan(tmp_path / "r.yml", report_settings()).steps[0].tensors
 
@@ -121,18 +105,18 @@ def test_layers_that_a_recipe_leaves_out_are_not_lost(tmp_path: Path, kitchen: P
     text = (
         f"merge_method: passthrough\nslices: [{{sources: [{{model: {kitchen}/models/math, layer_range: [0, 2]}}]}}]\n"
     )
-    assert build(written(text, tmp_path), tmp_path / "out").warnings == ()
+    assert build(written(text, tmp_path / "r.yml"), tmp_path / "out").warnings == ()
 
 
 def test_fused_experts_of_a_result_take_masks(tiny: Tiny, tmp_path: Path) -> None:
     a, b = tiny("mixtral", seed=1), tiny("mixtral", seed=2)
     text = f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\nparameters: {{weight: 1}}\n"
-    build(written(text, tmp_path), tmp_path / "plain")
+    build(written(text, tmp_path / "r.yml"), tmp_path / "plain")
     checkpoint = Checkpoint.open(tmp_path / "plain")
     name = next(n for n in checkpoint.names if "experts" in n)
     kept = np.random.default_rng(0).random(checkpoint.entry(name).shape) < 0.5
     Mask.from_bools({name: kept}).save(tmp_path / "e.mask")
-    build(written(f"{text}mask: e.mask\n", tmp_path), tmp_path / "built")
+    build(written(f"{text}mask: e.mask\n", tmp_path / "r.yml"), tmp_path / "built")
     apply_mask(tmp_path / "e.mask", tmp_path / "plain", tmp_path / "applied")
     assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
     own = next(n for n in Checkpoint.open(a).names if "experts" in n)
@@ -155,10 +139,10 @@ def test_masks_on_results_of_other_shapes(kitchen: Path, tmp_path: Path) -> None
     assert f"line 5: mask old.mask: {name} is {shape}, (272, 64) in the result" in fault(
         f"{union}mask: old.mask\n", tmp_path
     )
-    build(written(f"{union}mask: new.mask\n", tmp_path), tmp_path / "union")
+    build(written(f"{union}mask: new.mask\n", tmp_path / "r.yml"), tmp_path / "union")
     rows = "".join(f"- sources: [{{model: {kitchen}/models/math, layer_range: {r}}}]\n" for r in ([0, 3], [1, 4]))
     stack = f"merge_method: passthrough\nslices:\n{rows}mask: deep.mask\n"
-    build(written(stack, tmp_path), tmp_path / "stack")
+    build(written(stack, tmp_path / "r.yml"), tmp_path / "stack")
     assert not tensors(tmp_path / "stack")["model.layers.5.mlp.up_proj.weight"].any()
 
 
@@ -227,7 +211,7 @@ def test_della_s_probabilities_lie_between_0_and_1(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_said(name: str, value: float, tmp_path: Path) -> None:
     text = "merge_method: ties\nbase_model: models/base\nmodels:\n- model: models/math\n"
     text += f"  parameters: {{weight: 1, {name}: {value}}}\n"
-    warnings = load_recipe(written(text, tmp_path)).warnings
+    warnings = load_recipe(written(text, tmp_path / "r.yml")).warnings
     assert any(w.startswith(f"line 5: {name} {value} is out of range") for w in warnings)
 
 
@@ -235,7 +219,7 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
     text = "merge_method: linear\nmodels:\n" + "".join(
         f"- {{model: models/{m}, parameters: {{weight: {w}}}}}\n" for m, w in (("math", 1), ("code", -1))
     )
-    path = written(text, tmp_path)
+    path = written(text, tmp_path / "r.yml")
     with pytest.raises(SystemExit) as e:
         main(["build", str(path), "-o", str(tmp_path / "out")])
     assert e.value.code == 0
@@ -251,7 +235,10 @@ def test_generation_config_comes_along_with_a_new_tokenizer(kitchen: Path, tmp_p
     shutil.copytree(kitchen / "models/math", tmp_path / "a")
     (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}\n')
     text = f"merge_method: linear\nmodels: [{{model: a}}, {{model: {kitchen}/models/code}}]\n"
-    build(written(f"{text}parameters: {{weight: 1}}\ntokenizer: {{source: union}}\n", tmp_path), tmp_path / "out")
+    build(
+        written(f"{text}parameters: {{weight: 1}}\ntokenizer: {{source: union}}\n", tmp_path / "r.yml"),
+        tmp_path / "out",
+    )
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.3
 
 
@@ -265,7 +252,7 @@ def test_masks_over_pickled_weights_and_over_adapters_in_slices(kitchen: Path, t
     (tmp_path / "bin/model.safetensors").unlink()
     mask = kitchen / "masks/math.mask"
     text = f"merge_method: passthrough\nmodels: [{{model: bin, mask: {mask}}}]\n"
-    build(written(text, tmp_path), tmp_path / "built")
+    build(written(text, tmp_path / "r.yml"), tmp_path / "built")
     apply_mask(mask, kitchen / "models/math", tmp_path / "applied")
     assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
     assert "line 2: mask small.mask" in fault(text.replace(str(mask), str(small(tmp_path))), tmp_path)
@@ -273,7 +260,7 @@ def test_masks_over_pickled_weights_and_over_adapters_in_slices(kitchen: Path, t
     base, adapter = kitchen / "models/base", kitchen / "models/adapter"
     source = f"{{model: {base}+{adapter}, layer_range: [1, 3], mask: {mask}}}"
     text = f"merge_method: passthrough\nslices: [{{sources: [{source}]}}]\n"
-    build(written(text, tmp_path), tmp_path / "slice")
+    build(written(text, tmp_path / "r.yml"), tmp_path / "slice")
     merged = ModelReference.model_validate(f"{base}+{adapter}").merged(cache_dir=str(tmp_path / "lora"))
     apply_mask(mask, merged.model.path, tmp_path / "whole")
     name, found, expected = (
@@ -304,7 +291,7 @@ parameters:
   wait: 2
 tokenizer_source: model:models/math
 """
-    report = import_recipe(written(text, tmp_path))
+    report = import_recipe(written(text, tmp_path / "r.yml"))
     assert "# what it is for" in report.text
     assert "# the first" in report.text
     assert "colour" not in report.text

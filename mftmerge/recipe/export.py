@@ -16,6 +16,7 @@ import yaml
 
 from mftmerge.apply import apply_mask, companion_files
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.dtypes import BY_CODE
 from mftmerge.mask import Mask
 from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.recipe.build import build_into, needed, refuse_own_input
@@ -26,7 +27,6 @@ from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import absolute, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
 from mftmerge.recipe.settings import BuildSettings, MergeSettings
-from mftmerge.recipe.sizes import entries_of, given
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
 
@@ -207,7 +207,7 @@ class Exporter:
             (here / name).unlink(missing_ok=True)
         named = {"name": document.name} if document.name else {}
         self.documents.append(named | {"merge_method": "passthrough", "models": [{"model": final}]})
-        self.entries[document.name or ""], self.donors[document.name or ""] = entries_of(here), here
+        self.entries[document.name or ""], self.donors[document.name or ""] = list(Checkpoint.open(here)), here
         self.forms.append(f"{document.name or 'result'}: exported as its result and passed through, because {reason}")
 
     def as_passthrough(self, document: Document) -> Document:
@@ -277,7 +277,7 @@ class Exporter:
         if mask is None or not items or any(i.model.path in stages for i in items):
             return None
         label = Translation(document, self.recipe.folder).book.label(mask)
-        if document.merge_method == "passthrough" and not given(document, "scale") and not items[0].model.lora:
+        if document.merge_method == "passthrough" and not document.sets("scale") and not items[0].model.lora:
             models: tuple[ModelInput, ...] = (self.once_masked(items[0], document, mask),)
             self.forms.append(f"output mask {label}: applied to the one model (1 checkpoint, bit-exact)")
         elif (
@@ -285,7 +285,7 @@ class Exporter:
             and mask.on == "delta"
             and mask.base is None
             and len(items) <= 2
-            and not any(given(document, k) for k in ("density", "rescale"))
+            and not any(document.sets(k) for k in ("density", "rescale"))
         ):
             base = document.base_model and (document.base_model.model, document.base_model.mask)
             models = tuple(i if (i.model, i.mask) == base else self.once_masked(i, document, mask) for i in items)
@@ -322,7 +322,7 @@ class Exporter:
         source = self.now(Reference.model_validate(translation.input(base)).path)
         apply_mask(complement_everywhere(evaluated, entries), source, rest_here, check_base=False)
         one = {"weight": 1.0}
-        dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}[entries[0].dtype]
+        dtype = BY_CODE[entries[0].dtype].name
         self.documents.append(
             ({"name": name} if name else {})
             | {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +75,44 @@ class OrderedConfiguration(MergeConfiguration):
         return [m for m in dict.fromkeys(self._order) if m in found] + [m for m in found if m not in self._order]
 
 
-@dataclass
-class MaskedInputs(Translation):
-    """A document in mergekit's terms. A masked input is a reference of its own: a view directory, which links to the
-    model's, and for which `loaders` knows a loader that masks. So one model can come in several times, masked apart."""
+class Inputs(Translation):
+    """A document in mergekit's terms, in which names of earlier documents are the directories of their results.
 
-    document: Document
-    folder: Path
-    stages: dict[str, Path]
-    work: Path
-    views: dict[tuple[str, str], str] = field(default_factory=dict)
-    loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = field(default_factory=dict)
+    stages: these by name. work: a scratch directory.
+    """
 
-    def __post_init__(self) -> None:
-        super().__init__(self.document, self.folder)
-        self.lora_cache = self.work / "lora"
+    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
+        super().__init__(document, folder)
+        self.stages, self.work = dict(stages), work
 
     def configuration(self) -> OrderedConfiguration:
         """The document as mergekit's configuration."""
         configuration = OrderedConfiguration.model_validate(self.data())
         configuration._order = [ModelReference.model_validate(self.input(i)) for _, i in self.document.parts()]
         return configuration
+
+    def absolute(self, reference: Reference) -> Reference:
+        return absolute(reference, self.folder, self.stages)
+
+    def mask_of(self, item: ModelInput | BaseInput) -> MaskUse | None:
+        """The mask under which an input is read: its own, unless the merge method takes that as a parameter."""
+        as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
+        return None if as_parameter else item.mask
+
+
+class MaskedInputs(Inputs):
+    """Inputs for a build. A masked input is a reference of its own: a view directory, which links to the model's, and
+    for which there is a loader that masks. So one model can come in several times, masked apart."""
+
+    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
+        super().__init__(document, folder, stages, work)
+        self.lora_cache = work / "lora"
+        self.views: dict[tuple[str, str], str] = {}
+        self._loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = {}
+
+    def loaders(self) -> dict[ModelReference, LazyTensorLoader]:
+        """New loaders of the masked inputs, for one thread."""
+        return {reference: make() for reference, make in self._loaders.items()}
 
     def output_mask(self) -> OutputMask | None:
         """The result's mask, when the document has one."""
@@ -104,19 +121,15 @@ class MaskedInputs(Translation):
 
     def model(self, item: ModelInput) -> dict[str, Any]:
         found = super().model(item)
-        if item.mask and METHODS[self.document.merge_method].mask_as_parameter:
+        if item.mask and self.mask_of(item) is None:
             path = self.work / f"parameter-{len(list(self.work.glob('parameter-*')))}.mask"
             self.book.evaluate(item.mask.expression()).save(path)
             found["parameters"] = found.get("parameters", {}) | {"mask": str(path)}
         return found
 
-    def absolute(self, reference: Reference) -> Reference:
-        return absolute(reference, self.folder, self.stages)
-
     def input(self, item: ModelInput | BaseInput) -> Any:
-        reference = self.absolute(item.model)
-        as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
-        return self._view(reference, item.mask) if item.mask and not as_parameter else reference.to_mergekit()
+        reference, mask = self.absolute(item.model), self.mask_of(item)
+        return self._view(reference, mask) if mask else reference.to_mergekit()
 
     def _view(self, reference: Reference, use: MaskUse) -> str:
         """The view directory of a masked model, made once for each model and mask."""
@@ -136,7 +149,7 @@ class MaskedInputs(Translation):
             mask = self.book.evaluate(use.expression())
             names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self._delta_base(use)
             view = ModelReference.model_validate(str(path))
-            self.loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)
+            self._loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)
             self.views[key] = str(path)
         return self.views[key]
 

@@ -19,7 +19,7 @@ from mftmerge.apply import companion_files
 from mftmerge.checkpoint import Checkpoint, TensorEntry, safe_file
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
-from mftmerge.recipe.sizes import LAYER
+from mftmerge.names import layer_of
 
 K_BITS = 0x5380  # 2^40 in bfloat16
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -44,7 +44,7 @@ def write_kmask(mask: Mask, entries: Sequence[TensorEntry], donor: Path, out: Pa
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(safe_file(source.path, name), out / name)
     config = json.loads((out / "config.json").read_text())
-    layers = {int(m[1]) for e in entries if (m := LAYER.search(e.name))}
+    layers = {i for e in entries if (i := layer_of(e.name)) is not None}
     for key in LAYER_KEYS:
         if key in config and layers:
             config[key] = len(layers)

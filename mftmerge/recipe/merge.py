@@ -8,13 +8,9 @@ configurations are mergekit's. Every thread reads through a loader cache of its 
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +30,11 @@ from transformers.trainer_utils import set_seed
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.machine import in_order
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration, OutputMask
 from mftmerge.recipe.methods import register
+from mftmerge.recipe.reading import own_loaders, quiet, reading
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import BuildSettings
@@ -160,19 +158,10 @@ def _in_order(
         yield from ((task, compute(task)) for task in tasks)
         return
     before = torch.get_num_threads()
-    waiting: deque[tuple[SaveTensor, Future[torch.Tensor | None]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=begin)
     try:
-        for task in tasks:
-            waiting.append((task, pool.submit(compute, task)))
-            if len(waiting) > threads:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+        with ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=begin) as pool:
+            yield from in_order(pool, compute, tasks, ahead=threads)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # torch keeps the number that the last thread set for the whole process
 
 
@@ -182,7 +171,7 @@ def merge(
     out: Path,
     work: Path,
     *,
-    stages: dict[str, Path] | None = None,
+    stages: Mapping[str, Path] | None = None,
     settings: BuildSettings | None = None,
     progress: Written | None = None,
 ) -> Merged:
@@ -206,7 +195,7 @@ def merge(
     with quiet():
         try:
             configuration, mask = inputs.configuration(), inputs.output_mask()
-            with _reading(options, inputs):
+            with reading(options, inputs.loaders()):
                 return _merge(configuration, options, inputs, mask, out, settings.shard_bytes, progress)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
             if isinstance(e, MftmergeError):
@@ -285,7 +274,7 @@ def _write(
 
     def begin() -> None:
         torch.set_num_threads(1)
-        _own_loaders(options, inputs)
+        own_loaders(options, inputs.loaders())
 
     sizes: dict[str, int] = {}
     with CheckpointWriter(out, [t.tensor_name for t in saves], shard_bytes) as writer:
@@ -299,45 +288,3 @@ def _write(
             if progress:
                 progress(writer.total)
     return sizes
-
-
-# -- mergekit's loader cache, and its remarks -------------------------------------------------------------------------
-
-
-def _own_loaders(options: MergeOptions, inputs: MaskedInputs) -> None:
-    """Give this thread's loader cache loaders of its own, masked models' among them.
-
-    mergekit has one `LoaderCache` a thread. Its `loaders` belong to the class, where they would outlive a file that is
-    rewritten, and be read by several threads at once; an attribute of the instance comes before that.
-    """
-    cache = LoaderCache()
-    cache.setup(options)
-    cache.loaders = {reference: make() for reference, make in inputs.loaders.items()}  # type: ignore[misc]
-
-
-@contextmanager
-def _reading(options: MergeOptions, inputs: MaskedInputs) -> Iterator[None]:
-    """`_own_loaders` for this thread while the block lasts."""
-    _own_loaders(options, inputs)
-    try:
-        yield
-    finally:
-        del LoaderCache().loaders
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep mergekit's and transformers' remarks out of our output; errors are raised anyway."""
-    loggers = [logging.getLogger(n) for n in ("mergekit", "transformers")] + [logging.getLogger()]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    bars = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-        if bars is None:
-            del os.environ["HF_HUB_DISABLE_PROGRESS_BARS"]

@@ -13,7 +13,6 @@ from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import MergeSettings
-from mftmerge.recipe.sizes import given
 
 # mergekit's imports before it reads a tensor, and what sorting one element for TIES takes: its magnitude, its place,
 # and torch's scratch room.
@@ -76,7 +75,7 @@ def _step(recipe: Recipe, document: Document) -> Step:
     largest = max((e.size for e in entries), default=0)
     # In each thread: each input and the method's own deltas in the dtype of the arithmetic, then the result.
     held = largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
-    sorting = SORT_BYTES * largest if document.merge_method == "ties" and given(document, "density") else 0
+    sorting = SORT_BYTES * largest if document.merge_method == "ties" and document.sets("density") else 0
     return Step(
         document.name or "result",
         document.merge_method,

@@ -20,7 +20,7 @@ from mergekit import merge as stock
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.io.tasks import SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -29,19 +29,16 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from mftmerge.checkpoint import SINGLE, TensorEntry
 from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput
-from mftmerge.recipe.catalogue import METHODS
+from mftmerge.names import layer_of
 from mftmerge.recipe.check import groups
 from mftmerge.recipe.headers import Header, header, hole
-from mftmerge.recipe.inputs import OrderedConfiguration
+from mftmerge.recipe.inputs import Inputs, OrderedConfiguration
 from mftmerge.recipe.lines import Location
-from mftmerge.recipe.locate import absolute
-from mftmerge.recipe.merge import quiet
 from mftmerge.recipe.methods import register
+from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import BaseInput, Document, ModelInput, Reference, SliceInput
-from mftmerge.recipe.translate import Translation
 
-LAYER = re.compile(r"\.(\d+)\.")
 # Buffers that old checkpoints store and that models compute: nothing is lost with them.
 COMPUTED = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.attn(ention)?\.bias|position_ids)$"
@@ -78,25 +75,20 @@ class HeaderLoader(LazyTensorLoader):
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
-class HeaderInputs(Translation):
-    """A document in mergekit's terms, each input with its mask a directory of links of its own (see merge.py)."""
+class HeaderInputs(Inputs):
+    """Inputs for a plan: each, with its mask, a directory of links of its own, as in a build."""
 
     def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
-        super().__init__(document, folder)
-        self.stages, self.work = dict(stages), work
+        super().__init__(document, folder, stages, work)
         self.loaders: dict[ModelReference, HeaderLoader] = {}
         self.items: dict[ModelReference, tuple[Location, ModelInput | BaseInput]] = {}
         self._made: dict[tuple[str, str], Any] = {}
         for where, item in document.parts():
             self.items.setdefault(ModelReference.model_validate(self.input(item)), (where, item))
 
-    def absolute(self, reference: Reference) -> Reference:
-        return absolute(reference, self.folder, self.stages)
-
     def input(self, item: ModelInput | BaseInput) -> Any:
-        reference = self.absolute(item.model)
-        as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
-        key = (str(reference), item.mask.model_dump_json() if item.mask and not as_parameter else "")
+        reference, mask = self.absolute(item.model), self.mask_of(item)
+        key = (str(reference), mask.model_dump_json() if mask else "")
         if key not in self._made:
             original = Path(reference.path)
             view = self.work / str(len(self._made)) / original.name
@@ -129,20 +121,15 @@ def plan_result(
         inputs = HeaderInputs(document, folder, stages, work)
         # Tensors are "read to the GPU" meta: the device of mergekit's own conversions has to be that of its inputs.
         chosen = MergeOptions(**{**options, "device": "meta", "read_to_gpu": True, "quiet": True})
-        configuration = OrderedConfiguration.model_validate(inputs.data())
-        configuration._order = [ModelReference.model_validate(inputs.input(i)) for _, i in document.parts()]
-        cache = LoaderCache()
-        cache.setup(chosen)
-        cache.loaders = dict(inputs.loaders)  # type: ignore[assignment,misc]  # this thread's own, see merge.py
+        configuration = inputs.configuration()
         try:
-            return result, _plan(result, inputs, configuration, chosen)
+            with reading(chosen, inputs.loaders):
+                return result, _plan(result, inputs, configuration, chosen)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, NotImplementedError) as e:
             if isinstance(e, BadInput):
                 raise
             result.problems.append(explained(e, document))
             return result, lambda _: None
-        finally:
-            del cache.loaders
 
 
 def explained(error: Exception, document: Document) -> tuple[Location, str]:
@@ -286,7 +273,7 @@ def _lost(inputs: HeaderInputs, written: set[str]) -> list[tuple[Location, str, 
             if name not in loader.asked and name not in written and not COMPUTED.search(name)
         ]
         if chosen is not None:
-            numbers = {n: int(m[1]) for n in names if (m := LAYER.search(n))}
+            numbers = {n: layer for n in names if (layer := layer_of(n)) is not None}
             names = [n for n in names if n not in numbers or any(a <= numbers[n] < b for a, b in chosen)]
         if names and not base_only:
             found.append((where, str(item.model), names))

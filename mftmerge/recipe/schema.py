@@ -256,6 +256,13 @@ class Document(Strict):
             visit(module, ("modules", name))
         return found
 
+    def sets(self, parameter: str) -> bool:
+        """Whether a parameter is set anywhere to something that is not its neutral value (density 1, rescale false)."""
+        parts: list[Document | Module] = [self, *(self.modules or {}).values()]
+        settings = [*(p.parameters for p in parts), *(i.parameters for _, i in self.inputs())]
+        settings += [out.parameters for p in parts for out in p.slices or ()]
+        return any(s is not None and s.get(parameter) not in (None, 1, 1.0, False) for s in settings)
+
     def parts(self) -> list[tuple[Location, ModelInput | BaseInput]]:
         """Every model input and base model with its place in the document, in this order."""
         return [*self.inputs(), *self.bases()]
