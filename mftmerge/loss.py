@@ -85,7 +85,7 @@ def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: 
     lengths = [len(row["input_ids"]) for row in rows]
     labelled = [sum(label != IGNORE for label in row["labels"][1:]) for row in rows]
     vocabulary = model.config.get_text_config().vocab_size
-    with _evaluating(model):
+    with evaluating(model):
         for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
             ids, labels, attention = padded([rows[i] for i in batch], model.device)
             losses, wanted = token_losses(model, ids, labels, attention_mask=attention)
@@ -139,7 +139,7 @@ def length_batches(
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, the mode from before afterwards."""
     training = model.training
     model.eval()

@@ -47,13 +47,16 @@ def command(
         False, "--i-trust-this-code", help="Run tests even where the system cannot isolate them."
     ),
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
+    answers: int = typer.Option(
+        None, "--answers", min=1, help="Rows of a domain that are answered, the first ones; the loss is on all."
+    ),
     bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
     lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
     lm_eval_limit: int = typer.Option(None, "--lm-eval-limit", min=1, help="Documents a harness task at most."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
-    out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON, each row's measurement included."),
+    out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON; a run that was stopped goes on."),
     markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
     plot: Path = typer.Option(None, "--plot", help="Write a heat map of the differences (.png, .svg, .pdf)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace existing output files."),
@@ -84,6 +87,7 @@ def command(
     from mftmerge.evaluate.files import Measures, evaluate_files
 
     quiet()
+    journal = Path(f"{out}.answers") if out else None
     with shown_progress(quiet=as_json) as show:
         result = evaluate_files(
             *inputs,
@@ -98,6 +102,8 @@ def command(
                 lm_eval=tuple(t.strip() for t in lm_eval.split(",") if t.strip()) if lm_eval else (),
                 lm_eval_limit=lm_eval_limit,
                 base=base,
+                answers=answers,
+                journal=journal,
             ),
             max_length=max_length,
             limit=limit,
@@ -107,6 +113,7 @@ def command(
         )
     if out:
         result.to_json(out, overwrite=overwrite)
+        Path(f"{out}.answers").unlink(missing_ok=True)
     if markdown:
         result.to_markdown(markdown, overwrite=overwrite)
     if plot:

@@ -26,7 +26,9 @@ class Measures:
     exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
     that carry tests; runs code that the model wrote. trusted: also where nothing holds that code. lm_eval: task names
     for lm-evaluation-harness, lm_eval_limit: documents a task at most. resamples: of the paired bootstrap, 0 for none.
-    base: model whose values dropped weights take, whatever the masks' headers say.
+    base: model whose values dropped weights take, whatever the masks' headers say. answers: rows of a domain that are
+    answered, the first ones; all by default. The loss is on all rows. journal: file that keeps the answers while the
+    work goes on; a run that was stopped goes on from it.
     """
 
     exact: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +40,8 @@ class Measures:
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
     base: str | None = None
+    answers: int | None = None
+    journal: Path | None = None
 
 
 def evaluate_files(
@@ -138,6 +142,7 @@ def _one_model(
         others=others,
         batch_tokens=measures.batch_tokens,
         base=measures.base,
+        journal=measures.journal,
         progress=progress,
     )
     for row, remark in remarks.items():
@@ -175,18 +180,19 @@ def tokenised(
     return {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
 
 
-def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> grids.Scorer | None:
+def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> generation.Marker | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
     if not exact and not run_tests:
         return None
     try:
-        return generation.marker(
-            rows,
+        return generation.Marker(
+            rows[: measures.answers],
             tokenizer,
             exact=exact,
             run_tests=run_tests,
             max_new_tokens=measures.max_new_tokens,
+            batch_tokens=measures.batch_tokens,
             trusted=measures.trusted,
         )
     except BadInput as e:

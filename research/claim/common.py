@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 from mftmerge import data
+from mftmerge.evaluate import decoding
 from mftmerge.files import replacing
 from mftmerge.loss import padded, token_losses
 from mftmerge.quickstart.domains import python_splits
@@ -82,7 +82,7 @@ def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tu
 
 def shared_start(rows: Sequence[Tokens]) -> list[int]:
     """The ids that all rows begin with (the chat template's and the instruction's), before any label."""
-    common = os.path.commonprefix([r["input_ids"] for r in rows])
+    common = decoding.shared_start([r["input_ids"] for r in rows])
     labels = min(next(i for i, label in enumerate(r["labels"]) if label != data.IGNORE) for r in rows)
     return common[: max(0, min(len(common), labels) - 1)]
 

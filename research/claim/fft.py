@@ -75,12 +75,13 @@ class FineTuning:
             optimizer.param_groups[0]["lr"] = rate * share
             found, _ = losses(self.model, next(feed), self.start)
             optimizer.zero_grad()
-            found.mean().backward()
+            loss = found.mean()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
-            entry: dict[str, Any] = {"step": step, "loss": float(found.mean())}
-            if step % every == 0 or step == steps or step == steps + over:
+            entry: dict[str, Any] = {"step": step, "loss": float(loss.detach())}
+            if (save and step % every == 0) or step == steps or step == steps + over:
                 entry["validation"] = self.loss()
                 if save and step <= steps and entry["validation"] < lowest:
                     lowest = entry["validation"]
