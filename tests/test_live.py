@@ -163,6 +163,8 @@ def test_memory_is_the_bits_and_the_dropped_originals(tiny: Callable[..., Path])
     switcher = attach(load(path), masks)
     names = masks["0"].names
     dropped = sum(int((~np.all([m.kept(n) for m in masks.values()], axis=0)).sum()) for n in names)
+    assert switcher.nbytes == sum(3 * masks["0"].size(n) // 8 for n in names)  # nothing was written over yet
+    switcher.switch("0")
     assert switcher.nbytes == sum(3 * masks["0"].size(n) // 8 for n in names) + 2 * dropped
 
 
