@@ -375,7 +375,7 @@ def attach(
     """
     if not masks:
         raise BadInput("no masks to attach; give at least one, like attach(model, {'code': mask})")
-    loaded = {label: m if isinstance(m, Mask) else Mask.load(m) for label, m in masks.items()}
+    loaded = {label: Mask.of(m) for label, m in masks.items()}
     attachment = Attachment(model, {name for mask in loaded.values() for name in mask.names})
     attachment.add(loaded, base, on)
     return Switcher(attachment)

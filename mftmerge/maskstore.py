@@ -10,11 +10,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PlainSerializer, Strict
 
 from mftmerge import bits
 from mftmerge.errors import BadInput
@@ -39,9 +38,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-# Whatever a trainer or an operation has to say: only its author knows the types, hence Any.
-Facts = Annotated[dict[str, Any], PlainSerializer(plain)]
-Number = Annotated[float, Strict(), PlainSerializer(plain)]  # "0.9" and true are no numbers
+Facts = dict[str, Any]  # whatever a trainer or an operation has to say: only its author knows the types
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Parent:
 
     name: str
     digest: str
-    weight: Number | None = None
+    weight: float | None = None
     operation: str | None = None
     options: Facts = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
@@ -69,7 +66,7 @@ class MaskInfo:
     delta_base: reference of that other model; delta_fingerprints: one per covered tensor, of its weights.
     """
 
-    keep: Number | None = None
+    keep: float | None = None
     base: str | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: Facts = field(default_factory=dict)

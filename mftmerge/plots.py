@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mftmerge.inspection import Inspection
 
 KINDS = (".png", ".svg", ".pdf")
+MARKERS = "osD^vPX*"  # lines and points are told apart by more than colour
 
 
 def check(path: str | Path) -> None:
@@ -30,8 +31,6 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib.text import Text
 
     check(path)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a $ in a tensor's name is no formula
     path = Path(path)
     for text in figure.findobj(Text):
         if isinstance(text, Text):

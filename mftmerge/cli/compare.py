@@ -27,11 +27,9 @@ def command(
     Example:
       mftmerge compare code.mask math.mask --plot overlap.png
     """
-    from mftmerge.mask import Mask
     from mftmerge.overlap import compare, picture
 
-    names = [p.name if [q.name for q in masks].count(p.name) == 1 else str(p) for p in masks]
-    found = compare([Mask.load(p) for p in masks], names)
+    found = compare(masks)
     if plot is not None:
         from mftmerge import plots
 
@@ -39,14 +37,7 @@ def command(
     if as_json:
         print_json(found.to_json())
         return
-    heads = ["masks", "tensors", "Jaccard", "independent", "common start", "agreement", "independent"]
-    rows = []
-    for p in found.pairs:
-        t = p.total
-        begun = "unknown" if t.jaccard_from_start is None else f"{t.jaccard_from_start:.4f}"
-        values = f"{t.jaccard:.4f}", f"{t.jaccard_independent:.4f}", begun
-        rows.append([f"{p.a}, {p.b}", str(p.tensors), *values, f"{t.agreement:.4f}", f"{t.agreement_independent:.4f}"])
-    print_table(heads, rows)
+    print_table(*found.rows())
     for p in found.pairs:
         layers = {"other" if layer is None else str(layer): o for layer, o in p.by_layer.items()}
         print_table(

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mftmerge.errors import MftmergeError, missing_extra, shown
+from mftmerge.errors import MftmergeError, missing_extra, shown, terminal
 from mftmerge.machine import set_threads
 
 INTERRUPTED = 130
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
     set_threads()
-    with _stoppable():
+    with _stoppable(), terminal():
         _run(arguments, debug)
 
 

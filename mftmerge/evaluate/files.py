@@ -46,7 +46,7 @@ class Measures:
 
 def evaluate_files(
     models: Mapping[str, str | Path],
-    masks: Mapping[str, str | Path],
+    masks: Mapping[str, Mask | str | Path],
     data: Mapping[str, Any],
     *,
     reference: str | None = None,
@@ -59,7 +59,7 @@ def evaluate_files(
 ) -> GridResult:
     """Measure every model, without a mask and under each mask, on every domain.
 
-    models, masks: name -> checkpoint (directory or hub id) or .mask file. With one model the rows of the table are its
+    models, masks: name -> checkpoint (directory or hub id), mask or .mask file. With one model the table's rows are its
     name and the masks' names; with several, `model` and `model+mask`. data: domain -> what `data.load_rows` reads.
     reference: name of the row that differences are taken against, the first model without mask by default.
     limit: first rows of each domain. dtype: "auto" (as stored; see `loading.chosen_dtype`), "float32" or "bfloat16".
@@ -72,7 +72,7 @@ def evaluate_files(
     reference = reference or next(iter(models))
     if reference not in (every := [n for rows in names.values() for n in rows]):
         raise BadInput(f"reference {reference!r} is not one of the rows {every}")
-    opened = {name: Mask.load(path) for name, path in masks.items()}
+    opened = {name: Mask.of(mask) for name, mask in masks.items()}
     require_delta_bases(opened, measures.base)  # what cannot be had is said before a model is loaded
     domains = {name: rows_of.load_rows(source)[:limit] for name, source in data.items()}
     results = []

@@ -6,11 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mftmerge import notebook
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import PairedDifference, Values
@@ -172,6 +174,12 @@ class GridResult:
         lines.append("Data: " + "; ".join(data) + ".")
         lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
         return write_whole("\n".join(lines) + "\n", path, overwrite)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the table, what did not help, and the heat map where there is something to compare."""
+        shown = notebook.table(*self._lines(), notes=[LEGEND, *self.words(), *self.remarks()])
+        comparable = len(self.models) > 1 and find_spec("matplotlib")
+        return shown + (notebook.picture(self.plot()) if comparable else "")
 
     def table(self) -> Table:
         """A rich table for the terminal."""
