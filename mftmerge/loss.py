@@ -58,6 +58,20 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """The loss of every labelled token, float32 (number labelled,), and their positions, booleans (batch, length).
 
+    Arguments as for `labelled_logits`.
+    """
+    logits, targets, wanted = labelled_logits(model, ids, labels, call=call, **inputs)
+    # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
+    pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
+    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+
+
+def labelled_logits(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (number labelled, vocabulary) where a labelled token is to be predicted, these tokens, and the positions,
+    booleans (batch, length), in row-major order.
+
     ids, labels: shape (batch, length); label i belongs to token i and is what position i - 1 is to predict, so that a
     label at position 0 takes no part. call: the wrapper to call (DDP) where it is not the model itself.
     inputs: what else the model's forward takes, such as `position_ids`.
@@ -66,11 +80,8 @@ def token_losses(
     wanted = following != IGNORE
     with logits_at(model, wanted):
         logits = (call or model)(input_ids=ids, use_cache=False, **inputs).logits
-    # (number labelled, vocabulary); the last position has no label, so that the two shapes are never the same
-    logits = logits[wanted] if logits.shape[:2] == ids.shape else logits[0]
-    # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
-    pieces = zip(logits.split(PIECE), following[wanted].split(PIECE), strict=True)
-    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+    # The last position has no label, so that the two shapes are never the same.
+    return logits[wanted] if logits.shape[:2] == ids.shape else logits[0], following[wanted], wanted
 
 
 @torch.no_grad()
