@@ -113,7 +113,9 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[.
     recipe = open_recipe(folder)
     work = tmp_path / "work"
     work.mkdir()
-    chosen = LearnSettings.make({"steps": 1, "scores": True, "eval_share": 0, "batch_size": 20, "lr": 0.01})
+    chosen = LearnSettings.make(
+        {"steps": 1, "scores": True, "eval_share": 0, "batch_size": 20, "lr": 0.01, "teacher_top": 1000}
+    )
     run = _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None)
     result = run.learn(None, None)
     name = "model.layers.3.mlp.up_proj.weight"
@@ -122,7 +124,8 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[.
     factors.requires_grad_(True)
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     merged = {
-        n: p.base + sum(torch.from_numpy(m.initial_scores(n) > 0) * p.change(k) for k, m in enumerate(result.masks.values()))
+        n: p.base
+        + sum(torch.from_numpy(m.initial_scores(n) > 0) * p.change(k) for k, m in enumerate(result.masks.values()))
         for n, p in run.parts.items()
     }
     merged[name] = base + sum(factors[k] * part.change(k) for k in range(3))
@@ -195,7 +198,10 @@ def test_a_density_is_exact(kitchen: Callable[..., Path]) -> None:
 
 def test_rows_in_memory_and_a_recipe_as_a_mapping(kitchen: Callable[..., Path]) -> None:
     folder = kitchen()
-    models = [{"model": str(folder / n), "parameters": {"weight": 1.0}, "mask": {"learn": {"data": "-"}}} for n in ("count", "say")]
+    models = [
+        {"model": str(folder / n), "parameters": {"weight": 1.0}, "mask": {"learn": {"data": "-"}}}
+        for n in ("count", "say")
+    ]
     recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": models}
     rows = {str(folder / n): domain_rows(n)[:12] for n in ("count", "say")}
     result = learn_merge(recipe, data=rows, steps=2)

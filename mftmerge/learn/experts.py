@@ -12,28 +12,27 @@ from mftmerge.errors import BadInput
 from mftmerge.learn.merging import Merging, Part
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.loading import load_causal_lm
+from mftmerge.loading import chosen_dtype, load_causal_lm
 from mftmerge.recipe.load import Recipe
 
 FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes stay far below, other models are at 1.4
 
 
-def load(
-    merging: Merging, settings: LearnSettings, recipe: Recipe
-) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
+def load(merging: Merging, settings: LearnSettings, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
     """The live model, which holds what the merge gives where no expert differs, and the parts where one does.
 
     Raises BadInput for an expert that is the base itself, or that is no fine-tune of it.
     """
     dtypes = {e.element.name for e in recipe.tensors(merging.document) if e.element.floating}
     widest = max((getattr(torch, d) for d in dtypes if d), key=lambda d: d.itemsize, default=torch.float32)
-    wanted = widest if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    path = merging.directory(merging.base)
+    asked = chosen_dtype(path, settings.dtype)
+    wanted = widest if asked == "auto" else getattr(torch, asked)
     if wanted.itemsize < widest.itemsize:
         raise BadInput(
             f"--dtype {settings.dtype}: the recipe's result is wider ({str(widest).removeprefix('torch.')}), so that "
             f"another model would be validated than is built; give the recipe out_dtype: {settings.dtype}"
         )
-    path = merging.directory(merging.base)
     model = load_causal_lm(path, dtype=wanted, trust_remote_code=settings.trust_remote_code or None)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ class Part:
         return self.expert(number).float() - self.base.float()
 
     def factors(self) -> tuple[float, ...]:
-        """What one unit of each open expert adds to the result: its weight, as the method and its parameters have it."""
+        """What one unit of each open expert adds to the result: its weight, as the method has it."""
         if self.selecting:
             return (1.0,) * len(self.experts)
         found = []
@@ -134,7 +134,8 @@ class Merging:
         self.options = MergeOptions(
             **settings.of_mergekit(), lora_merge_cache=str(self.inputs.lora_cache), quiet=True, write_model_card=False
         )
-        assert self.document.base_model and self.document.models
+        assert self.document.base_model
+        assert self.document.models
         with quiet():
             self.configuration = self.inputs.configuration()
         self.base = ModelReference.model_validate(self.inputs.input(self.document.base_model))
@@ -171,7 +172,8 @@ class Merging:
 
     def _part(self, save: SaveTensor) -> Part | None:
         task = save.tensor_task
-        assert isinstance(task, ExecuteMergeMethodTask) and isinstance(task.gather_tensors, GatherTensors)
+        assert isinstance(task, ExecuteMergeMethodTask)
+        assert isinstance(task.gather_tensors, GatherTensors)
         gather = task.gather_tensors
         loads: dict[str, Any] = gather.arguments()
         stored = {name: load.model_copy(update={"dtype": None}).execute() for name, load in loads.items()}

@@ -194,7 +194,9 @@ class MergeOptimizer(torch.optim.Optimizer):
 
     def scores(self) -> dict[str, Tensor]:
         """float32 scores on the CPU by tensor name, shape (experts, ...)."""
-        return {n: torch.stack([self.scores_of(n, k).cpu() for k in range(len(p.experts))]) for n, p in self.parts.items()}
+        return {
+            n: torch.stack([self.scores_of(n, k).cpu() for k in range(len(p.experts))]) for n, p in self.parts.items()
+        }
 
     @torch.no_grad()
     def put(self, codes: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,9 @@ class Holders:
     def holder(self, tensor: str) -> str:
         """The parameter that holds a tensor of the checkpoint. Raises BadInput where none does."""
         if tensor not in self._holder:
-            raise BadInput(f"{tensor}: no parameter of the live model holds this tensor, so nothing can be learnt of it")
+            raise BadInput(
+                f"{tensor}: no parameter of the live model holds this tensor, so nothing can be learnt of it"
+            )
         return self._holder[tensor]
 
     def split(self, parameter: str, values: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -24,7 +23,7 @@ from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import protect, replacing
-from mftmerge.learn.domains import Domain, Rounds, batch_of, disagreement, listen, measure, read_domain
+from mftmerge.learn.domains import Rounds, batch_of, disagreement, listen, measure, read_domain
 from mftmerge.learn.experts import load
 from mftmerge.learn.merging import Merging
 from mftmerge.learn.optimizer import MergeOptimizer
@@ -108,7 +107,9 @@ def learn_merge(
             run = _Run(checked, work, chosen, dict(data or {}), say, progress)
             found = place.checkpoint(run.identity()) if out is not None else None
             if resume:
-                say(f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0")
+                say(
+                    f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0"
+                )
             try:
                 result = run.learn(directory if out is not None else None, found)
             except Interrupted as e:
@@ -166,7 +167,9 @@ class _Run:
         self.start = time.monotonic()
         self.merging = Merging(recipe, work, MergeSettings(trust_remote_code=settings.trust_remote_code))
         if unknown := sorted(set(data) - set(self.merging.names)):
-            raise BadInput(f"data: {unknown[0]!r} is no model with an open mask; there are {', '.join(self.merging.names)}")
+            raise BadInput(
+                f"data: {unknown[0]!r} is no model with an open mask; there are {', '.join(self.merging.names)}"
+            )
         trusted = settings.trust_remote_code or None
         tokenizer = inputs.load_tokenizer(self.merging.directory(self.merging.base), trust_remote_code=trusted)
         self.pad = inputs.pad_id(tokenizer)
@@ -190,7 +193,7 @@ class _Run:
             self.parts,
             self.holders,
             lr=rate.learning_rate,
-            start=s.start,
+            start=s.start_density,
             density=s.density,
             clip=s.clip,
             adam_bits=s.adam_bits,

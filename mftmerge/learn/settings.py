@@ -29,7 +29,7 @@ class LearnSettings(Settings):
     teacher: Literal["expert", "answers"] = Field(
         "expert", description="what a domain's rows ask for: the expert's own next-token distribution, or the answers"
     )
-    start: float = Field(
+    start_density: float = Field(
         0.5, ge=0, le=1, description="share of each expert's changes in a tensor that is kept at first, the largest"
     )
     density: float | None = Field(
@@ -42,7 +42,9 @@ class LearnSettings(Settings):
         None, ge=0, description="optimiser steps; by default 0.6 for each row of the smallest domain, 20 to 60"
     )
     batch_size: int = Field(3, ge=1, description="rows of each domain in a step")
-    lr: float | None = Field(None, gt=0, description="learning rate of the scores, which are ranks; by default 2 / steps")
+    lr: float | None = Field(
+        None, gt=0, description="learning rate of the scores, which are ranks; by default 2 / steps"
+    )
     clip: float | None = Field(None, gt=0, description="largest norm of the weights' gradients; none by default")
     seed: int = Field(42, ge=0, description="seed of which rows are taken, of those held out, and of their order")
 

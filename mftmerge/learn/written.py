@@ -47,7 +47,8 @@ def masks(
     """
     base = Checkpoint.open(merging.directory(merging.base))
     document, folder = merging.document, merging.recipe.folder
-    assert document.base_model and document.models
+    assert document.base_model
+    assert document.models
     prints = {n: base.fingerprint(n) for n in codes if n in base}
     found = []
     numbers = [n for n, _ in merging.recipe.to_learn]

@@ -1,4 +1,4 @@
-"""Our merge methods for mergekit: masked, consensus, localize_and_stitch, select, emr. `register()` makes them known to it.
+"""Our merge methods for mergekit; `register()` makes them known to it.
 
 Each is a function of one tensor's inputs; the names and parameters stand in catalogue.py.
 """

@@ -35,7 +35,10 @@ def problems(document: Document, *, documents: int, learning: bool) -> Iterator[
         return
     if not learning:
         count = "a mask is" if len(found) == 1 else f"{len(found)} masks are"
-        yield found[0][0], f"{count} still to be learnt; run mftmerge train --recipe on this file, and use what it writes"
+        yield (
+            found[0][0],
+            f"{count} still to be learnt; run mftmerge train --recipe on this file, and use what it writes",
+        )
         return
     for where, use in found:
         if len(where) != 3 or where[0] != "models":
