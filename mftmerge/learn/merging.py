@@ -26,8 +26,9 @@ from torch import Tensor
 from mftmerge.errors import BadInput
 from mftmerge.recipe.inputs import MaskedInputs
 from mftmerge.recipe.load import Recipe
-from mftmerge.recipe.merge import PIECE, quiet, reading
+from mftmerge.recipe.merge import PIECE
 from mftmerge.recipe.methods import register
+from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import result_config
 from mftmerge.recipe.settings import MergeSettings
 
@@ -154,7 +155,7 @@ class Merging:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, this thread reads the inputs, closed masks applied."""
-        with quiet(), reading(self.options, self.inputs):
+        with quiet(), reading(self.options, self.inputs.loaders()):
             yield
 
     def plan(self) -> list[SaveTensor]:
