@@ -100,7 +100,7 @@ def test_each_selected_weight_is_one_parents_bits(kitchen: Callable[..., Path], 
     for name in built.names:
         expected, owners = base.read(name).copy(), np.zeros(base.read(name).shape, int)
         for expert, mask in result.masks.items():
-            kept = mask.kept(name).ravel() if name in mask else np.zeros(owners.shape, bool)
+            kept = mask.kept(name) if name in mask else np.zeros(owners.shape, bool)
             owners += kept
             expected[kept] = experts[expert].read(name)[kept]
         assert owners.max() <= 1
