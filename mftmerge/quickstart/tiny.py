@@ -69,7 +69,9 @@ def random_checkpoint(
     return path
 
 
-def tiny_checkpoint(path: Path, corpus: Iterable[str] = (), *, hidden: int = 64, layers: int = 4, seed: int = 0) -> Path:
+def tiny_checkpoint(
+    path: Path, corpus: Iterable[str] = (), *, hidden: int = 64, layers: int = 4, seed: int = 0
+) -> Path:
     """Write a Llama of random weights, its tokenizer and chat template to `path` and return the path."""
     from transformers import LlamaConfig
 

@@ -277,7 +277,7 @@ class Loop:
     def _all_stop(self, stops: Stops) -> bool:
         """Whether any rank was told to stop: all ranks do so after the same step."""
         told = torch.tensor([stops.number is not None], dtype=torch.int64, device=self.accelerator.device)
-        return bool(self.accelerator.gather(told).any()) if self.accelerator.num_processes > 1 else bool(told.any())
+        return bool(self.accelerator.gather(told).any())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
