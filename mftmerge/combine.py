@@ -266,7 +266,7 @@ def combine_files(
 
     Raises BadInput (also where an input's bits do not have their check sum) and leaves no output behind.
     """
-    refuse_existing(Path(out), overwrite, [p for p in paths if not isinstance(p, Mask)])
+    refuse_existing(Path(out), overwrite, [p.path if isinstance(p, Mask) else p for p in paths])
     labels = names or [f"mask {i}" if isinstance(p, Mask) else Path(p).name for i, p in enumerate(paths, 1)]
     combination = Combination(op, [Mask.of(p) for p in paths], labels, density=density, uncovered=uncovered, **options)
     info = _describe(combination)

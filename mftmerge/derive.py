@@ -18,6 +18,7 @@ from mftmerge import bits, cut
 from mftmerge.checkpoint import Checkpoint, read_shard, resolve
 from mftmerge.dtypes import to_float32
 from mftmerge.errors import BadInput, worded
+from mftmerge.files import refuse_pointer
 from mftmerge.mask import Mask, MaskInfo, require_same_shape
 
 PIECE = 1 << 19  # weights handled at a time
@@ -281,6 +282,7 @@ def _safetensors(source: Path) -> Iterator[Other]:
 
 def _pickle(source: Path) -> Iterator[Other]:
     """The tensors of a pickle. Only here is torch imported; `weights_only` refuses code."""
+    refuse_pointer(source)
     import torch
 
     try:

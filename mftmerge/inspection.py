@@ -11,7 +11,7 @@ from mftmerge import bits, notebook
 from mftmerge.errors import BadInput, shown
 from mftmerge.maskfile import MaskFile
 from mftmerge.maskheader import info_json
-from mftmerge.maskstore import MaskInfo, Store
+from mftmerge.maskstore import MaskInfo, Parent, Store
 from mftmerge.names import layer_of, module_of
 
 if TYPE_CHECKING:
@@ -141,19 +141,25 @@ def inspect_store(store: Store, info: MaskInfo, path: str) -> Inspection:
     )
 
 
-def family_tree(name: str, info: MaskInfo) -> list[str]:
-    """A mask and its ancestors, one line each, indented by generation. What files say is shown as it can be printed."""
-    lines = [shown(name + _made(info.operation, info.options))]
+def family_tree(
+    name: str, info: MaskInfo, show: Callable[[str], str] = shown, named: Callable[[str], str] = str
+) -> list[str]:
+    """A mask and its ancestors, one line each, indented by generation.
+
+    show: makes a line of what files say fit to be shown; named: the same for an ancestor's name, before.
+    """
+    lines = [show(f"{name}{made(info)}")]
     for generation, parent in info.family():
         weight = "" if parent.weight is None else f" x {parent.weight:g}"
-        made = _made(parent.operation, parent.options)
-        lines.append("  " * generation + shown(f"{parent.name} [{parent.digest[:12]}]{weight}{made}"))
+        lines.append("  " * generation + show(f"{named(parent.name)} [{parent.digest[:12]}]{weight}{made(parent)}"))
     return lines
 
 
-def _made(operation: str | None, options: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{k} {v}" for k, v in options.items() if k != "weights")
-    return (f": {operation}" if operation else "") + (f" ({given})" if given else "")
+def made(mask: MaskInfo | Parent) -> str:
+    """How a mask of a family was made, to stand behind its name; nothing for one that no operation made."""
+    given = ", ".join(f"{k} {v}" for k, v in mask.options.items() if k != "weights")
+    older = f"; {mask.forgotten:.4g} older ones are not recorded" if isinstance(mask, Parent) and mask.forgotten else ""
+    return (f": {mask.operation}" if mask.operation else "") + (f" ({given})" if given else "") + older
 
 
 def provenance(info: MaskInfo) -> Iterable[tuple[str, str]]:

@@ -34,8 +34,9 @@ _BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mf
 class Switcher:
     """Masks attached to one model, of which at most one is active. Made by `attach`.
 
-    `switch` changes the model for everybody; `use` is for the thread or task inside its block, and those started from
-    there: a forward pass of any other meanwhile is an error, and so are switches while the model runs.
+    `switch` changes the model for everybody; `use` is for the thread or task inside its block, and for those that run
+    in a copy of its context (tasks, `asyncio.to_thread`; a `Thread` through `contextvars.copy_context().run`): a
+    forward pass of any other meanwhile is an error, and so are switches while the model runs.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -307,7 +308,10 @@ class Switcher:
                 raise MftmergeError("the model was called while another thread switches its masks")
             if self._block is not None and self._block not in _BLOCKS.get():
                 other = "thread" if self._block.thread != threading.get_ident() else "task"
-                raise MftmergeError(f"the model was called while another {other} uses its {self._block.name}")
+                raise MftmergeError(
+                    f"the model was called while another {other} uses its {self._block.name}; of what a block "
+                    "starts, tasks and asyncio.to_thread belong to it, and a Thread with contextvars.copy_context().run"
+                )
             if not self._certain:
                 raise MftmergeError("switching this model's masks was interrupted; switch again, or detach")
 
@@ -378,4 +382,18 @@ def attach(
     loaded = {label: Mask.of(m) for label, m in masks.items()}
     attachment = Attachment(model, {name for mask in loaded.values() for name in mask.names})
     attachment.add(loaded, base, on)
+    ours = {id(part.parameter) for part in attachment.parts.values()}
+    for other in attached(model):
+        if other._state is not None and ours & {id(part.parameter) for part in other._parts}:
+            raise BadInput(
+                f"mask {other.active!r} of an earlier attach() is on, and would count as the model; switch it off first"
+                " (`for s in mftmerge.live.attached(model): s.detach()` where that switcher is gone)"
+            )
     return Switcher(attachment)
+
+
+def attached(model: torch.nn.Module) -> list[Switcher]:
+    """The switchers that are attached to a model or to parts of it, for those who no longer hold them."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    found = [hook.switcher for hook in hooks if isinstance(hook, _Watch)]
+    return list({id(s): s for s in found if s is not None}.values())

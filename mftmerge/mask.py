@@ -61,6 +61,11 @@ class Mask:
         return cls(packed, {k: v.shape for k, v in kept.items()}, info, scores, initial)
 
     @property
+    def path(self) -> Path | None:
+        """The file that the mask is read from, None for one in memory."""
+        return self._store.path if isinstance(self._store, maskfile.MaskFile) else None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the covered tensors, sorted."""
         return self._store.names
@@ -163,8 +168,7 @@ class Mask:
 
     def inspect(self) -> Inspection:
         """Density by layer and module, provenance and more; reads and checks every bit. Raises BadInput."""
-        path = self._store.path if isinstance(self._store, maskfile.MaskFile) else "mask in memory"
-        return inspect_store(self._store, self.info, str(path))
+        return inspect_store(self._store, self.info, str(self.path or "mask in memory"))
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A matplotlib figure of the density by layer and module; also written to `path` (.png, .svg, .pdf)."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mftmerge import bits
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer
-from mftmerge.maskstore import MaskInfo, Parent, plain
+from mftmerge.maskstore import DEEPEST_FAMILY, MOST_FORGOTTEN, MaskInfo, Parent, plain
 
 FORMAT = 1
 KEY, CRC_KEY = "mftmerge", "mftmerge_crc32"
@@ -32,7 +32,6 @@ CHECK_FIELDS = {SCORE_SUFFIX: "score_check", INITIAL_SUFFIX: "init_check"}
 BLOCK = 1 << 20  # bytes of packed bits that `--archive` compresses on their own
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors limit
 LARGEST_TENSOR = 1 << 48  # weights
-DEEPEST_FAMILY = 64
 BEST_DEFLATE = 1032  # deflate never expands more than this: a limit on what a small hostile file can ask for
 
 Info = TypeVar("Info", MaskInfo, Parent)
@@ -263,6 +262,12 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
+def _count(value: Any, what: str) -> int:
+    if not 0 <= _need(value, int, what) <= MOST_FORGOTTEN:
+        raise BadInput(f"{what} is out of range")
+    return int(value)
+
+
 def _text(value: Any, what: str) -> str:
     text: str = _need(value, str, what)
     if any("\ud800" <= c <= "\udfff" for c in text):  # half a character: nothing could print or store it again
@@ -283,6 +288,7 @@ def _kind_of_mask(value: Any, what: str) -> str:
 READ: dict[str, Callable[[Any, str], Any]] = {  # annotation of a field -> how its JSON value is read
     "str": _text,
     "str | None": lambda value, what: None if value is None else _text(value, what),
+    "int": _count,
     "float | None": lambda value, what: None if value is None else _number(value, what),
     "dict[str, str]": _texts,
     "Facts": lambda value, what: _need(value, dict, what),

@@ -17,7 +17,7 @@ import numpy as np
 
 from mftmerge import bits, cut, notebook, plots
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask, Scores
 from mftmerge.names import layer_of
 
@@ -220,7 +220,7 @@ def _from_common_start(name: str, a: Mask, b: Mask, start_a: Mask, start_b: Mask
 
 def picture(comparison: Comparison) -> Figure:
     """Left: Jaccard of the pruned sets of each pair. Right: the same by layer, with the two baselines dashed/dotted."""
-    names, pairs = comparison.names, comparison.pairs
+    names, pairs = plots.labels(comparison.names), comparison.pairs
     figure = plots.new_figure(6.5 + 0.6 * len(names), max(3.2, 1.5 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(names) + 1, 5])
     _matrix(figure, left, names, np.array(comparison.matrix(lambda p: p.total.jaccard)))
@@ -229,7 +229,7 @@ def picture(comparison: Comparison) -> Figure:
     for i, pair in enumerate(pairs):
         at, colour = [place[n] for n in pair.by_layer], f"C{i % 10}"
         every = pair.by_layer.values()
-        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=f"{pair.a}, {pair.b}", markersize=3)
+        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=shown(f"{pair.a}, {pair.b}"), markersize=3)
         right.plot(at, [o.jaccard_independent for o in every], "--", color=colour, linewidth=0.8)
         if pair.total.jaccard_from_start is not None:
             right.plot(at, [o.jaccard_from_start for o in every], ":", color=colour)

@@ -111,7 +111,14 @@ def test_output_is_complete_and_loads(tiny: Callable[..., Path], tmp_path: Path)
     assert {p.name for p in out.iterdir()} == before - left_out
     assert (out / "LICENSE").read_text() == "terms"
     readme = (out / "README.md").read_text()
-    for part in ("license: mit", "vote(threshold=2)", "code.mask cccccccccccc", "union of", "old words", "mftmerge"):
+    for part in (
+        "license: mit",
+        ": vote (threshold 2)",
+        "code.mask [cccccccccccc]",
+        ": union",
+        "old words",
+        "mftmerge",
+    ):
         assert part in readme
     assert "model-index" not in readme
     assert str(tmp_path) not in readme

@@ -53,7 +53,7 @@ def command(
 
     for picture in (plot, conflict_plot):
         if picture is not None:
-            plots.check(picture)
+            plots.check(picture, [*masks, base])
     if base is not None:
         if plot is not None:
             raise BadInput("--plot shows the overlap of masks; with --base give --conflict-plot")

@@ -178,7 +178,7 @@ def choose_combination(
     """
     paths = {domain: f"{domain}.mask" if isinstance(mask, Mask) else str(mask) for domain, mask in masks.items()}
     if out is not None:
-        refuse_existing(out, overwrite, (model, list(paths.values()), data))
+        refuse_existing(out, overwrite, (model, list(paths.values()), data, base))
     _check(masks, data)
     opened = {domain: Mask.of(mask) for domain, mask in masks.items()}
     rows = {domain: load_rows(data[domain])[:limit] for domain in masks}
