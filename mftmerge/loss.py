@@ -7,7 +7,7 @@ is a label, and the softmax in float32 whatever the model's dtype.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Losses = npt.NDArray[np.float64]  # (rows, 2): the sum of a row's token losses, and how many there are
+Told = Callable[[int], None]
 
 LOGITS = 1 << 26  # logits that exist at one time (256 MB in float32); a batch has at least one row
 PIECE = 256  # positions whose float32 softmax exists at one time
@@ -85,17 +86,21 @@ def labelled_logits(
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: int = 4096) -> Losses:
+def row_losses(
+    model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: int = 4096, told: Told | None = None
+) -> Losses:
     """Loss of each row: float64 array of shape (rows, 2), the sum of its token losses in nats and its labelled tokens.
 
     rows: as `data.tokenize` gives them, `{"input_ids": [...], "labels": [...]}` with -100 where there is no loss.
     batch_tokens: padded tokens in one forward pass; rows go through longest first, so that padding is short and a
-    lack of memory shows at once. Raises MftmergeError, with the row, where a loss is not finite.
+    lack of memory shows at once. told: called with the number of rows that are done, after each pass.
+    Raises MftmergeError, with the row, where a loss is not finite.
     """
     result = np.zeros((len(rows), 2))
     lengths = [len(row["input_ids"]) for row in rows]
     labelled = [sum(label != IGNORE for label in row["labels"][1:]) for row in rows]
     vocabulary = model.config.get_text_config().vocab_size
+    done = 0
     with evaluating(model):
         for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
             ids, labels, attention = padded([rows[i] for i in batch], model.device)
@@ -103,6 +108,9 @@ def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: 
             place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
             result[:, 0] += np.bincount(place, losses.double().cpu().numpy(), len(rows))
             result[:, 1] += np.bincount(place, minlength=len(rows))
+            done += len(batch)
+            if told:
+                told(done)
     if not np.isfinite(result).all():
         raise MftmergeError(
             f"the loss of row {int(np.argmin(np.isfinite(result[:, 0]))) + 1} is not finite; "

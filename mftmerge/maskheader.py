@@ -270,8 +270,6 @@ def _count(value: Any, what: str) -> int:
 
 def _text(value: Any, what: str) -> str:
     text: str = _need(value, str, what)
-    if any("\ud800" <= c <= "\udfff" for c in text):  # half a character: nothing could print or store it again
-        raise BadInput(f"{what} is no text (half of a surrogate pair)")
     return text
 
 

@@ -8,9 +8,8 @@ import typer
 
 from mftmerge.cli.options import MASKS, ROWS, files, named, pairs
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import quiet
+from mftmerge.cli.reporting import quiet, say
 from mftmerge.errors import BadInput
-from mftmerge.progress import Step
 
 BASE = "Dropped weights take the values of this checkpoint (default: what each mask says)."
 
@@ -109,7 +108,7 @@ def command(
             limit=limit,
             dtype=dtype,
             device=device,
-            progress=lambda what: show(Step(what, 0, 0)),
+            progress=show,
         )
     if out:
         result.to_json(out, overwrite=overwrite)
@@ -122,3 +121,7 @@ def command(
         print(result.to_json(), end="")
         return
     result.show(Console())
+    for path in (out, markdown, plot):
+        if path is not None:
+            say(f"wrote {path}")
+    say("next: mftmerge report . makes a page of it" if out else "next: --out results.json keeps every row's numbers")

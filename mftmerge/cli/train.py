@@ -119,7 +119,10 @@ def command(
         print_json({"out": str(run["out"]), "digest": mask.digest, "density": mask.density(), **facts})
     else:
         what = f"{len(result.mask.names)} tensors, density {result.mask.density():.4f}"
-        say(f"{run['out']}: {what}, {result.seconds:.0f} s")
+        say(f"wrote {run['out']} ({what}) and {run['out']}.yaml (its settings) in {result.seconds:.0f} s")
+        test = "next: mftmerge eval --model {} --mask {} --data test.jsonl, on rows that nothing was chosen on"
+        more = "next: more rows, more --steps or another --lr; --control shows what training weights gives"
+        say(test.format(run["model"], run["out"]) if result.gained else more)
 
 
 def _learn(
@@ -154,6 +157,5 @@ def _learn(
         print_json({"out": str(out), "masks": made, **{name: getattr(result, name) for name in names}})
         return
     made = ", ".join(f"{n}.mask (density {m.density():.2f})" for n, m in result.masks.items())
-    say(
-        f"{out}: {made} and recipe.yml, {result.seconds:.0f} s; mftmerge build {out / 'recipe.yml'} -o MERGED builds it"
-    )
+    say(f"wrote {out}: {made} and recipe.yml in {result.seconds:.0f} s")
+    say(f"next: mftmerge build {out / 'recipe.yml'} -o MERGED")

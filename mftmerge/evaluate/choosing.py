@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from mftmerge.evaluate.candidates import Candidate, defaults
 from mftmerge.evaluate.results import GridResult, finite, rich_table
 from mftmerge.files import refuse_existing
 from mftmerge.mask import Mask
+from mftmerge.progress import Progress, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +164,7 @@ def choose_combination(
     dtype: str = "auto",
     device: str | None = None,
     base: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """Choose the combination of masks whose worst-served domain keeps the largest share of its own mask's gain.
 
@@ -187,7 +188,7 @@ def choose_combination(
     made, same = _made(tried, list(opened.values()), labels, progress)
     files.require_delta_bases(opened, base)  # what cannot be had is said before the model is loaded
     if progress:
-        progress("loading the model")
+        progress(Step("loading the model", 0, 0))
     directory = resolve(model)
     remarks = [(domain, files.base_remark(mask, directory)) for domain, mask in opened.items()]
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
@@ -216,14 +217,15 @@ def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
 
 
 def _made(
-    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Callable[[str], None] | None
+    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Progress | None
 ) -> tuple[dict[str, Mask], list[str]]:
     """The combined masks by the candidates' texts, and notes on those left out because another one is the same mask."""
     made: dict[str, Mask] = {}
     notes = []
-    for candidate in {c.text: c for c in candidates}.values():
+    different = {c.text: c for c in candidates}
+    for number, candidate in enumerate(different.values()):
         if progress:
-            progress(f"combining, {candidate.text}")
+            progress(Step("combining", number, len(different), "runs", detail=candidate.text))
         mask = candidate.combine(masks, labels)
         equal = next((text for text, other in made.items() if other.digest == mask.digest), None)
         if equal is None:
@@ -241,7 +243,7 @@ def choose(
     *,
     batch_tokens: int = 4096,
     base: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """The same with a loaded model, masks in memory (domain -> mask), tokenised rows, and masks that are combined.
 

@@ -17,6 +17,7 @@ from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
+from mftmerge.progress import Progress, Step
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def evaluate_files(
     limit: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Measure every model, without a mask and under each mask, on every domain.
 
@@ -120,10 +121,10 @@ def _one_model(
     max_length: int,
     dtype: str,
     device: str | None,
-    progress: Callable[[str], None] | None,
+    progress: Progress | None,
 ) -> GridResult:
     if progress:
-        progress(f"loading {name}")
+        progress(Step(f"loading {name}", 0, 0))
     directory = resolve(path)
     remarks = {row: base_remark(mask, directory) for row, mask in masks.items()}
     model, tokenizer = load_model(directory, dtype=dtype, device=device)

@@ -24,6 +24,7 @@ from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
+from mftmerge.progress import Progress, Step
 
 
 def grid(
@@ -39,7 +40,7 @@ def grid(
     batch_tokens: int = 4096,
     prefix: bool | None = None,
     base: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
 
@@ -52,7 +53,7 @@ def grid(
     prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`). By default on a CPU:
     rows then go through these layers one at a time, which a GPU does not like.
     base: model whose values dropped weights take, whatever the masks' headers say (see `live.attach`).
-    progress: called with "row, domain" before each measurement.
+    progress: called as rows of data are done, and before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
     """
@@ -72,13 +73,13 @@ def grid(
     )
     once = model.device.type == "cpu" if prefix is None else prefix
     cache = _shared_layers(model, masks, domains) if once and masks else None
+    counted = _counter(f"evaluating {name}", len(result.models) * sum(map(len, domains.values())), progress)
     with _switches(model, masks, base) as use, cache.use() if cache else contextlib.nullcontext():
         for row in result.models:
             with use(row):
                 for domain, rows in domains.items():
-                    if progress:
-                        progress(f"{row}, {domain}")
-                    result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens)
+                    told = counted(len(rows), f"{row}, {domain}")
+                    result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens, told=told)
                     if scorer := (scorers or {}).get(domain):
                         facts = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
                         _keep_marks(result, row, domain, scorer(model, Journal(journal, facts) if journal else None))
@@ -87,6 +88,24 @@ def grid(
                 for what, measure in (others or {}).items():
                     result.extra.setdefault(what, {})[row] = measure(model)
     return result
+
+
+def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int, str], Callable[[int], None]]:
+    """Gives a function: rows of the next measurement, its name -> what is called with those of them that are done."""
+    before = 0
+
+    def begin(rows: int, detail: str) -> Callable[[int], None]:
+        nonlocal before
+        start, before = before, before + rows
+
+        def told(done: int) -> None:
+            if progress:
+                progress(Step(what, start + done, total, "rows", detail=detail))
+
+        told(0)
+        return told
+
+    return begin
 
 
 def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None:
