@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from research.combining.common import HELD_OUT, Weights, mean
 
 Tokens = dict[str, Any]
 OTHER = "other"  # the fourth domain, which no expert saw
+CLAIMED = {"math": "gsm8k", "sql": "wikisql", "python": "python"}  # our domains -> those of research/claim
 PACKAGES = (
     *("accelerate", "datasets", "huggingface-hub", "mergekit", "numpy", "peft", "pydantic", "rich", "tokenizers"),
     *("torch", "transformers", "trl", "typer"),
@@ -44,7 +45,7 @@ class Plan:
     longer rows are left out. expert_steps of `batch` rows at `expert_rate` make an expert.
     """
 
-    layers: str = "26-29"
+    layers: str = "26-29"  # "": all tensors
     pool: int = 480
     expert_rows: int = 140
     expert_steps: int = 34
@@ -127,11 +128,12 @@ class Bench:
     originals: Weights = field(init=False)
 
     def __post_init__(self) -> None:
-        targets = find(self.model, self.plan.layers)
-        self.originals = {t.name: t.parameter.detach().clone() for t in targets}
-        for name, parameter in self.model.named_parameters():
+        parameters = dict(self.model.named_parameters())
+        targets = find(self.model, self.plan.layers) if self.plan.layers else []
+        self.originals = {n: parameters[n].detach().clone() for n in [t.name for t in targets] or parameters}
+        for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.originals)
-        self.cache = self.new_cache(self.model, targets[0].layer)
+        self.cache = self.new_cache(self.model, targets[0].layer if targets else 0)
         for splits in self.rows.values():
             for items in splits.values():
                 self.cache.add([i.tokens for i in items])
@@ -141,6 +143,13 @@ class Bench:
         cache = PrefixCache(model, first_layer)
         cache._store = States(self.lab / "states")  # type: ignore[assignment]
         return cache
+
+    @torch.no_grad()
+    def warm(self, rows: Sequence[Tokens]) -> None:
+        """Compute the rows' states now, so that nobody's seconds hold the lower layers."""
+        if self.cache.first_layer:
+            for row in rows:
+                self.cache._row(row["input_ids"])
 
     @property
     def domains(self) -> list[str]:
@@ -215,6 +224,23 @@ def read_rows(sources: Mapping[str, str], tokenizer: Any, plan: Plan) -> dict[st
     return found | {OTHER: {"test": other}}
 
 
+def claimed_rows(folder: Path, tokenizer: Any, plan: Plan) -> dict[str, dict[str, list[Item]]]:
+    """As `read_rows`, for the experts of research/claim: none of these rows trained them.
+
+    A merge learns from the rows that validated the experts; the rest are from those that tested them.
+    """
+    from research.claim.common import DOMAINS
+    from research.claim.common import read_rows as read_claimed
+
+    found: dict[str, dict[str, list[Item]]] = {}
+    for domain, name in CLAIMED.items():
+        splits = read_claimed(DOMAINS[name], folder, tokenizer)
+        validation, test = ([Item(row, dict(tokens)) for row, tokens in splits[s]] for s in ("validation", "test"))
+        parts = {"test": test[: plan.test], "validation": test[plan.test : plan.test + plan.validation]}
+        found[domain] = {"train": validation, **parts}
+    return found | {OTHER: {"test": _short(list(documentation()), tokenizer, plan.max_length, plan.other, OTHER)}}
+
+
 def _short(rows: Sequence[Any], tokenizer: Any, longest: int, count: int, what: str) -> list[Item]:
     found: list[Item] = []
     for row in rows:
@@ -247,8 +273,8 @@ def write_rows(path: Path, items: Sequence[Item]) -> str:
     return str(path)
 
 
-def opened(lab: Path, source: str, sources: Mapping[str, str], plan: Plan) -> Bench:
-    """The bench in `lab`, with the model that lies in `source`."""
+def opened(lab: Path, source: str, read: Callable[[Any, Plan], dict[str, dict[str, list[Item]]]], plan: Plan) -> Bench:
+    """The bench in `lab`, with the model that lies in `source`. read: gives the rows for a tokenizer and the plan."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -258,8 +284,7 @@ def opened(lab: Path, source: str, sources: Mapping[str, str], plan: Plan) -> Be
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model.config.use_cache = False
     lab.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(sources, tokenizer, plan)
-    bench = Bench(plan, model, tokenizer, rows, lab, source, Cells(lab / "cells.jsonl"))
+    bench = Bench(plan, model, tokenizer, read(tokenizer, plan), lab, source, Cells(lab / "cells.jsonl"))
     if "study" not in bench.cells:
         bench.cells.add("study", plan=vars(plan), domains=bench.domains, model=Path(source).name)
     return bench

@@ -28,7 +28,7 @@ from mftmerge.evaluate.generation import EXACT, marker
 from mftmerge.files import replacing
 from research.combining.common import Weights, average
 from research.learning import train
-from research.learning.common import Bench, Plan, opened, write_rows
+from research.learning.common import CLAIMED, Bench, Plan, claimed_rows, opened, read_rows, write_rows
 from research.learning.merges import METHODS, Judge, merged, tuned
 
 # Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
@@ -40,8 +40,9 @@ TEACHERS = ("expert", "answers")
 class Seed:
     """The cells of one seed."""
 
-    def __init__(self, bench: Bench, seed: int) -> None:
-        self.bench, self.seed, self.cells = bench, seed, bench.cells
+    def __init__(self, bench: Bench, seed: int, given: Path | None = None) -> None:
+        """given: a directory of research/claim, whose experts are taken instead of making some."""
+        self.bench, self.seed, self.cells, self.given = bench, seed, bench.cells, given
         self.place = bench.lab / f"seed{seed}"
 
     def name(self, what: str) -> str:
@@ -66,10 +67,22 @@ class Seed:
             weights, facts = self.weights(what, make)
             self.bench.measure(self.name(what), weights, **facts)
 
+    def made(self, model: str) -> Weights:
+        """The weights of a model that is on record."""
+        if model == "base":
+            return {}
+        if model.startswith("expert "):
+            return self.experts[model.removeprefix("expert ")]
+        return self.weights(model, lambda: ({}, {}))[0]
+
     # -- what the others are made of ----------------------------------------------------------------------------------
 
     @cached_property
     def experts(self) -> dict[str, Weights]:
+        if self.given:
+            found = {d: load_file(self.checkpoint(d) / "model.safetensors") for d in self.bench.domains}
+            return {d: {n: w[n].float() for n in self.bench.originals} for d, w in found.items()}
+
         def make(domain: str) -> tuple[Weights, dict[str, Any]]:
             rows = [i.tokens for i in self.bench.expert_items(domain, self.seed)]
             with train.watched() as cost:
@@ -95,10 +108,8 @@ class Seed:
     def lesson(self, teacher: str, count: int) -> train.Lesson:
         items = {d: self.bench.learning_items(d, self.seed, count) for d in self.bench.domains}
         rows = {d: [i.tokens for i in found] for d, found in items.items()}
-        with self.bench.cache.use(), torch.no_grad():  # so that nobody's seconds hold the lower layers
-            for domain in rows.values():
-                for row in domain:
-                    self.bench.cache._row(row["input_ids"])
+        for of_domain in rows.values():
+            self.bench.warm(of_domain)
         return train.lesson(self.bench, self.experts, rows, teacher, STEPS[count])
 
     # -- cells --------------------------------------------------------------------------------------------------------
@@ -109,9 +120,9 @@ class Seed:
             self.bench.measure("base")
         for domain in self.experts:
             if self.name(f"expert {domain}") not in self.cells:
-                weights, facts = self.weights(f"expert {domain}", lambda: ({}, {}))
+                _, facts = ({}, {}) if self.given else self.weights(f"expert {domain}", lambda: ({}, {}))
                 seen = () if self.seed == 0 else (domain,)  # what an expert does to other domains is asked once
-                self.bench.measure(self.name(f"expert {domain}"), weights, seen, **facts)
+                self.bench.measure(self.name(f"expert {domain}"), self.experts[domain], seen, **facts)
         self.cell("task arithmetic", lambda: self.tune("task arithmetic"))
 
     def data_free(self) -> None:
@@ -223,6 +234,8 @@ class Seed:
 
     def checkpoint(self, domain: str) -> Path:
         """An expert as a directory that the product reads: the base's files with the expert's tensors in float32."""
+        if self.given:
+            return self.given / f"fft-{CLAIMED[domain]}-s{self.seed}"
         place = self.place / f"checkpoint-{domain}"
         if not place.exists():
             scratch = place.with_name(f"{place.name}.new")
@@ -244,7 +257,7 @@ class Seed:
             return
         items = [i.row for i in self.bench.rows[domain]["test"]]
         mark = marker(items, self.bench.tokenizer, exact=exact, max_new_tokens=new_tokens)
-        weights = {} if model == "base" else self.weights(model, lambda: ({}, {}))[0]
+        weights = self.made(model)
         self.bench.model.config.use_cache = True
         with self.bench.using(weights):
             found = mark(self.bench.model).metrics[EXACT]
@@ -313,14 +326,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lab", type=Path)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", required=True, help="NAME=FILE.jsonl or NAME=stdlib")
+    parser.add_argument("--domain", action="append", default=[], help="NAME=FILE.jsonl or NAME=stdlib")
+    parser.add_argument("--claim", type=Path, help="a directory of research/claim: its experts, of all layers")
+    parser.add_argument("--data", type=Path, help="with --claim: the folder of its row files")
     parser.add_argument("--seed", type=int, action="append", help="all three by default")
     parser.add_argument("--only", default="", help="regular expression that a part's name must contain")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     failed: list[str] = []
-    bench = opened(given.lab, given.model, dict(d.split("=", 1) for d in given.domain), Plan())
-    for name, part in parts({n: Seed(bench, n) for n in given.seed or (0, 1, 2)}):
+    if given.claim:
+        plan, seeds = Plan(layers="", expert_rows=0, pool=0, skipped=0), given.seed or [0]
+        bench = opened(given.lab, given.model, partial(claimed_rows, given.data), plan)
+    else:
+        plan, seeds = Plan(), given.seed or [0, 1, 2]
+        bench = opened(given.lab, given.model, partial(read_rows, dict(d.split("=", 1) for d in given.domain)), plan)
+    for name, part in parts({n: Seed(bench, n, given.claim) for n in seeds}):
         if re.search(given.only, name):
             try:
                 part()

@@ -1,4 +1,4 @@
-"""Numbers of the page: losses, shares of the experts' gains and their errors over test rows, and the goal, line by line."""
+"""Numbers of the page: losses, shares of the experts' gains, their errors over test rows, and the goal by lines."""
 
 from __future__ import annotations
 
