@@ -152,6 +152,11 @@ def answers(record: Record) -> str:
     return markdown(["model (first seed)", "GSM8K, % right (rows)", "WikiSQL, % right (rows)"], rows)
 
 
+def table(make: Callable[[Record], str], record: Record) -> str:
+    text = make(record)
+    return text if text.count("\n") > 2 else "Not measured.\n"
+
+
 def blocks() -> dict[str, Callable[[], str]]:
     """Name of a block on the page -> its table."""
     found: dict[str, Callable[[], str]] = {}
@@ -160,7 +165,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         path = RECORDS / f"{name}.jsonl"
         if path.exists():
             record = Record.load(path)
-            found |= {f"{name}: {t.__name__}": lambda t=t, r=record: t(r) for t in tables}  # type: ignore[misc]
+            found |= {f"{name}: {t.__name__}": lambda t=t, r=record: table(t, r) for t in tables}  # type: ignore[misc]
     return found
 
 
@@ -169,8 +174,8 @@ def filled(text: str) -> str:
     for name, make in blocks().items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
         if pattern.search(text):
-            table = make()
-            text = pattern.sub(lambda m, table=table: f"{m[1]}{table}{m[2]}", text)
+            made = make()
+            text = pattern.sub(lambda m, made=made: f"{m[1]}{made}{m[2]}", text)
     return text
 
 

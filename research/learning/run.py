@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mftmerge.learn.run as product
-from mftmerge.evaluate.generation import EXACT, marker
+from mftmerge.evaluate.generation import EXACT, Marker
 from mftmerge.files import replacing
 from research.combining.common import Weights, average
 from research.learning import train
@@ -44,6 +44,7 @@ class Seed:
         """given: a directory of research/claim, whose experts are taken instead of making some."""
         self.bench, self.seed, self.cells, self.given = bench, seed, bench.cells, given
         self.place = bench.lab / f"seed{seed}"
+        self.markers: dict[str, Marker] = {}
 
     def name(self, what: str) -> str:
         return f"seed{self.seed}/{what}"
@@ -199,7 +200,13 @@ class Seed:
             self.lesson("answers", count)  # the lower layers' states
             recipe = self.recipe(count, arithmetic)
             product.PrefixCache = self.bench.new_cache  # type: ignore[assignment, misc]
-            given = {"teacher": teacher, "steps": STEPS[count], "max_length": self.bench.plan.max_length, **settings}
+            given = {
+                "teacher": teacher,
+                "steps": STEPS[count],
+                "eval_every": STEPS[count] // 4,
+                "max_length": self.bench.plan.max_length,
+                **settings,
+            }
             with train.watched() as cost:
                 result = product.learn_merge(recipe, settings=given, note=print)
             change = {d: {n: w - self.bench.originals[n] for n, w in e.items()} for d, e in self.experts.items()}
@@ -255,12 +262,13 @@ class Seed:
         right = dict(self.cells[name]["right"]) if name in self.cells else {}
         if domain in right:
             return
-        items = [i.row for i in self.bench.rows[domain]["test"]]
-        mark = marker(items, self.bench.tokenizer, exact=exact, max_new_tokens=new_tokens)
+        if domain not in self.markers:  # one for all models: answers that stay the same take one pass
+            items = [i.row for i in self.bench.rows[domain]["test"]]
+            self.markers[domain] = Marker(items, self.bench.tokenizer, exact=exact, max_new_tokens=new_tokens)
         weights = self.made(model)
         self.bench.model.config.use_cache = True
         with self.bench.using(weights):
-            found = mark(self.bench.model).metrics[EXACT]
+            found = self.markers[domain](self.bench.model).metrics[EXACT]
         self.bench.model.config.use_cache = False
         self.cells.add(name, right=right | {domain: [int(x) for x in found[:, 0]]})
         print(name, domain, f"{found[:, 0].mean():.3f}", flush=True)
@@ -316,7 +324,7 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(others, "fine-tuning", "expert", 30)
     learning(others, "fine-tuning", "expert", 100)
     learning(others, "coefficients", "expert", 100)
-    learning(first, "masks", "expert", 100, start=1.0)
+    learning(first, "masks", "expert", 100, start_density=1.0)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)
     return found
