@@ -31,7 +31,8 @@ def test_a_record_is_added_to(tmp_path: Path) -> None:
     Cells(path).add("seed0/x", test={})
     again = Cells(path)
     assert list(again.found) == ["base", "seed0/x"]
-    assert "base" in again and again["base"]["test"] == {"math": [1.0]}
+    assert "base" in again
+    assert again["base"]["test"] == {"math": [1.0]}
 
 
 def toy(ours: list[float], few: list[float]) -> tables.Record:
