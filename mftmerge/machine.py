@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections import deque
@@ -18,6 +19,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 # Any of these in the environment means that the user has said how threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"flags": {"avx512_bf16", "amx_bf16"}, "Features": {"bf16", "svebf16"}}  # on x86-64 and on Arm
 
@@ -79,11 +81,17 @@ def in_order(pool: Executor, work: Callable[[T], R], jobs: Iterable[T], ahead: i
             future.cancel()
 
 
+def give_back() -> None:
+    """Give freed memory back to the system. glibc keeps what small blocks stand between, up to twice a large tensor."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
 def set_threads() -> None:
     """For a program of its own, before torch is loaded: threads sleep while they wait, and are as many as the cores.
 
-    OpenMP's threads spin by default, which takes the cores from busy neighbours, and know no quota. What the user has
-    set stays.
+    OpenMP's threads spin by default, which makes work beside busy neighbours several times slower, and
+    know no quota (docs/performance.md). What the user has set stays.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"

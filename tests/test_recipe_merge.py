@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import MftmergeError
-from mftmerge.recipe import merge
+from mftmerge.recipe import evaluation, merge, settings
 from mftmerge.recipe.build import build
 from mftmerge.recipe.load import load_recipe
 from mftmerge.recipe.settings import BuildSettings
@@ -59,6 +61,11 @@ def recipes(models: Path) -> dict[str, dict[str, object]]:
         },
         "dare": {"merge_method": "dare_ties", "models": inputs(weight=0.5, density=0.6), **base},
         "della": {"merge_method": "della", "models": inputs(weight=0.5, density=0.6, epsilon=0.1), **base},
+        "dare at some": {"merge_method": "dare_linear", "models": inputs(weight=0.5, density=[1, 0.3, 1]), **base},
+        "nearswap": {
+            **{"merge_method": "nearswap", "models": inputs()[:2], "parameters": {"t": 0.01}},
+            "base_model": str(models / "math"),
+        },
         "copy": {"merge_method": "passthrough", "models": [{"model": str(models / "math")}], "out_dtype": "float16"},
     }
 
@@ -70,8 +77,8 @@ NAMES = list(recipes(Path(".")))
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many tensors are merged at a time. Torch itself always has one thread: its sums depend on how many it has."""
     count = int(request.param)
-    monkeypatch.setattr(merge, "PIECE", 1024)  # pieces end within rows
-    monkeypatch.setattr(merge.torch, "get_num_threads", lambda: count)
+    monkeypatch.setattr(evaluation, "PIECE", 1024)  # pieces end within rows
+    monkeypatch.setattr(settings, "cores", lambda: count)
     return count
 
 
@@ -89,7 +96,7 @@ def test_bit_equal_to_mergekit(name: str, kitchen: Path, tmp_path: Path) -> None
         assert json.loads(a) == json.loads(b)
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "ram"])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
 @pytest.mark.usefixtures("threads")
 def test_any_number_of_models(count: int, method: str, tmp_path: Path, kitchen: Path) -> None:
@@ -105,6 +112,8 @@ def test_any_number_of_models(count: int, method: str, tmp_path: Path, kitchen: 
                 writer.add(entry.name, entry.dtype, entry.shape, raw.view(np.uint8).data)
     inputs = [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.1 + 0.2 * i}} for i in range(count)]
     config = {"merge_method": method, "models": inputs, "parameters": {"normalize": True}}
+    if method == "ram":
+        config = {"merge_method": method, "models": [{"model": i["model"]} for i in inputs]}
     config |= {} if method == "linear" else {"base_model": str(kitchen / "models/base")}
     (tmp_path / "r.yml").write_text(yaml.safe_dump(config))
     build(tmp_path / "r.yml", tmp_path / "ours")
@@ -151,17 +160,21 @@ def test_shards_and_index(kitchen: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}-work").mkdir()
         work = tmp_path / f"{name}-work"
         merge.merge(
-            recipe.documents[0], recipe.folder, tmp_path / name, work, settings=BuildSettings(out_shard_size=size)
+            recipe.documents[0],
+            recipe.folder,
+            tmp_path / name,
+            work,
+            recipe.tensors(recipe.documents[0]),
+            settings=BuildSettings(out_shard_size=size),
         )
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert_equal(tensors(tmp_path / "many"), tensors(tmp_path / "one"))
 
 
-def test_files_do_not_depend_on_threads(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_do_not_depend_on_threads(kitchen: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["task"]))
     for count in (1, 4):
-        monkeypatch.setattr(merge.torch, "get_num_threads", lambda count=count: count)
-        build(tmp_path / "r.yml", tmp_path / str(count))
+        build(tmp_path / "r.yml", tmp_path / str(count), num_threads=count)
     a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("1", "4"))
     assert a == b
 
@@ -182,13 +195,39 @@ def test_mergekit_is_left_as_it_was(kitchen: Path, tmp_path: Path) -> None:
 def test_a_failure_in_the_middle_ends_the_merge(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = itertools.count()
 
-    def fails(self: object, task: object) -> None:
+    def fails(self: object, job: object, write: object) -> int:
         if next(calls) == 5:
             raise ValueError("in the\nmiddle")
-        return None
+        return 0
 
-    monkeypatch.setattr(merge.Evaluation, "tensor", fails)
+    monkeypatch.setattr(merge.Evaluation, "save", fails)
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["linear"]))
     with pytest.raises(MftmergeError, match="mergekit: in the middle"):
         build(tmp_path / "r.yml", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yml"]
+
+
+def test_no_more_tensors_at_a_time_than_the_largest_has_room_for() -> None:
+    room, inside, most = evaluation.Room(100), [], []
+
+    def work(size: int) -> None:
+        with room.taken(size):
+            inside.append(size)
+            most.append(sum(inside))
+            time.sleep(0.01)
+            inside.remove(size)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, [60, 60, 40, 120, 30, 30, 30, 30, 10]))
+    assert max(most) == 120, "one that is larger than all room goes alone"
+    assert sorted(most)[-2] <= 100
+
+
+def test_numbers_that_were_counted_wrongly_are_no_silent_difference(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "draws", lambda task, size: size)  # of two models
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipes(kitchen / "models")["dare"]))
+    with pytest.raises(MftmergeError, match="other random numbers"):
+        build(tmp_path / "r.yml", tmp_path / "out", num_threads=2)
+    assert not (tmp_path / "out").exists()

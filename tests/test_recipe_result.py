@@ -21,6 +21,7 @@ from mftmerge.recipe.build import build
 from mftmerge.recipe.importing import import_recipe
 from mftmerge.recipe.load import load_recipe
 from mftmerge.recipe.plan import plan
+from mftmerge.recipe.settings import BuildSettings
 
 Tiny = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("in_kitchen")
@@ -92,13 +93,7 @@ def test_lost_tensors_are_refused(tmp_path: Path) -> None:
         assert "line 2: ds: model.layers.1.mlp.experts.0.down_proj.weight and 11 more tensors" in message
         report = build(written(text, tmp_path / "r.yml"), tmp_path / inputs[:6], allow_lost=True)
         assert any("experts" in w for w in report.warnings)
-        assert report.tensors == plan(tmp_path / "r.yml", report_settings()).steps[0].tensors
-
-
-def report_settings() -> object:
-    from mftmerge.recipe.settings import MergeSettings
-
-    return MergeSettings(allow_lost=True)
+        assert report.tensors == plan(tmp_path / "r.yml", BuildSettings(allow_lost=True)).steps[0].tensors
 
 
 def test_layers_that_a_recipe_leaves_out_are_not_lost(tmp_path: Path, kitchen: Path) -> None:
@@ -199,20 +194,32 @@ def test_models_of_other_depth_and_architecture(kitchen: Path, tiny: Tiny, tmp_p
     assert "--allow-crimes" in fault(two(tiny("qwen2", hidden=64)), tmp_path)
 
 
-def test_della_s_probabilities_lie_between_0_and_1(tmp_path: Path) -> None:
-    text = (
-        "merge_method: della\nbase_model: models/base\n"
-        "models: [{model: models/math, parameters: {weight: 1, density: 0.9}}]\n"
-    )
-    assert "line 3: epsilon 0.15 is too large for density 0.9" in fault(text, tmp_path)
+@pytest.mark.parametrize(
+    ("own", "shared", "said"),
+    [
+        ("density: 0.9", "", "epsilon 0.15 is too large for density 0.9"),
+        ("density: [0.5, 0.9]", "", "density 0.9"),
+        ("density: [{filter: mlp, value: 0.5}, {value: 0.1}]", "", "density 0.1"),
+        ("density: 0.5", "epsilon: 0.6", "epsilon 0.6"),
+    ],
+)
+def test_della_s_probabilities_lie_between_0_and_1(own: str, shared: str, said: str, tmp_path: Path) -> None:
+    text = "merge_method: della\nbase_model: models/base\n"
+    text += f"models: [{{model: models/math, parameters: {{weight: 1, {own}}}}}]\nparameters: {{{shared}}}\n"
+    found = fault(text, tmp_path)
+    assert "line 3: " in found
+    assert said in found
 
 
-@pytest.mark.parametrize(("name", "value"), [("density", 53), ("density", -0.1)])
-def test_numbers_out_of_range_are_said(name: str, value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("density", 53), ("density", -0.1), ("lambda", ".inf"), ("weight", ".nan")]
+)
+def test_numbers_out_of_range_are_said(name: str, value: float | str, tmp_path: Path) -> None:
     text = "merge_method: ties\nbase_model: models/base\nmodels:\n- model: models/math\n"
-    text += f"  parameters: {{weight: 1, {name}: {value}}}\n"
+    text += f"  parameters: {{weight: 1}}\nparameters: {{{name}: {value}}}\n"
     warnings = load_recipe(written(text, tmp_path / "r.yml")).warnings
-    assert any(w.startswith(f"line 5: {name} {value} is out of range") for w in warnings)
+    said = "is not a finite number" if isinstance(value, str) else "is out of range"
+    assert any(w.startswith(f"line 6: {name} {str(value).removeprefix('.')} {said}") for w in warnings), warnings
 
 
 def test_what_is_not_finite_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,4 +322,5 @@ def test_mergekit_s_options_have_its_names(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     for option in ("allow-crimes", "trust-remote-code", "out-shard-size", "lora-merge-dtype", "lazy-unpickle", "cuda"):
         assert f"--{option}" in shown
-    assert "--num-threads" in shown
+    for option in ("num-threads", "random-seed", "copy-tokenizer", "lora-merge-cache"):
+        assert f"--{option}" in shown

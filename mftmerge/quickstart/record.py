@@ -97,10 +97,17 @@ class Record:
             yield lambda step: advance(step.done)
 
     @contextmanager
-    def measuring(self, what: str, total: int) -> Iterator[Progress]:
-        """A progress bar; gives what a measurement reports to. total: measurements, of which each has its share."""
+    def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A progress bar that moves on with every call; gives a function of what is being done."""
         with self.bar(what, total) as advance:
-            yield lambda step: advance(total * step.done // max(1, step.total))
+            done = -1
+
+            def count(_: str) -> None:
+                nonlocal done
+                done += 1
+                advance(done)
+
+            yield count
 
 
 def write_text(path: Path, text: str) -> None:

@@ -111,12 +111,14 @@ def build_into(
         target = folder if last else work / "stages" / str(document.name)
         scratch = work / f"step-{i}"
         scratch.mkdir(parents=True)
-        total = sum(e.size * e.element.nbytes for e in recipe.tensors(document))
+        tensors = recipe.tensors(document)
+        total = sum(e.size * e.element.nbytes for e in tensors)
         merged = merge(
             document,
             recipe.folder,
             target,
             scratch,
+            tensors,
             stages=stages,
             settings=settings,
             progress=_shown(progress, total) if progress and last else None,

@@ -96,13 +96,6 @@ OURS: dict[str, Method] = {  # implemented in methods.py
         ours=True,
         mask_as_parameter=True,
     ),
-    "select": Method(
-        {"mask": Parameter("str", "non_base", None)},
-        "required",
-        non_base=(1, None),
-        ours=True,
-        mask_as_parameter=True,
-    ),
     "emr": Method(
         {"task": Parameter("bool", "non_base", False)},
         "required",
@@ -115,6 +108,17 @@ OURS: dict[str, Method] = {  # implemented in methods.py
 METHODS: dict[str, Method] = {
     m.spec.name: described(m.spec) for m in registered_methods() if m.spec.name not in OURS
 } | OURS
+
+
+# Methods in which a weight of the result follows from the same weight of the inputs alone; the others of the
+# task-arithmetic family do so where nothing is cut.
+BY_ELEMENT = ("linear", "passthrough", "task_arithmetic", "nearswap", "ram")
+AT_DENSITY_1 = ("ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
+
+
+def by_element(method: str, whole: bool) -> bool:
+    """Whether a tensor can be merged in pieces. whole: whether the density of every task vector is 1."""
+    return method in BY_ELEMENT or (whole and method in AT_DENSITY_1)
 
 
 def lookup(name: str) -> Method | None:
@@ -158,7 +162,6 @@ ABOUT: dict[str, str] = {
     "masked": "One model with its mask. With a base and `on: delta`, dropped weights return to the base.",
     "consensus": "The sum of weighted task vectors where at least `k` tasks want it (TALL masks, arXiv 2405.07813).",
     "localize_and_stitch": "Each model's changes inside its region, averaged where regions overlap (arXiv 2408.13656).",
-    "select": "Each weight as it is in the first model whose mask keeps it, else in the base: nothing is rounded.",
     "emr": "One unified task vector; with `task`, one model rebuilt from it by a mask and a scale (arXiv 2405.17461).",
 }
 # By parameter, or by "method.parameter" where a method means something of its own.
@@ -192,7 +195,6 @@ MEANING: dict[str, str] = {
     "k": "tasks that must want a weight",
     "localize_and_stitch.density": "share of the model's largest changes in each tensor that is its region",
     "localize_and_stitch.mask": "the model's region; set by `mask:` on the model",
-    "select.mask": "the weights that the model gives; set by `mask:` on the model, none of a tensor it does not cover",
     "task": "rebuild this model; at most one may say true",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -231,12 +232,8 @@ def _check_own(document: Document) -> Iterator[tuple[Location, str]]:
         chosen = [w for w, i in document.inputs() if i.parameters and i.parameters.get("task") is True]
         if len(chosen) > 1:
             yield chosen[1], "emr rebuilds one model at a time: set task: true on one of them"
-    if METHODS[document.merge_method].mask_as_parameter and not document.models and list(mask_uses(document)):
-        yield ("merge_method",), f"{document.merge_method} takes masks with models: only, not with slices: or modules:"
-    if document.merge_method == "select":
-        given = [w for w, i in document.inputs() if i.mask or (i.parameters and "mask" in i.parameters)]
-        if not given and "mask" not in (document.parameters or {}):
-            yield ("merge_method",), "select has nothing to do without mask: on its models"
+    if document.merge_method == "localize_and_stitch" and not document.models and list(mask_uses(document)):
+        yield ("merge_method",), "localize_and_stitch takes masks with models: only, not with slices: or modules:"
 
 
 def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
@@ -288,6 +285,9 @@ def out_of_range(document: Document) -> Iterator[tuple[Location, str]]:
         for name, value in settings.items():
             low, high = RANGES.get(f"{document.merge_method}.{name}") or RANGES.get(name) or (-math.inf, math.inf)
             for scalar in _scalars(value):
+                if not isinstance(scalar, str) and not math.isfinite(scalar):
+                    yield (*where, name), f"{name} {scalar} is not a finite number"
+                    continue
                 if _fits(scalar, "float") and not low <= float(scalar) <= high:
                     limits = f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
                     hint = f"; did you mean {float(scalar) / 100:g}?" if high == 1 and 1 < float(scalar) <= 100 else ""
@@ -306,12 +306,22 @@ def _check_epsilon(document: Document) -> Iterator[tuple[Location, str]]:
     """della draws with probabilities density - epsilon to density + epsilon, which must lie between 0 and 1."""
     if not document.merge_method.startswith("della"):
         return
-    for where, item in document.inputs():
-        own = {"density": 1.0, "epsilon": 0.15} | (document.parameters or {}) | (item.parameters or {})
-        density, epsilon = own["density"], own["epsilon"]
-        if not all(isinstance(v, int | float) for v in (density, epsilon)) or not 0 < density < 1:
-            continue
-        if density + epsilon >= 1 or density - epsilon <= 0:
-            place = (*where, "parameters", "epsilon" if "epsilon" in (item.parameters or {}) else "density")
-            text = f"epsilon {epsilon} is too large for density {density}: density - epsilon and density + epsilon "
-            yield place, text + "are probabilities and must lie between 0 and 1"
+    for group, inputs, out in groups(document):
+        inner = (*group, "sources") if group[-1] != "models" else group
+        for i, item in enumerate(inputs):
+            own = {"density": 1.0, "epsilon": 0.15} | (document.parameters or {})
+            own |= ((out and out.parameters) or {}) | (item.parameters or {})
+            densities, epsilons = (
+                [float(v) for v in _scalars(own[n]) if _fits(v, "float")] for n in ("density", "epsilon")
+            )
+            if min(len(densities), len(epsilons)) != 1:  # of two gradients or sets of rules not every pair occurs
+                continue
+            for density, epsilon in itertools.product(densities, epsilons):
+                if 0 < density < 1 and (density + epsilon >= 1 or density - epsilon <= 0):
+                    name = "epsilon" if "epsilon" in (item.parameters or {}) else "density"
+                    text = f"epsilon {epsilon:g} is too large for density {density:g}: density - epsilon and density + "
+                    yield (
+                        (*inner, i, "parameters", name),
+                        f"{text}epsilon are probabilities and must lie between 0 and 1",
+                    )
+                    break

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from mftmerge.checkpoint import Checkpoint, read_config
 from mftmerge.errors import BadInput
-from mftmerge.files import refuse_pointer
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from mftmerge.recipe.result import Result
 
 
+# Ends of the names under which quantised weights, or what restores them, are stored (GPTQ, AWQ, 8-bit, fp8, MXFP4).
+QUANTISED = (".qweight", ".qzeros", ".SCB", ".quant_map", ".weight_scale", ".weight_scale_inv", "_packed", "_blocks")
+UNMERGED = "and its numbers cannot be merged; give the model that it was made from, or a dequantised copy"
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
@@ -133,16 +135,11 @@ class FileChecks:
                 raise BadInput(f"{reference.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[1]})")
             if isinstance(quantised := read_config(found).get("quantization_config"), dict):
                 method = quantised.get("quant_method", "unknown")
-                raise BadInput(
-                    f"{reference.path!r} is quantised ({method}), and its numbers cannot be merged;"
-                    " give the model that it was made from, or a dequantised copy"
-                )
+                raise BadInput(f"{reference.path!r} is quantised ({method}), {UNMERGED}")
         if reference.lora:
             adapter = model_directory(reference.lora, self.folder, reference.lora_revision)
             if not (adapter / "adapter_config.json").is_file():
                 raise BadInput(f"{reference.lora!r} has no adapter_config.json; it is not a LoRA adapter")
-            for part in adapter.glob("adapter_*"):
-                refuse_pointer(part)
 
     def _open(self, reference: Reference) -> None:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""
@@ -152,6 +149,9 @@ class FileChecks:
 
             has = any((found / name).is_file() for name in WEIGHTS)
             self._checkpoints[key] = opened(found, self.work) if has else None
+            packed = next((e.name for e in self._checkpoints[key] or () if e.name.endswith(QUANTISED)), None)
+            if packed:
+                raise BadInput(f"{reference.path!r} is quantised (it has {packed}), {UNMERGED}")
 
     def checkpoint(self, reference: Reference) -> Checkpoint | None:
         """Headers of a model; None where they are not there to be read (a bad reference)."""

@@ -14,6 +14,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from pydantic import PrivateAttr
 
+from mftmerge import bits
 from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.catalogue import METHODS
@@ -51,14 +52,20 @@ class OutputMask:
     mask: Mask
     base: ModelReference | None
 
-    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, masked if the mask covers it."""
+    def over(self, name: str) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
+        """What masks a tensor, if the mask covers it: a function of pieces, flat, each with its place (times 8)."""
         if name not in self.mask:
-            return tensor
-        other = LoaderCache().get(self.base).get_tensor(name) if self.base else None
-        # The result may be narrower than the base: dropped weights take the base's value in the result's dtype.
-        narrowed = None if other is None else other.to(tensor.dtype)
-        return select_torch(torch.from_numpy(self.mask.kept(name)), tensor, narrowed, name)
+            return None
+        packed = self.mask.packed(name)
+        other = LoaderCache().get(self.base).get_tensor(name).reshape(-1) if self.base else None
+
+        def masked(at: int, piece: torch.Tensor) -> torch.Tensor:
+            kept = torch.from_numpy(bits.unpack(packed[at // 8 :], piece.numel()))
+            # The result may be narrower than the base: dropped weights take the base's value in the result's dtype.
+            narrowed = None if other is None else other[at : at + piece.numel()].to(piece.dtype)
+            return select_torch(kept, piece, narrowed, name)
+
+        return masked
 
 
 class OrderedConfiguration(MergeConfiguration):
@@ -102,11 +109,16 @@ class Inputs(Translation):
 
 class MaskedInputs(Inputs):
     """Inputs for a build. A masked input is a reference of its own: a view directory, which links to the model's, and
-    for which there is a loader that masks. So one model can come in several times, masked apart."""
+    for which there is a loader that masks. So one model can come in several times, masked apart.
 
-    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
+    adapters: how mergekit merges them into models, the arguments of its `ModelReference.merged`.
+    """
+
+    def __init__(
+        self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path, adapters: Mapping[str, Any]
+    ) -> None:
         super().__init__(document, folder, stages, work)
-        self.lora_cache = work / "lora"
+        self.adapters = adapters
         self.views: dict[tuple[str, str], str] = {}
         self._loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = {}
 
@@ -136,7 +148,7 @@ class MaskedInputs(Inputs):
         key = (str(reference), use.model_dump_json())
         if key not in self.views:
             original = ModelReference.model_validate(reference.to_mergekit())
-            merged = original.merged(cache_dir=str(self.lora_cache))
+            merged = original.merged(**self.adapters)
             path = self.work / "views" / str(len(self.views)) / Path(reference.path).name
             path.mkdir(parents=True)
             # Of a model with an adapter: its own configuration and tokenizer, and the weights that mergekit merged.

@@ -15,14 +15,13 @@ from pydantic import ValidationError
 
 from mftmerge.checkpoint import TensorEntry
 from mftmerge.errors import BadInput
-from mftmerge.recipe import openmasks
 from mftmerge.recipe.catalogue import METHODS, suggestion
 from mftmerge.recipe.check import Checked, check_documents, out_of_range, references
 from mftmerge.recipe.files import FileChecks
 from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
 from mftmerge.recipe.locate import MaskBook, model_directory
 from mftmerge.recipe.reference import Reference, Strict
-from mftmerge.recipe.schema import Document, Learn
+from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import MergeSettings
 from mftmerge.yamltext import read_text
 
@@ -32,10 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: its file, its text, its documents in order, and where each value stands.
-
-    to_learn: the entries of `models:` whose masks are to be learnt, which the documents are then without.
-    """
+    """A checked recipe: its file, its text, its documents in order, and where each value stands."""
 
     path: Path
     text: str
@@ -43,11 +39,10 @@ class Recipe:
     lines: tuple[Lines, ...]
     warnings: tuple[str, ...] = ()
     results: tuple[Result | None, ...] = ()  # what each document will give; without `files` unknown
-    to_learn: tuple[tuple[int, Learn], ...] = ()
 
     def tensors(self, document: Document) -> tuple[TensorEntry, ...]:
-        """Names, shapes and types of what a document gives."""
-        found = next((r for d, r in zip(self.documents, self.results, strict=True) if d is document), None)
+        """Names, shapes and types of what a document, or one like it under its name, gives."""
+        found = next((r for d, r in zip(self.documents, self.results, strict=True) if d.name == document.name), None)
         return found.tensors if found else ()
 
     @property
@@ -97,13 +92,10 @@ def check_files(folder: Path, documents: Checked, sound: bool, settings: MergeSe
     return Checks(problems, warnings, tuple(results))
 
 
-def load_recipe(
-    path: str | Path, *, files: bool = True, settings: MergeSettings | None = None, learning: bool = False
-) -> Recipe:
+def load_recipe(path: str | Path, *, files: bool = True, settings: MergeSettings | None = None) -> Recipe:
     """Read a recipe and check all of it; nothing but headers is read of the models and masks that it names.
 
-    files: also check that models and masks exist and fit, and plan the merge (False: the text alone). learning: it has
-    masks that are to be learnt now, which is otherwise a problem.
+    files: also check that models and masks exist and fit, and plan the merge (False: the text alone).
     Raises BadInput with every problem found, each with its line.
     """
     path, settings = Path(path), settings or MergeSettings()
@@ -124,11 +116,6 @@ def load_recipe(
     if not parsed:
         problems.append(Problem(0, "the recipe is empty"))
     problems += check_documents(documents + salvaged)
-    for document, lines in documents:
-        found_open = openmasks.problems(document, documents=len(documents), learning=learning)
-        problems += [Problem(lines.at(where), message) for where, message in found_open]
-    to_learn = openmasks.to_learn(documents[0][0]) if documents else ()
-    documents = [(openmasks.without(d), lines) for d, lines in documents]
     if not files:
         if problems:
             raise report(path, problems)
@@ -137,7 +124,7 @@ def load_recipe(
     if problems + checks.problems:
         raise report(path, problems + checks.problems)
     parts = tuple(d for d, _ in documents), tuple(lines for _, lines in documents)
-    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), checks.results, to_learn)
+    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), checks.results)
 
 
 def _absent(folder: Path, data: Any, lines: Lines, names: set[Any], where: Location = ()) -> list[Problem]:

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mftmerge.dtypes import named
-from mftmerge.machine import cores
 from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
+from mftmerge.recipe.catalogue import by_element
 from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import Document
-from mftmerge.recipe.settings import MergeSettings
+from mftmerge.recipe.settings import BuildSettings
 
-# mergekit's imports before it reads a tensor, and what sorting one element for TIES takes: its magnitude, its place,
-# and torch's scratch room.
-IMPORT_BYTES, SORT_BYTES = 350_000_000, 28
+# mergekit's imports before it reads a tensor, the pieces of tensors in one thread, and what sorting one element takes:
+# its magnitude, its place, and torch's scratch room.
+IMPORT_BYTES, PIECES_BYTES, SORT_BYTES = 320_000_000, 16_000_000, 28
+SORTED = ("ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ class Plan:
         return "\n".join(rows + [f"warning: {w}" for w in self.warnings])
 
 
-def plan(recipe_path: str | Path, settings: MergeSettings | None = None) -> Plan:
+def plan(recipe_path: str | Path, settings: BuildSettings | None = None) -> Plan:
     """The plan of `build(recipe_path, ...)`. Raises BadInput for everything wrong with the recipe."""
+    settings = settings or BuildSettings()
     recipe = load_recipe(recipe_path, settings=settings)
-    steps = [_step(recipe, document) for document in needed(recipe.documents)]
+    steps = [_step(recipe, document, settings) for document in needed(recipe.documents)]
     return Plan(recipe.path, tuple(steps), sum(s.nbytes for s in steps), recipe.warnings)
 
 
-def _step(recipe: Recipe, document: Document) -> Step:
+def _step(recipe: Recipe, document: Document, settings: BuildSettings) -> Step:
     entries = recipe.tensors(document)
     book = MaskBook(recipe.folder, document.masks)
     masks = tuple(
@@ -73,9 +75,13 @@ def _step(recipe: Recipe, document: Document) -> Step:
     inputs = dict.fromkeys(str(i.model) for _, i in document.parts())
     sizes = [e.size * e.element.nbytes for e in entries]
     largest = max((e.size for e in entries), default=0)
-    # In each thread: each input and the method's own deltas in the dtype of the arithmetic, then the result.
-    held = largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
-    sorting = SORT_BYTES * largest if document.merge_method == "ties" and document.sets("density") else 0
+    held = PIECES_BYTES * min(settings.threads, len(entries))
+    if not by_element(document.merge_method, not document.sets("density")):
+        # Tensors that are merged at a time are together no larger than the largest one: each input and the method's
+        # own deltas in the dtype of the arithmetic, then the result.
+        held += largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
+        if document.merge_method in SORTED:
+            held += SORT_BYTES * largest
     return Step(
         document.name or "result",
         document.merge_method,
@@ -83,5 +89,5 @@ def _step(recipe: Recipe, document: Document) -> Step:
         masks,
         len(entries),
         sum(sizes),
-        IMPORT_BYTES + (held + sorting) * cores(),
+        IMPORT_BYTES + held,
     )

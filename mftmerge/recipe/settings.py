@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from mftmerge.settings import Settings
+from mftmerge.machine import cores
+from mftmerge.settings import Flag, Settings
 
 
 class MergeSettings(Settings):
@@ -30,12 +32,23 @@ class BuildSettings(MergeSettings):
     """The options of `build` and of `mftmerge build`."""
 
     overwrite: bool = Field(default=False, description="replace what is at OUT")
-    seed: int | None = Field(default=None, description="seed of methods that draw random numbers (dare, della)")
+    seed: Annotated[int | None, Flag(("--seed", "--random-seed"))] = Field(
+        default=None, description="seed of methods that draw random numbers (dare, della)"
+    )
     device: str = Field(default="cpu", description="where mergekit does arithmetic: cpu, cuda")
     cuda: bool = Field(default=False, description="the same as --device cuda")
     num_threads: int | None = Field(default=None, ge=1, description="tensors merged at a time (default: one a core)")
     out_shard_size: str = Field(default="5B", description="bytes a file of weights at most, such as 500M or 5B")
+    copy_tokenizer: bool = Field(default=True, description="copy a tokenizer where the recipe makes none of its own")
+    lora_merge_cache: Path | None = Field(
+        default=None, description="where models with merged adapters stay (default: nowhere)"
+    )
     require_finite: bool = Field(default=False, description="fail when a weight is infinite or not a number")
+
+    @property
+    def threads(self) -> int:
+        """How many tensors are merged at a time."""
+        return self.num_threads or cores()
 
     @property
     def shard_bytes(self) -> int:
