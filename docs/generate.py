@@ -39,6 +39,7 @@ PARTS: list[tuple[type[BaseModel], str]] = [
     (schema.Module, "One of `modules:`"),
     (schema.MaskExpression, "A mask: in `masks:`, `of:`"),
     (schema.MaskUse, "A mask that is applied: `mask:`"),
+    (schema.Learn, "`learn:` of a mask"),
     (schema.Reference, "A model reference, written as a mapping"),
     (schema.Tokenizer, "`tokenizer:`"),
     (schema.TokenSetting, "One of `tokens:`"),

@@ -15,22 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import mftmerge
-from mftmerge.naming import to_checkpoint
-from mftmerge.train.scores import initial
-from mftmerge.train.targets import find, freeze_others
 
 
 def main(path: str, rows: str, out: Path, steps: int = 60) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    targets = find(model)  # the matrices of the last four layers
-    freeze_others(model, targets)
-    optimizer = mftmerge.MaskOptimizer(targets, initial(targets), keep=0.9, lr=min(1e-3, 0.025 / steps))
+    optimizer = mftmerge.mask_optimizer(model, keep=0.9, steps=steps)  # the matrices of the last four layers
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(scratch, max_steps=steps, max_grad_norm=0.0, save_strategy="no", bf16=False)
         data = load_dataset("json", data_files=rows, split="train", cache_dir=scratch)
         SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)).train()
-    kept = {name: mask.numpy() for name, mask in to_checkpoint(model, optimizer.mask()).items()}
-    mask = mftmerge.Mask.from_bools(kept, mftmerge.MaskInfo(keep=0.9, base=path))
+    mask = mftmerge.learnt_mask(model, optimizer, path)
     mask.save(out)
     print(f"{out}: density {mask.density():.3f}, {len(mask.names)} tensors")
 

@@ -19,10 +19,16 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.derive import import_mask as import_mask
     from mftmerge.errors import BadInput as BadInput
     from mftmerge.errors import MftmergeError as MftmergeError
+    from mftmerge.evaluate.choosing import Choice as Choice
     from mftmerge.evaluate.choosing import choose_combination as choose_combination
+    from mftmerge.evaluate.files import Measures as Measures
+    from mftmerge.evaluate.files import evaluate_files as evaluate_files
     from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
     from mftmerge.inspection import inspect as inspect
+    from mftmerge.learn.run import LearnResult as LearnResult
+    from mftmerge.learn.run import learn_merge as learn_merge
+    from mftmerge.learn.settings import LearnSettings as LearnSettings
     from mftmerge.live import attach as attach
     from mftmerge.mask import Mask as Mask
     from mftmerge.mask import MaskInfo as MaskInfo
@@ -32,7 +38,13 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.recipe.build import build as build_recipe  # noqa: F401
     from mftmerge.recipe.export import export as export_recipe  # noqa: F401
     from mftmerge.recipe.extend import merge_method as merge_method
+    from mftmerge.report.page import write_report as write_report
+    from mftmerge.sweep import run_sweep as run_sweep
+    from mftmerge.sweepplan import SweepPlan as SweepPlan
     from mftmerge.train.optimizer import MaskOptimizer as MaskOptimizer
+    from mftmerge.train.ownloop import learnt_mask as learnt_mask
+    from mftmerge.train.ownloop import mask_optimizer as mask_optimizer
+    from mftmerge.train.run import TrainResult as TrainResult
     from mftmerge.train.run import train_mask as train_mask
     from mftmerge.train.settings import TrainSettings as TrainSettings
 

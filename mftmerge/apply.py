@@ -93,8 +93,7 @@ def apply_mask(
     settings = ApplySettings.make(options)
     plan = _plan(mask, model, settings)
     target = Path(os.path.abspath(Path(out).expanduser()))
-    own = mask if isinstance(mask, str | Path) else None
-    protect(target, (own, plan.source.path, plan.base.path if plan.base else None))
+    protect(target, (plan.mask.path, plan.source.path, plan.base.path if plan.base else None))
     check_target(target, settings.overwrite)
     if settings.require_base and not plan.mask.info.fingerprints:
         raise BadInput("the mask records no fingerprints of its base, so --require-base cannot be checked")
@@ -130,8 +129,7 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
             index = name == INDEX and checkpoint.has_index
             wanted = usual or index or any(p and path.match(p) for p in include)
             if wanted and name not in own and name != "README.md" and (path.is_file() or path.is_symlink()):
-                with open(checkpoint.file(name), "rb") as f:
-                    refuse_pointer(checkpoint.path / name, f.read(64))
+                refuse_pointer(checkpoint.file(name))
                 yield name
 
 
@@ -224,7 +222,7 @@ def _write_shards(
 def _require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise MftmergeError(f"{path.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; free some space")
+        raise MftmergeError(f"{path.parent}: {free:,} bytes free, {needed:,} needed; free some space")
 
 
 def _job(plan: _Plan, digest: str) -> str:

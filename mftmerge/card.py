@@ -6,11 +6,13 @@ What strangers wrote (a mask's metadata, a card's front matter) is read with lim
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mftmerge.errors import BadInput, shown
+from mftmerge.files import refuse_pointer
+from mftmerge.inspection import family_tree
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.yamltext import documents
 
@@ -29,6 +31,7 @@ def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model:
     or a directory's name); original: that model's own README.md, if it has one.
     """
     front, body = split_front_matter(original or "")
+    tree = family_tree(f"mask {digest[:12]}{_origin(mask.info)}", mask.info, inert, public_name)
     base_model = [model] if model.count("/") == 1 else None
     lines = [
         front_matter(front, ("mftmerge", "mask-fine-tuning"), base_model),
@@ -36,7 +39,7 @@ def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model:
         f"`{inert(model)}` with a weight mask applied by mftmerge.",
         "\n".join(f"- {fact}" for fact in facts),
         "## The mask",
-        "```\n" + "\n".join(family_tree(mask, digest)) + "\n```",
+        "```\n" + "\n".join(tree) + "\n```",
     ]
     if body.strip():
         lines += [f"## Card of `{inert(model)}`", body.strip()]
@@ -51,15 +54,6 @@ def front_matter(front: Mapping[str, Any], tags: Sequence[str], base_model: Sequ
     entries = dict(front) | {"tags": sorted({*([own] if isinstance(own, str) else own), *tags})}
     data = ModelCardData(base_model=list(base_model) if base_model else None, **entries)
     return f"---\n{data.to_yaml().strip()}\n---"
-
-
-def family_tree(mask: Mask, digest: str) -> Iterator[str]:
-    """The mask and what it was made of, one line each, indented by generation."""
-    yield f"mask {digest[:12]}: {_origin(mask.info)}"
-    for generation, p in mask.info.family():
-        weight = f", weight {p.weight:g}" if p.weight is not None else ""
-        made = f" = {_operation(p.operation, p.options)} of" if p.operation else ""
-        yield f"{'  ' * generation}{public_name(p.name)} {inert(p.digest[:12])}{weight}{made}"
 
 
 def split_front_matter(card: str) -> tuple[dict[str, str | list[str]], str]:
@@ -104,6 +98,7 @@ def read_card(path: Path) -> str | None:
     """An existing README.md, or None when there is none or it is too large to be one."""
     if not path.is_file() or path.stat().st_size > MAX_CARD:
         return None
+    refuse_pointer(path)
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -126,14 +121,8 @@ def inert(text: object) -> str:
 
 
 def _origin(info: MaskInfo) -> str:
+    """Where a mask that no operation made comes from, to stand behind its name."""
     if info.operation:
-        return f"{_operation(info.operation, info.options)} of"
-    parts = [f"trained over {public_name(info.base)}" if info.base else "origin not recorded"]
-    if info.keep is not None:
-        parts.append(f"keep {info.keep:g}")
-    return ", ".join(parts)
-
-
-def _operation(operation: str, options: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{k}={v}" for k, v in sorted(options.items()) if v is not None)
-    return inert(f"{operation}({given})" if given else operation)
+        return ""
+    trained = f": trained over {public_name(info.base)}" if info.base else ": origin not recorded"
+    return trained if info.keep is None else f"{trained}, keep {info.keep:g}"

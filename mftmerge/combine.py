@@ -226,10 +226,6 @@ def _report(run: _Run, out: str | None) -> CombineReport:
     )
 
 
-def _opened(mask: Mask | str | Path) -> Mask:
-    return mask if isinstance(mask, Mask) else Mask.load(mask)
-
-
 def combine(
     op: str,
     masks: Sequence[Mask | str | Path],
@@ -246,7 +242,7 @@ def combine(
     abstains on a tensor that it does not cover, or counts as keeping all of it. Raises BadInput.
     """
     labels = names or [f"mask {i}" for i in range(1, len(masks) + 1)]
-    combination = Combination(op, [_opened(m) for m in masks], labels, density=density, uncovered=uncovered, **options)
+    combination = Combination(op, [Mask.of(m) for m in masks], labels, density=density, uncovered=uncovered, **options)
     sink = _Memory(combination.shapes)
     _Run(combination, sink).all()
     return Mask(sink.packed, combination.shapes, _describe(combination))
@@ -270,9 +266,9 @@ def combine_files(
 
     Raises BadInput (also where an input's bits do not have their check sum) and leaves no output behind.
     """
-    refuse_existing(Path(out), overwrite, [p for p in paths if not isinstance(p, Mask)])
+    refuse_existing(Path(out), overwrite, [p.path if isinstance(p, Mask) else p for p in paths])
     labels = names or [f"mask {i}" if isinstance(p, Mask) else Path(p).name for i, p in enumerate(paths, 1)]
-    combination = Combination(op, [_opened(p) for p in paths], labels, density=density, uncovered=uncovered, **options)
+    combination = Combination(op, [Mask.of(p) for p in paths], labels, density=density, uncovered=uncovered, **options)
     info = _describe(combination)
     writer = MaskWriter(out, combination.shapes, archive=archive, info=info, overwrite=overwrite)
     with writer:

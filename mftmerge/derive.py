@@ -6,8 +6,8 @@ The other tools' files are the pickled float masks of the MFT release, and safet
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ import numpy.typing as npt
 from mftmerge import bits, cut
 from mftmerge.checkpoint import Checkpoint, read_shard, resolve
 from mftmerge.dtypes import to_float32
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, worded
+from mftmerge.files import refuse_pointer
 from mftmerge.mask import Mask, MaskInfo, require_same_shape
 
 PIECE = 1 << 19  # weights handled at a time
@@ -25,6 +26,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 METHODS = ("magnitude", "tall", "sign")
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
 Values = npt.NDArray[np.float32]
+Note = Callable[[str], None]
 
 # One tensor of another tool's mask: its name, its shape, and a function that gives elements [start, stop) as float32.
 Other = tuple[str, tuple[int, ...], Callable[[int, int], Values]]
@@ -133,7 +135,12 @@ def _same_sign(tau: Values, multi: Values) -> cut.Bools:
     return kept
 
 
-def _check(settings: DiffSettings) -> None:
+def _settings(settings: DiffSettings | None, options: Mapping[str, Any]) -> DiffSettings:
+    """Settings with those given by name in place of their own. Raises BadInput where they do not fit together."""
+    known = [f.name for f in fields(DiffSettings)]
+    if unknown := sorted({*options} - {*known}):
+        raise BadInput(f"{unknown[0]}: no such setting; there are {', '.join(known)}")
+    settings = replace(settings or DiffSettings(), **options)
     if settings.method not in METHODS:
         raise BadInput(f"--method {settings.method!r}: choose from {', '.join(METHODS)}")
     if (settings.keep is None) == (settings.method == "magnitude"):
@@ -146,19 +153,30 @@ def _check(settings: DiffSettings) -> None:
         raise BadInput("--method magnitude looks at one checkpoint; leave out --merged and --others")
     if not np.isfinite(settings.strength) or settings.strength < 0:
         raise BadInput(f"--lambda {settings.strength}: must be a number from 0")
+    return settings
 
 
-def diff_mask(base: str, fine_tuned: str, settings: DiffSettings) -> tuple[Mask, list[str]]:
-    """A mask over the weights of `fine_tuned` for its difference from `base` (directories or hub ids), and notes.
+def diff_mask(
+    base: str | Path,
+    fine_tuned: str | Path,
+    settings: DiffSettings | None = None,
+    *,
+    note: Note | None = None,
+    **options: Any,  # fields of DiffSettings
+) -> Mask:
+    """A mask over the weights of `fine_tuned` for its difference from `base` (directories or hub ids), untrained.
+
+    settings, or its fields by name: `diff_mask(base, tuned, keep=0.1)`. note: called with what a user should read.
 
     The mask keeps changes: its header says `on: delta`, and `base` as the model that dropped weights return to.
     Tensors that fine-tuning did not change are not covered. Reads a piece of a tensor at a time. Raises BadInput.
     """
-    _check(settings)
-    difference = _Difference(base, fine_tuned, settings)
+    settings = _settings(settings, options)
+    difference = _Difference(str(base), str(fine_tuned), settings)
     names = difference.names()
     changed = [n for n in names if difference.changed(n)]
-    notes = [f"{len(names) - len(changed)} unchanged tensors are not covered"] if len(changed) < len(names) else []
+    if len(changed) < len(names) and note:
+        note(f"{len(names) - len(changed)} unchanged tensors are not covered")
     if not changed:
         raise BadInput(f"{fine_tuned}: no tensor differs from {base}")
     made: dict[str, Any] = {"method": settings.method, "pretrained": str(base)}
@@ -175,14 +193,20 @@ def diff_mask(base: str, fine_tuned: str, settings: DiffSettings) -> tuple[Mask,
         delta_fingerprints={n: difference.base.fingerprint(n) for n in changed},
     )
     packed = {n: difference.packed(n) for n in changed}
-    return Mask(packed, {n: difference.tuned.entry(n).shape for n in changed}, info), notes
+    return Mask(packed, {n: difference.tuned.entry(n).shape for n in changed}, info)
 
 
 # -- other tools' masks -----------------------------------------------------------------------------------------------
 
 
-def import_mask(source: str | Path, model: str | None = None, delta_base: str | None = None) -> tuple[Mask, list[str]]:
-    """Read another tool's mask file (1 = keep) and say what was done, in lines.
+def import_mask(
+    source: str | Path,
+    model: str | Path | None = None,
+    delta_base: str | Path | None = None,
+    *,
+    note: Note | None = None,
+) -> Mask:
+    """Read another tool's mask file (1 = keep). note: called with what was done, a line at a time.
 
     A pickle must be a dict of names to tensors and is loaded with `weights_only=True`. Names of modules get `.weight`;
     with `model` (checkpoint directory or hub id) names and shapes are checked against it and its fingerprints recorded.
@@ -207,17 +231,18 @@ def import_mask(source: str | Path, model: str | None = None, delta_base: str | 
     if not packed:
         raise BadInput(f"{source}: no tensors in it")
     prints = {n: base.fingerprint(n) for n in packed} if base else {}
-    notes = [f"{renamed} of {len(packed)} names were completed with '.weight'"] if renamed else []
-    if not base:
-        notes.append("names and shapes were not checked; give --model to check them against a checkpoint")
-    info = MaskInfo(base=model, fingerprints=prints, training={"imported": source.name})
+    if renamed and note:
+        note(f"{renamed} of {len(packed)} names were completed with '.weight'")
+    if not base and note:
+        note(worded("names and shapes were not checked; give --model to check them against a checkpoint"))
+    info = MaskInfo(base=model and str(model), fingerprints=prints, training={"imported": source.name})
     if delta_base is not None:
         under = Checkpoint.open(resolve(delta_base))
         for name, shape in shapes.items():
-            require_same_shape(name, shape, under.entry(name).shape, delta_base)
+            require_same_shape(name, shape, under.entry(name).shape, str(delta_base))
         prints = {n: under.fingerprint(n) for n in packed}
-        info = replace(info, on="delta", delta_base=delta_base, delta_fingerprints=prints)
-    return Mask(packed, shapes, info), notes
+        info = replace(info, on="delta", delta_base=str(delta_base), delta_fingerprints=prints)
+    return Mask(packed, shapes, info)
 
 
 def _checkpoint_name(name: str, base: Checkpoint | None, source: Path) -> str:
@@ -257,6 +282,7 @@ def _safetensors(source: Path) -> Iterator[Other]:
 
 def _pickle(source: Path) -> Iterator[Other]:
     """The tensors of a pickle. Only here is torch imported; `weights_only` refuses code."""
+    refuse_pointer(source)
     import torch
 
     try:

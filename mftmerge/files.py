@@ -54,7 +54,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise MftmergeError(f"{path}: cannot be written ({e.strerror or e})") from e
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # not there; or nothing can be removed either, and the first error says why
+            beside.unlink()
 
 
 def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[object] = ()) -> None:
@@ -95,6 +96,11 @@ def protect(out: str | Path, inputs: Iterable[object], *, directory: bool = True
                 raise BadInput(f"{out}: lies in an input ({path}); choose another output")
 
 
+def sidecar_name(mask: Path) -> str:
+    """What the file beside a mask is called that has its scores, where they are not in the mask's own."""
+    return f"{mask.stem}.scores.safetensors"
+
+
 def is_companion(name: str) -> bool:
     """Whether a file of this name goes along with a model's weights."""
     return any(Path(name).match(p) for p in COMPANIONS)
@@ -112,6 +118,8 @@ def _local(given: object) -> Iterator[Path]:
                 path = Path(spelt).expanduser()
                 if spelt and path.exists():
                     yield path
+                    if (scores := path.with_name(sidecar_name(path))).exists():
+                        yield scores
                 elif any(c in spelt for c in "*?"):
                     yield from map(Path, glob.glob(str(path), recursive=True))
             except (OSError, ValueError, RuntimeError):  # text that is no path
@@ -145,8 +153,11 @@ def _hard_link(path: Path, out: Path) -> Path | None:
     return next((p for key, p in inodes(out).items() if key in theirs), None) if theirs else None
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise BadInput for a file that begins as Git LFS's stand-in for a large file does."""
+def refuse_pointer(path: Path, start: bytes | None = None) -> None:
+    """Raise BadInput for a file that begins as Git LFS's stand-in for a large file does. start: its first bytes."""
+    if start is None:
+        with open(path, "rb") as f:
+            start = f.read(len(POINTER))
     if start.startswith(POINTER[: len(start)]) and len(start) >= 8:
         raise BadInput(f"{path}: a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`")
 

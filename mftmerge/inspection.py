@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mftmerge import bits
+from mftmerge import bits, notebook
 from mftmerge.errors import BadInput, shown
 from mftmerge.maskfile import MaskFile
 from mftmerge.maskheader import info_json
-from mftmerge.maskstore import MaskInfo, Store
+from mftmerge.maskstore import MaskInfo, Parent, Store
 from mftmerge.names import layer_of, module_of
+
+if TYPE_CHECKING:
+    from mftmerge.mask import Mask
 
 Key = TypeVar("Key", int | None, str)
 
@@ -65,6 +68,18 @@ class Inspection:
             cells[key] = Share(old.size + share.size, old.kept + share.kept)
         return list(self.by_module()), list(self.by_layer()), cells
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the density of each module in each layer, and where the mask comes from."""
+        modules, layers, cells = self.table()
+        shares = [[cells.get((module, layer)) for layer in layers] for module in modules]
+        rows = [
+            [module, *(f"{s.density:.4f}" if s and s.size else "" for s in row)]
+            for module, row in zip(modules, shares, strict=True)
+        ]
+        heads = ["module", *("other" if layer is None else f"layer {layer}" for layer in layers)]
+        title = f"{self.path}: {len(self.tensors)} tensors, density {self.total.density:.4f}"
+        return notebook.table(heads, rows, title, [f"{k}: {v}" for k, v in provenance(self.info)])
+
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""
         plain = asdict(self)
@@ -87,10 +102,12 @@ def group(tensors: Mapping[str, Share], key: Callable[[str], Key]) -> dict[Key, 
     return dict(sorted(sums.items(), key=lambda item: (item[0] is None, item[0] or 0)))
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Read a mask file whole, checking each tensor's bits, count and check sum. Raises BadInput."""
-    file = MaskFile(path)
-    return inspect_store(file, file.info, str(path))
+def inspect(mask: str | Path | Mask) -> Inspection:
+    """Read a mask file (or a mask) whole, checking each tensor's bits, count and check sum. Raises BadInput."""
+    if not isinstance(mask, str | Path):
+        return mask.inspect()
+    file = MaskFile(mask)
+    return inspect_store(file, file.info, str(mask))
 
 
 def inspect_store(store: Store, info: MaskInfo, path: str) -> Inspection:
@@ -124,19 +141,25 @@ def inspect_store(store: Store, info: MaskInfo, path: str) -> Inspection:
     )
 
 
-def family_tree(name: str, info: MaskInfo) -> list[str]:
-    """A mask and its ancestors, one line each, indented by generation. What files say is shown as it can be printed."""
-    lines = [shown(name + _made(info.operation, info.options))]
+def family_tree(
+    name: str, info: MaskInfo, show: Callable[[str], str] = shown, named: Callable[[str], str] = str
+) -> list[str]:
+    """A mask and its ancestors, one line each, indented by generation.
+
+    show: makes a line of what files say fit to be shown; named: the same for an ancestor's name, before.
+    """
+    lines = [show(f"{name}{made(info)}")]
     for generation, parent in info.family():
         weight = "" if parent.weight is None else f" x {parent.weight:g}"
-        made = _made(parent.operation, parent.options)
-        lines.append("  " * generation + shown(f"{parent.name} [{parent.digest[:12]}]{weight}{made}"))
+        lines.append("  " * generation + show(f"{named(parent.name)} [{parent.digest[:12]}]{weight}{made(parent)}"))
     return lines
 
 
-def _made(operation: str | None, options: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{k} {v}" for k, v in options.items() if k != "weights")
-    return (f": {operation}" if operation else "") + (f" ({given})" if given else "")
+def made(mask: MaskInfo | Parent) -> str:
+    """How a mask of a family was made, to stand behind its name; nothing for one that no operation made."""
+    given = ", ".join(f"{k} {v}" for k, v in mask.options.items() if k != "weights")
+    older = f"; {mask.forgotten:.4g} older ones are not recorded" if isinstance(mask, Parent) and mask.forgotten else ""
+    return (f": {mask.operation}" if mask.operation else "") + (f" ({given})" if given else "") + older
 
 
 def provenance(info: MaskInfo) -> Iterable[tuple[str, str]]:

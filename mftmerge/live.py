@@ -12,21 +12,20 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from mftmerge import naming
-from mftmerge.checkpoint import Checkpoint, resolve
-from mftmerge.dtypes import integer_view
+from mftmerge.attachment import Attachment
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, masked_parameter, on_cpu
-from mftmerge.matching import delta_base, scales_of
+from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, on_cpu
+from mftmerge.rowmasks import RowMasks
 
 # The `use` blocks that this thread or task is inside of, or was started from. Each block is an object of its own.
 _BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mftmerge_blocks", default=())
@@ -35,25 +34,43 @@ _BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mf
 class Switcher:
     """Masks attached to one model, of which at most one is active. Made by `attach`.
 
-    `switch` changes the model for everybody; `use` is for the thread or task inside its block, and those started from
-    there: a forward pass of any other meanwhile is an error, and so are switches while the model runs.
+    `switch` changes the model for everybody; `use` is for the thread or task inside its block, and for those that run
+    in a copy of its context (tasks, `asyncio.to_thread`; a `Thread` through `contextvars.copy_context().run`): a
+    forward pass of any other meanwhile is an error, and so are switches while the model runs.
     """
 
-    def __init__(self, names: tuple[str, ...], parts: list[MaskedParameter], watched: list[torch.nn.Module]) -> None:
-        self.names = names
-        self._parts = parts
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
         self._active: str | None = None
         self._certain = True  # False after an interrupted switch: the next one rewrites every stored weight
         self._attached = True
         self._guard = threading.Lock()  # held only while the fields below are looked at or set
         self._switching = False
         self._block: _Block | None = None
-        self._watched = watched
-        self._hooks = [m.register_forward_pre_hook(_Watch(self)) for m in watched]
-        # A module compiled in place (`model.compile()`) runs no hooks outside its graph.
-        self._compiled = [(m, m._compiled_call_impl) for m in watched if m._compiled_call_impl is not None]
-        for module, call in self._compiled:
-            module._compiled_call_impl = _CompiledCall(self, call)  # type: ignore[assignment]
+        self._watched: list[torch.nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
+        self._compiled: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Put a watch on every module that is to have one and has none yet."""
+        for module in self._attachment.holders(self._parts):
+            if module in self._watched:
+                continue
+            self._watched.append(module)
+            self._hooks.append(module.register_forward_pre_hook(_Watch(self)))
+            if (call := module._compiled_call_impl) is not None:  # compiled in place: no hooks run outside its graph
+                self._compiled.append((module, call))
+                module._compiled_call_impl = _CompiledCall(self, call)  # type: ignore[assignment]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the attached masks."""
+        return self._attachment.names
+
+    @property
+    def _parts(self) -> list[MaskedParameter]:
+        return list(self._attachment.parts.values())
 
     @property
     def active(self) -> str | None:
@@ -62,7 +79,7 @@ class Switcher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept beside the model: bits of all masks, and the originals of the weights that any of them drops."""
+        """Bytes kept beside the model: bits of all masks; once one was on, also originals of weights that any drops."""
         return sum(part.nbytes for part in self._parts)
 
     def switch(self, name: str | None) -> int:
@@ -81,18 +98,70 @@ class Switcher:
         The block's end always takes the mask off, whatever ended it. Were the weights changed inside, it does as
         `detach` does and raises MftmergeError.
         """
-        block = _Block(str(name), threading.get_ident())
+        with self._used(name, f"mask {name!r}"):
+            yield self
+
+    @contextmanager
+    def batch(self, masks: Sequence[str | None]) -> Iterator[RowMasks]:
+        """Every row of a batch under its own mask, for the length of a `with` block; see `use`. For inference only.
+
+        masks: one name a row, None for no mask. Not bit for bit what switching gives: sums are taken in another order.
+        The block's value can be given other masks between two forward passes (`assign`).
+
+        with switcher.batch(["code", "math", None]):
+            model.generate(...)
+
+        Raises BadInput for unknown names, and for models whose covered layers do not see the batch's rows.
+        """
+        if self._compiled or any(hasattr(m, "_orig_mod") for m in self._watched):
+            raise BadInput("the model is compiled, which fixes its layers; give batches to the model that is not")
+        rows = RowMasks(self._attachment, masks)
+        with self._used(None, "a batch of masks"), rows:
+            yield rows
+
+    @contextmanager
+    def _used(self, name: str | None, shown: str) -> Iterator[None]:
+        block = _Block(shown, threading.get_ident())
         with self._exclusively(name):
             before = self._active
             self._switch(name)
             self._block = block
         _BLOCKS.set((*_BLOCKS.get(), block))
         try:
-            yield self
+            yield
         except BaseException:
             self._end(block, before, told=True)
             raise
         self._end(block, before, told=False)
+
+    def add(
+        self,
+        name: str,
+        mask: Mask | str | Path,
+        *,
+        base: str | Path | None = None,
+        on: Literal["weights", "delta"] | None = None,
+    ) -> None:
+        """Attach one more mask, as `attach` does. No mask may be on. Raises as `attach` and `switch`."""
+        loaded = mask if isinstance(mask, Mask) else Mask.load(mask)
+        with self._exclusively(None):
+            self._require_bare(f"attaching {name!r}")
+            if name in self.names:
+                raise BadInput(f"a mask {name!r} is attached already; remove it first, or choose another name")
+            self._attachment.add({name: loaded}, base, on)
+            self._watch()
+
+    def remove(self, name: str) -> None:
+        """Let go of one mask. No mask may be on. Raises as `switch`."""
+        with self._exclusively(name):
+            self._require_bare(f"removing {name!r}")
+            self._attachment.remove(name)
+
+    def _require_bare(self, what: str) -> None:
+        if self._state is not None:
+            raise MftmergeError(f"a mask is on; switch to None before {what}")
+        if changed := self._changed(None, self._parts):
+            raise MftmergeError(f"parameter {changed[0].name!r} was changed since masks were attached; detach first")
 
     def detach(self) -> None:
         """Put all originals back and let go of the model. The switcher cannot be used afterwards.
@@ -113,7 +182,8 @@ class Switcher:
         lost = [p.name for p in changed if not p.give_back(state)]
         self._certain = bool(changed)  # interrupted from here on, all is written again
         self._write(state, None, [p for p in self._parts if p not in changed])
-        self._active, self._certain, self._attached, self._parts = None, True, False, []
+        self._active, self._certain, self._attached = None, True, False
+        self._attachment.parts.clear()
         for hook in self._hooks:
             hook.remove()
         for module, call in self._compiled:
@@ -168,7 +238,7 @@ class Switcher:
             if self._switching:
                 raise MftmergeError("another thread is switching this model's masks; switch from one thread at a time")
             if self._block is not None:
-                raise MftmergeError(f"mask {self._block.name!r} is in use; leave its `with` block before switching")
+                raise MftmergeError(f"{self._block.name} is in use; leave its `with` block before switching")
             if self._running():
                 raise MftmergeError("the model is running; switch masks when its forward pass has finished")
             self._switching = True
@@ -238,7 +308,10 @@ class Switcher:
                 raise MftmergeError("the model was called while another thread switches its masks")
             if self._block is not None and self._block not in _BLOCKS.get():
                 other = "thread" if self._block.thread != threading.get_ident() else "task"
-                raise MftmergeError(f"the model was called while another {other} uses its mask {self._block.name!r}")
+                raise MftmergeError(
+                    f"the model was called while another {other} uses its {self._block.name}; of what a block "
+                    "starts, tasks and asyncio.to_thread belong to it, and a Thread with contextvars.copy_context().run"
+                )
             if not self._certain:
                 raise MftmergeError("switching this model's masks was interrupted; switch again, or detach")
 
@@ -247,7 +320,7 @@ class Switcher:
 
 
 class _Block:
-    """A `use` block: the mask's name, and the thread that began it."""
+    """A `use` block: what is in use, in words, and the thread that began it."""
 
     def __init__(self, name: str, thread: int) -> None:
         self.name, self.thread = name, thread
@@ -306,68 +379,21 @@ def attach(
     """
     if not masks:
         raise BadInput("no masks to attach; give at least one, like attach(model, {'code': mask})")
-    loaded = {label: m if isinstance(m, Mask) else Mask.load(m) for label, m in masks.items()}
-    inner = naming.model_with(model, {name for mask in loaded.values() for name in mask.names})
-    actual, trainable = naming.live_names(inner), dict(inner.named_parameters())
-    parts: dict[str, MaskedParameter] = {}
-    for label, mask in loaded.items():
-        for name, kept in naming.iter_parameters(inner, mask.names, _kept_of(mask), fill=True):
-            if name not in parts:
-                if actual.get(name) not in trainable:
-                    raise BadInput(f"the mask covers {name!r}, which is no parameter of this model")
-                parts[name] = masked_parameter(inner, actual[name], name)
-            parts[name].add(label, kept)
-    for part in parts.values():
-        part.remember()
-    bases: dict[str, list[str]] = {}  # checkpoint -> masks whose dropped weights take its values
-    for label, mask in loaded.items():
-        if (found := delta_base(mask, base, on, 'attach(..., base="{base}"), or on="weights" for 0')) is not None:
-            bases.setdefault(str(found), []).append(label)
-    for reference, labels in bases.items():
-        checkpoint = Checkpoint.open(resolve(reference))
-        covered = {name for label in labels for name in loaded[label].names}
-        _require_scales(inner, covered, checkpoint)
-        for name, values in naming.iter_parameters(inner, sorted(covered), _values_of(checkpoint), fill=0):
-            part = parts[name]
-            like = values.to(part.parameter.device, part.parameter.dtype).contiguous()
-            part.dropped |= dict.fromkeys(labels, part.gather(integer_view(like).view(-1)))
-    watched = list(dict.fromkeys([model, inner, *_containers(inner, [actual[n] for n in parts])]))
-    return Switcher(tuple(loaded), list(parts.values()), watched)
+    loaded = {label: Mask.of(m) for label, m in masks.items()}
+    attachment = Attachment(model, {name for mask in loaded.values() for name in mask.names})
+    attachment.add(loaded, base, on)
+    ours = {id(part.parameter) for part in attachment.parts.values()}
+    for other in attached(model):
+        if other._state is not None and ours & {id(part.parameter) for part in other._parts}:
+            raise BadInput(
+                f"mask {other.active!r} of an earlier attach() is on, and would count as the model; switch it off first"
+                " (`for s in mftmerge.live.attached(model): s.detach()` where that switcher is gone)"
+            )
+    return Switcher(attachment)
 
 
-def _containers(model: torch.nn.Module, names: list[str]) -> Iterator[torch.nn.Module]:
-    """The modules to watch: those that hold masked parameters, from the model down to a layer of a list of layers."""
-    for name in names:
-        module = model
-        for step in name.split(".")[:-1]:
-            parent, module = module, getattr(module, step)
-            if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
-                yield module
-            if isinstance(parent, torch.nn.ModuleList):
-                break  # a hook in every matrix would cost more than it finds
-
-
-def _kept_of(mask: Mask) -> Callable[[str], torch.Tensor]:
-    return lambda name: torch.from_numpy(mask.kept(name))
-
-
-def _values_of(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """Reads a tensor of a checkpoint as a torch tensor of its own type."""
-
-    def read(name: str) -> torch.Tensor:
-        dtype = checkpoint.entry(name).element
-        if not dtype.floating:
-            raise BadInput(f"{checkpoint.path}: tensor {name!r} is {dtype.code}, not floating point weights")
-        return torch.from_numpy(checkpoint.read(name)).view(dtype.torch)
-
-    return read
-
-
-def _require_scales(model: torch.nn.Module, names: set[str], base: Checkpoint) -> None:
-    """Raise BadInput where 8-bit weights of the base have scales that are not the model's."""
-    for name in sorted(n for n in names if n in base and base.entry(n).element.bits == 8):
-        state: dict[str, Any] = model.state_dict()
-        for scale in scales_of(name, {*base.names, *state}):
-            theirs = torch.from_numpy(base.read_float32(scale)) if scale in base else None
-            if theirs is None or scale not in state or not torch.equal(theirs, state[scale].float().cpu()):
-                raise BadInput(f"{base.path}: {name!r} has another scale than the model's; convert both to bfloat16")
+def attached(model: torch.nn.Module) -> list[Switcher]:
+    """The switchers that are attached to a model or to parts of it, for those who no longer hold them."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    found = [hook.switcher for hook in hooks if isinstance(hook, _Watch)]
+    return list({id(s): s for s in found if s is not None}.values())

@@ -7,7 +7,7 @@ is a label, and the softmax in float32 whatever the model's dtype.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Losses = npt.NDArray[np.float64]  # (rows, 2): the sum of a row's token losses, and how many there are
+Told = Callable[[int], None]
 
 LOGITS = 1 << 26  # logits that exist at one time (256 MB in float32); a batch has at least one row
 PIECE = 256  # positions whose float32 softmax exists at one time
@@ -58,6 +59,20 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """The loss of every labelled token, float32 (number labelled,), and their positions, booleans (batch, length).
 
+    Arguments as for `labelled_logits`.
+    """
+    logits, targets, wanted = labelled_logits(model, ids, labels, call=call, **inputs)
+    # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
+    pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
+    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+
+
+def labelled_logits(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (number labelled, vocabulary) where a labelled token is to be predicted, these tokens, and the positions,
+    booleans (batch, length), in row-major order.
+
     ids, labels: shape (batch, length); label i belongs to token i and is what position i - 1 is to predict, so that a
     label at position 0 takes no part. call: the wrapper to call (DDP) where it is not the model itself.
     inputs: what else the model's forward takes, such as `position_ids`.
@@ -66,32 +81,36 @@ def token_losses(
     wanted = following != IGNORE
     with logits_at(model, wanted):
         logits = (call or model)(input_ids=ids, use_cache=False, **inputs).logits
-    # (number labelled, vocabulary); the last position has no label, so that the two shapes are never the same
-    logits = logits[wanted] if logits.shape[:2] == ids.shape else logits[0]
-    # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
-    pieces = zip(logits.split(PIECE), following[wanted].split(PIECE), strict=True)
-    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+    # The last position has no label, so that the two shapes are never the same.
+    return logits[wanted] if logits.shape[:2] == ids.shape else logits[0], following[wanted], wanted
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: int = 4096) -> Losses:
+def row_losses(
+    model: PreTrainedModel, rows: Sequence[Tokens], *, batch_tokens: int = 4096, told: Told | None = None
+) -> Losses:
     """Loss of each row: float64 array of shape (rows, 2), the sum of its token losses in nats and its labelled tokens.
 
     rows: as `data.tokenize` gives them, `{"input_ids": [...], "labels": [...]}` with -100 where there is no loss.
     batch_tokens: padded tokens in one forward pass; rows go through longest first, so that padding is short and a
-    lack of memory shows at once. Raises MftmergeError, with the row, where a loss is not finite.
+    lack of memory shows at once. told: called with the number of rows that are done, after each pass.
+    Raises MftmergeError, with the row, where a loss is not finite.
     """
     result = np.zeros((len(rows), 2))
     lengths = [len(row["input_ids"]) for row in rows]
     labelled = [sum(label != IGNORE for label in row["labels"][1:]) for row in rows]
     vocabulary = model.config.get_text_config().vocab_size
-    with _evaluating(model):
+    done = 0
+    with evaluating(model):
         for batch in length_batches(lengths, batch_tokens, labelled, LOGITS // vocabulary):
             ids, labels, attention = padded([rows[i] for i in batch], model.device)
             losses, wanted = token_losses(model, ids, labels, attention_mask=attention)
             place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
             result[:, 0] += np.bincount(place, losses.double().cpu().numpy(), len(rows))
             result[:, 1] += np.bincount(place, minlength=len(rows))
+            done += len(batch)
+            if told:
+                told(done)
     if not np.isfinite(result).all():
         raise MftmergeError(
             f"the loss of row {int(np.argmin(np.isfinite(result[:, 0]))) + 1} is not finite; "
@@ -139,7 +158,7 @@ def length_batches(
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside, the mode from before afterwards."""
     training = model.training
     model.eval()

@@ -90,8 +90,8 @@ def give_back() -> None:
 def set_threads() -> None:
     """For a program of its own, before torch is loaded: threads sleep while they wait, and are as many as the cores.
 
-    OpenMP's threads spin by default, which makes work beside busy neighbours several times slower, and
-    know no quota (docs/performance.md). What the user has set stays.
+    OpenMP's threads spin by default, which takes the cores from busy neighbours, and know no quota. What the user has
+    set stays.
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"

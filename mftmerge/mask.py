@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mftmerge import bits, maskfile, plots
+from mftmerge import bits, maskfile, notebook, plots
 from mftmerge.errors import BadInput
 from mftmerge.inspection import Inspection, inspect_store
 from mftmerge.maskstore import PIECE, Arrays, MaskInfo, Parent, Scores, Store, combined, require_one_kind
-from mftmerge.names import module_of
+from mftmerge.names import layer_of, module_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 __all__ = ["PIECE", "Mask", "MaskInfo", "Parent", "Scores", "require_same_shape"]
 
@@ -59,6 +59,11 @@ class Mask:
         """Make a mask from one boolean array a tensor (True = keep)."""
         packed = {k: bits.pack(v) for k, v in kept.items()}
         return cls(packed, {k: v.shape for k, v in kept.items()}, info, scores, initial)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the mask is read from, None for one in memory."""
+        return self._store.path if isinstance(self._store, maskfile.MaskFile) else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,11 +111,8 @@ class Mask:
         for name in self:
             here = sums.setdefault(module_of(name), [0, 0])
             sums[module_of(name)] = [here[0] + self.count(name), here[1] + self.size(name)]
-        rows = [
-            f"<tr><td>{escape(m)}</td><td>{s:,}</td><td>{k / s if s else 1:.4f}</td></tr>" for m, (k, s) in sums.items()
-        ]
-        head = "<tr><th>module</th><th>weights</th><th>density</th></tr>"
-        return f"<p><b>Mask</b>: {escape(self._facts())}</p><table>{head}{''.join(rows)}</table>"
+        rows = [[m, f"{s:,}", f"{k / s if s else 1:.4f}"] for m, (k, s) in sums.items()]
+        return notebook.table(["module", "weights", "density"], rows, f"Mask: {self._facts()}")
 
     def _facts(self) -> str:
         info = self.info
@@ -166,8 +168,7 @@ class Mask:
 
     def inspect(self) -> Inspection:
         """Density by layer and module, provenance and more; reads and checks every bit. Raises BadInput."""
-        path = self._store.path if isinstance(self._store, maskfile.MaskFile) else "mask in memory"
-        return inspect_store(self._store, self.info, str(path))
+        return inspect_store(self._store, self.info, str(self.path or "mask in memory"))
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A matplotlib figure of the density by layer and module; also written to `path` (.png, .svg, .pdf)."""
@@ -175,6 +176,16 @@ class Mask:
         if path is not None:
             plots.save(figure, path)
         return figure
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table with a row a tensor: layer, module, shape, weights, kept, density; the index is its name."""
+        from pandas import DataFrame
+
+        rows = {
+            n: (layer_of(n), module_of(n), self.shape(n), self.size(n), self.count(n), self.density(n)) for n in self
+        }
+        columns = ["layer", "module", "shape", "weights", "kept", "density"]
+        return DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a covered tensor; KeyError where the mask does not cover it."""
@@ -259,6 +270,11 @@ class Mask:
         if self._digest is None:
             self._digest = self._store.digest()
         return self._digest
+
+    @classmethod
+    def of(cls, mask: Mask | str | Path) -> Mask:
+        """The mask itself, or the one in a file."""
+        return mask if isinstance(mask, Mask) else cls.load(mask)
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:

@@ -7,6 +7,7 @@ several times faster than torch there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +30,9 @@ class MaskedParameter:
     """A parameter and, by mask, its packed bits (absent: that mask keeps all of it).
 
     name: the parameter's, for messages. module, leaf: where the model holds it.
-    originals: integer views of the weights that any mask drops, in the order of the flattened parameter. dropped: by
-    mask, the values that these weights take when it drops them; a mask that is not there makes them 0.
+    originals: integer views of the weights that any mask drops, in the order of the flattened parameter; None before
+    the first of them is written over. dropped: by mask, the values that these weights take when it drops them; a mask
+    that is not there makes them 0.
     """
 
     name: str
@@ -38,7 +40,7 @@ class MaskedParameter:
     leaf: str
     parameter: torch.nn.Parameter
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    originals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    originals: torch.Tensor | None = None
     dropped: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,14 +48,42 @@ class MaskedParameter:
         self._checks: dict[str | None, int] = {}  # mask (None: no mask) -> checksum of the contents under it
 
     def add(self, mask: str, kept: torch.Tensor) -> None:
-        """Take up a mask: booleans of the parameter's shape, on the CPU."""
+        """Take up a mask: booleans of the parameter's shape, on the CPU. No mask may be on."""
         packed = np.packbits(kept.reshape(-1).numpy(), bitorder="little")
-        self.kept[mask] = torch.from_numpy(packed).to(self.parameter.device)
+        with self._regathered():
+            self.kept[mask] = torch.from_numpy(packed).to(self.parameter.device)
+
+    def remove(self, mask: str) -> None:
+        """Forget a mask, where it is known. No mask may be on."""
+        if mask in self.kept:
+            with self._regathered():
+                del self.kept[mask]
+                self.dropped.pop(mask, None)
+            self._checks.pop(mask, None)
+
+    @contextmanager
+    def _regathered(self) -> Iterator[None]:
+        """Around a change of the masks: what is stored by position follows the positions that any mask drops."""
+        dense = {id(t): self.spread(t) for t in self.dropped.values()}
+        keys = {mask: id(t) for mask, t in self.dropped.items()}
+        yield
+        self.originals = None
+        if self.kept:
+            again = {key: self.gather(values) for key, values in dense.items()}
+            self.dropped = {mask: again[key] for mask, key in keys.items() if mask in self.dropped}
 
     def remember(self) -> None:
-        """Store the originals, when all masks are known."""
-        self.originals = self.gather(self.flat())
+        """Take the contents without mask as what they are to be again."""
         self._checks = {None: self.checksum()}
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """The reverse of `gather`, 0 elsewhere."""
+        flat, taken = torch.zeros_like(self.flat()), 0
+        for start, stop in self.pieces():
+            known = self.dropped_by_any(start, stop)
+            flat[start:stop].scatter_(0, known, values[taken : taken + len(known)])
+            taken += len(known)
+        return flat
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Of a flat integer view those at positions that any mask drops."""
@@ -85,7 +115,8 @@ class MaskedParameter:
     @property
     def nbytes(self) -> int:
         shared = {id(t): t for t in self.dropped.values()}  # one for all masks of one base
-        tensors = [*self.kept.values(), self.originals, *shared.values()]
+        tensors = [*self.kept.values(), *shared.values()]
+        tensors += [] if self.originals is None else [self.originals]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     # -- noticing what others do -------------------------------------------------------------------------------------
@@ -132,6 +163,8 @@ class MaskedParameter:
         First the stored originals go back, unless the parameter has them already, then the dropped values are written.
         """
         flat, taken, changed = self.flat(), 0, 0
+        if self.originals is None:  # nothing was written yet
+            self.originals = self.gather(flat)
         dropped = None if after is None else self.dropped.get(after)
         try:
             for start, stop in self.pieces():
@@ -146,7 +179,7 @@ class MaskedParameter:
                         values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
                     piece.scatter_(0, known, values)
                 if new is not None and dropped is None:
-                    _zero(piece, new)
+                    _select(piece, new)
                 changed += _count_differing(old, new, stop - start)
         finally:
             _mark_written(flat)
@@ -154,6 +187,17 @@ class MaskedParameter:
         if state not in self._checks:  # the same every time: reckoned at the first
             self._checks[state] = self.checksum()
         return changed
+
+    @torch.no_grad()
+    def masked(self, mask: str, dropped: torch.Tensor | None) -> torch.Tensor:
+        """A new tensor: the parameter under `mask`, which may not be on. dropped: flat integers; None: 0."""
+        made = self.parameter.detach().clone()
+        flat = integer_view(made).view(-1)
+        for start, stop in self.pieces():
+            bits = self.bits(mask, start, stop)
+            if bits is not None:
+                _select(flat[start:stop], bits, None if dropped is None else dropped[start:stop])
+        return made
 
     @torch.no_grad()
     def give_back(self, mask: str | None) -> bool:
@@ -165,7 +209,7 @@ class MaskedParameter:
         now = getattr(self.module, self.leaf, None)
         if not isinstance(now, torch.nn.Parameter) or now.numel() != self.parameter.numel() or now.is_meta:
             return False
-        if mask is not UNKNOWN and mask not in self.kept:
+        if self.originals is None or (mask is not UNKNOWN and mask not in self.kept):
             return True
         values = self.originals.view(self.dtype).to(now.device, now.dtype)
         flat, taken = now.detach().view(-1) if now.is_contiguous() else None, 0
@@ -211,15 +255,21 @@ def _mark_written(flat: torch.Tensor) -> None:
     flat[:0].zero_()
 
 
-def _zero(piece: torch.Tensor, kept: torch.Tensor) -> None:
-    """Set to 0, in place, what `kept` (packed) drops."""
+def _select(piece: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor | None = None) -> None:
+    """What `kept` (packed) drops becomes 0 or its value in `dropped`, in place."""
     if not on_cpu(piece):
-        piece.masked_fill_(~_unpack(kept, len(piece)), 0)
+        others = ~_unpack(kept, len(piece))
+        if dropped is None:
+            piece.masked_fill_(others, 0)
+        else:
+            piece.copy_(torch.where(others, dropped, piece))
         return
-    unsigned = piece.numpy().view(f"u{piece.element_size()}")
+    kind = f"u{piece.element_size()}"
+    unsigned, values = piece.numpy().view(kind), None if dropped is None else dropped.numpy().view(kind)
     for start in range(0, len(unsigned), CACHED):
         part = unsigned[start : start + CACHED]
-        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy())
+        base = None if values is None else values[start : start + len(part)]
+        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy(), base)
 
 
 def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:

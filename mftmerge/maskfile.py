@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from mftmerge import bits
 from mftmerge import maskheader as header
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import located, read_at, refuse_existing, replacing, sync_directory, write_at
+from mftmerge.files import located, read_at, refuse_existing, replacing, sidecar_name, sync_directory, write_at
 from mftmerge.maskheader import BLOCK, INITIAL_SUFFIX, SCORE_SUFFIX, Entry, Header
 from mftmerge.maskstore import MaskInfo, Scores, Store
 
@@ -242,10 +242,7 @@ class MaskWriter:
         if not self.header.archive and end > space.f_bavail * space.f_frsize:
             raise MftmergeError(f"{self.path}: needs {end:,} bytes, more than are free there")
         temporary = self._open.enter_context(replacing(self.path))
-        try:
-            self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except OSError as e:
-            raise BadInput(f"{self.path}: cannot be written ({e.strerror})") from None
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._open.callback(os.close, self._fd)
         return self
 
@@ -307,7 +304,7 @@ def save(
     """Write a mask to `path`, whole or not at all (temporary file beside it, fsync, rename). See `Mask.save`."""
     path = Path(path)
     kinds = ((SCORE_SUFFIX,) if mask.has_scores else ()) + ((INITIAL_SUFFIX,) if mask.has_initial_scores else ())
-    sidecar = f"{path.stem}.scores.safetensors" if scores == "sidecar" and kinds else None
+    sidecar = sidecar_name(path) if scores == "sidecar" and kinds else None
     refuse_existing(path, overwrite)
     digest = mask.digest()
     if sidecar:

@@ -11,18 +11,19 @@ import math
 import os
 import stat
 import string
+import sys
 import zlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mftmerge import bits
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer
-from mftmerge.maskstore import MaskInfo, Parent
+from mftmerge.maskstore import DEEPEST_FAMILY, MOST_FORGOTTEN, MaskInfo, Parent, plain
 
 FORMAT = 1
 KEY, CRC_KEY = "mftmerge", "mftmerge_crc32"
@@ -31,10 +32,9 @@ CHECK_FIELDS = {SCORE_SUFFIX: "score_check", INITIAL_SUFFIX: "init_check"}
 BLOCK = 1 << 20  # bytes of packed bits that `--archive` compresses on their own
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors limit
 LARGEST_TENSOR = 1 << 48  # weights
-DEEPEST_FAMILY = 64
 BEST_DEFLATE = 1032  # deflate never expands more than this: a limit on what a small hostile file can ask for
 
-_INFO, _PARENT = TypeAdapter(MaskInfo), TypeAdapter(Parent)
+Info = TypeVar("Info", MaskInfo, Parent)
 Places = dict[str, tuple[str, int, int]]  # entry -> its dtype, and its bytes [start, stop) of the data
 
 
@@ -237,13 +237,64 @@ def parse_info(value: Any) -> MaskInfo:
         generation = [p for several in parents for p in several]
     if generation:
         raise BadInput(f"info: more than {DEEPEST_FAMILY} generations of parents")
-    try:
-        info = _INFO.validate_python(value)
-    except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:80]
-        raise BadInput(f"info: {where}: {first['msg'][:200]}") from None
+    info = _described(MaskInfo, value, "info")
     return info if "on" in value else _before_on(info)
+
+
+def _described(kind: type[Info], value: Any, what: str) -> Info:
+    """A MaskInfo or a Parent from its JSON form: each field as its annotation says. Raises BadInput.
+
+    By hand, because importing a library for it costs more than half of the time that opening a mask takes.
+    """
+    _need(value, dict, what)
+    given = {}
+    for f in fields(kind):
+        if f.name in value:
+            given[f.name] = READ[str(f.type)](value[f.name], f"{what}.{f.name}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise BadInput(f"{what}.{f.name} is missing")
+    return kind(**given)
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        raise BadInput(f"{what} should be a number, is {type(value).__name__}")
+    return float(value)
+
+
+def _count(value: Any, what: str) -> int:
+    if not 0 <= _need(value, int, what) <= MOST_FORGOTTEN:
+        raise BadInput(f"{what} is out of range")
+    return int(value)
+
+
+def _text(value: Any, what: str) -> str:
+    text: str = _need(value, str, what)
+    return text
+
+
+def _texts(value: Any, what: str) -> dict[str, str]:
+    return {k: _text(v, f"{what}.{k[:80]}") for k, v in _need(value, dict, what).items()}
+
+
+def _kind_of_mask(value: Any, what: str) -> str:
+    if value not in ("weights", "delta"):
+        raise BadInput(f"{what} should be weights or delta")
+    return str(value)
+
+
+READ: dict[str, Callable[[Any, str], Any]] = {  # annotation of a field -> how its JSON value is read
+    "str": _text,
+    "str | None": lambda value, what: None if value is None else _text(value, what),
+    "int": _count,
+    "float | None": lambda value, what: None if value is None else _number(value, what),
+    "dict[str, str]": _texts,
+    "Facts": lambda value, what: _need(value, dict, what),
+    "tuple[Parent, ...]": lambda value, what: tuple(
+        _described(Parent, parent, f"{what}.{i}") for i, parent in enumerate(_need(value, list, what))
+    ),
+    "Literal['weights', 'delta']": _kind_of_mask,
+}
 
 
 def _before_on(info: MaskInfo) -> MaskInfo:
@@ -255,8 +306,11 @@ def _before_on(info: MaskInfo) -> MaskInfo:
 
 def info_json(info: MaskInfo | Parent) -> dict[str, Any]:
     """MaskInfo as plain JSON values, without what is empty or as by default."""
-    kind: TypeAdapter[Any] = _INFO if isinstance(info, MaskInfo) else _PARENT
-    values: dict[str, Any] = kind.dump_python(info, mode="json", exclude_defaults=True, warnings=False)
+    values: dict[str, Any] = {}
+    for f in fields(info):
+        value = getattr(info, f.name)
+        if value != (f.default_factory() if f.default_factory is not MISSING else f.default):
+            values[f.name] = [info_json(p) for p in value] if f.name == "parents" else plain(value)
     if isinstance(info, MaskInfo) and info.on == "weights" and _before_on(info).on == "delta":
         values["on"] = "weights"  # said here, where its absence would be taken for a file of before
     return values

@@ -9,12 +9,11 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PlainSerializer, Strict
 
 from mftmerge import bits
 from mftmerge.errors import BadInput
@@ -39,21 +38,23 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-# Whatever a trainer or an operation has to say: only its author knows the types, hence Any.
-Facts = Annotated[dict[str, Any], PlainSerializer(plain)]
-Number = Annotated[float, Strict(), PlainSerializer(plain)]  # "0.9" and true are no numbers
+Facts = dict[str, Any]  # whatever a trainer or an operation has to say: only its author knows the types
 
 
 @dataclass(frozen=True)
 class Parent:
-    """One input of a combination: the file's name, the mask's digest, and its own history."""
+    """One input of a combination: the file's name, the mask's digest, and its own history.
+
+    forgotten: how many ancestors of it are not recorded, see `remembered`.
+    """
 
     name: str
     digest: str
-    weight: Number | None = None
+    weight: float | None = None
     operation: str | None = None
     options: Facts = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class MaskInfo:
     delta_base: reference of that other model; delta_fingerprints: one per covered tensor, of its weights.
     """
 
-    keep: Number | None = None
+    keep: float | None = None
     base: str | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     training: Facts = field(default_factory=dict)
@@ -88,6 +89,36 @@ class MaskInfo:
             generation, parent = waiting.pop()
             yield generation, parent
             waiting += [(generation + 1, p) for p in reversed(parent.parents)]
+
+
+DEEPEST_FAMILY = 64  # generations of ancestors that a header holds
+LARGEST_FAMILY = 4096  # ancestors in it: masks that are combined with their own ancestors double them each time
+MOST_FORGOTTEN = 1 << 62  # that, or more
+
+
+def remembered(parents: Sequence[Parent]) -> tuple[Parent, ...]:
+    """The parents with as many generations of ancestors as a header holds; the youngest, and all of a generation.
+
+    Where more are known, the last ones that are recorded say how many are `forgotten`.
+    """
+    counts: dict[int, int] = {}
+
+    def ancestors(parent: Parent) -> int:  # of a tree in which one object may stand in many places
+        if id(parent) not in counts:
+            counts[id(parent)] = parent.forgotten + sum(1 + ancestors(p) for p in parent.parents)
+        return counts[id(parent)]
+
+    generations, total, generation = 0, 0, list(parents)
+    while generation and generations < DEEPEST_FAMILY and total + len(generation) <= LARGEST_FAMILY:
+        generations, total = generations + 1, total + len(generation)
+        generation = [p for parent in generation for p in parent.parents]
+
+    def down_to(parent: Parent, left: int) -> Parent:
+        if not left:
+            return replace(parent, parents=(), forgotten=min(ancestors(parent), MOST_FORGOTTEN))
+        return replace(parent, parents=tuple(down_to(p, left - 1) for p in parent.parents))
+
+    return tuple(down_to(p, max(0, generations - 1)) for p in parents) if generation else tuple(parents)
 
 
 def combined(
@@ -118,7 +149,7 @@ def combined(
         fingerprints=fingerprints,
         operation=operation,
         options=options,
-        parents=tuple(parents),
+        parents=remembered(parents),
         on=infos[0].on,
         delta_base=found["bases of the delta"],
         delta_fingerprints=delta_fingerprints,

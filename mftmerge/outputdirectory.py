@@ -241,12 +241,34 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Raise BadInput unless `out` may become a checkpoint directory."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise BadInput(f"{out}: exists and is not a directory; choose another output")
+    if out.exists() and _is_working_directory(out):  # the shell would be left in a directory that is gone
+        raise BadInput(f"{out}: is the current directory, which a new one cannot replace; name a new one inside it")
+    if _is_mounted(out):
+        raise BadInput(f"{out}: is a mount point, which a new directory cannot replace; name a new one inside it")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise BadInput(f"{out}: already exists; give --overwrite to replace it")
     if not (out / "config.json").exists() and not any(out.glob("*.safetensors")):
         raise BadInput(f"{out}: is no checkpoint directory, so it is not overwritten; choose another output")
+
+
+def _is_working_directory(path: Path) -> bool:
+    try:
+        return path.samefile(os.curdir)
+    except OSError:  # it has been removed
+        return False
+
+
+def _is_mounted(path: Path) -> bool:
+    """Whether something is mounted there; `os.path.ismount` does not see a directory of the same file system."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        return os.fsencode(path.resolve()) in (
+            line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines
+        )
+    except (OSError, IndexError, ValueError):
+        return path.is_mount()
 
 
 def _remove(path: Path) -> None:

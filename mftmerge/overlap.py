@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge import bits, cut, plots
+from mftmerge import bits, cut, notebook, plots
 from mftmerge.checkpoint import Checkpoint
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask, Scores
 from mftmerge.names import layer_of
 
@@ -112,6 +112,26 @@ class Comparison:
             table[i][j] = table[j][i] = value(pair)
         return table
 
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Headings, and a row a pair: overlap and agreement beside what chance gives."""
+        heads = ["masks", "tensors", "Jaccard", "independent", "common start", "agreement", "independent"]
+        lines = []
+        for p in self.pairs:
+            t = p.total
+            begun = "unknown" if t.jaccard_from_start is None else f"{t.jaccard_from_start:.4f}"
+            agreement = f"{t.agreement:.4f}", f"{t.agreement_independent:.4f}"
+            numbers = f"{t.jaccard:.4f}", f"{t.jaccard_independent:.4f}", begun, *agreement
+            lines.append([f"{p.a}, {p.b}", str(p.tensors), *numbers])
+        return heads, lines
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: overlap of the pairs, and by layer beside the two baselines."""
+        return picture(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the table of pairs."""
+        return notebook.table(*self.rows())
+
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""
         return {
@@ -127,23 +147,33 @@ class Comparison:
         }
 
 
-def compare(masks: Sequence[Mask], names: Sequence[str], *, start: bool = True) -> Comparison:
+def compare(
+    masks: Sequence[Mask | str | Path], names: Sequence[str] | None = None, *, start: bool = True
+) -> Comparison:
     """Compare every pair of masks on the tensors that both cover. Streams; raises BadInput on different shapes.
 
     start: also the baselines of untrained masks, where they can be had (see `untrained`).
     """
     if len(masks) < 2:
         raise BadInput("compare needs at least two masks")
-    starts = [untrained(m) if start else None for m in masks]
+    names = names or labels(masks)
+    opened = [Mask.of(mask) for mask in masks]
+    starts = [untrained(m) if start else None for m in opened]
     pairs = []
     for a, b in itertools.combinations(range(len(masks)), 2):
-        pairs.append(_pair(names[a], names[b], masks[a], masks[b], starts[a], starts[b]))
+        pairs.append(_pair(names[a], names[b], opened[a], opened[b], starts[a], starts[b]))
     moved = {
         name: _pair(name, name, mask, begun, None, None).total
-        for name, mask, begun in zip(names, masks, starts, strict=True)
+        for name, mask, begun in zip(names, opened, starts, strict=True)
         if begun is not None
     }
     return Comparison(list(names), pairs, moved)
+
+
+def labels(masks: Sequence[Mask | str | Path]) -> list[str]:
+    """What masks are called: files by their names, or their paths where two have one name; others by their place."""
+    files = [Path(mask).name if not isinstance(mask, Mask) else f"mask {i}" for i, mask in enumerate(masks, 1)]
+    return [name if files.count(name) == 1 else str(mask) for name, mask in zip(files, masks, strict=True)]
 
 
 def _pair(name_a: str, name_b: str, a: Mask, b: Mask, start_a: Mask | None, start_b: Mask | None) -> Pair:
@@ -190,7 +220,7 @@ def _from_common_start(name: str, a: Mask, b: Mask, start_a: Mask, start_b: Mask
 
 def picture(comparison: Comparison) -> Figure:
     """Left: Jaccard of the pruned sets of each pair. Right: the same by layer, with the two baselines dashed/dotted."""
-    names, pairs = comparison.names, comparison.pairs
+    names, pairs = plots.labels(comparison.names), comparison.pairs
     figure = plots.new_figure(6.5 + 0.6 * len(names), max(3.2, 1.5 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(names) + 1, 5])
     _matrix(figure, left, names, np.array(comparison.matrix(lambda p: p.total.jaccard)))
@@ -199,7 +229,7 @@ def picture(comparison: Comparison) -> Figure:
     for i, pair in enumerate(pairs):
         at, colour = [place[n] for n in pair.by_layer], f"C{i % 10}"
         every = pair.by_layer.values()
-        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=f"{pair.a}, {pair.b}", markersize=3)
+        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=shown(f"{pair.a}, {pair.b}"), markersize=3)
         right.plot(at, [o.jaccard_independent for o in every], "--", color=colour, linewidth=0.8)
         if pair.total.jaccard_from_start is not None:
             right.plot(at, [o.jaccard_from_start for o in every], ":", color=colour)

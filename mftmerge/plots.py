@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, shown
 from mftmerge.files import refuse_existing, replacing
 
 if TYPE_CHECKING:
@@ -16,13 +17,22 @@ if TYPE_CHECKING:
     from mftmerge.inspection import Inspection
 
 KINDS = (".png", ".svg", ".pdf")
+MARKERS = "osD^vPX*"  # lines and points are told apart by more than colour
 
 
-def check(path: str | Path) -> None:
-    """Raise BadInput where a picture cannot be written: another ending than .png, .svg or .pdf, or no directory."""
+def check(path: str | Path, inputs: Iterable[object] = ()) -> None:
+    """Raise BadInput where a picture cannot be written: another ending than .png, .svg or .pdf, no directory, an input.
+
+    A picture that is there is replaced, as matplotlib does.
+    """
     if Path(path).suffix.lower() not in KINDS:
         raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
-    refuse_existing(path, overwrite=True)
+    refuse_existing(path, overwrite=True, inputs=inputs)
+
+
+def labels(names: Iterable[object]) -> list[str]:
+    """Names from files, as text that a picture can show."""
+    return [shown(str(name)) for name in names]
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -30,8 +40,6 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib.text import Text
 
     check(path)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a $ in a tensor's name is no formula
     path = Path(path)
     for text in figure.findobj(Text):
         if isinstance(text, Text):
@@ -57,11 +65,11 @@ def density_by_layer(found: Inspection, title: str | None = None) -> Figure:
     upper.bar(range(len(layers)), [s.density for s in found.by_layer().values()], color="#4477aa")
     upper.axhline(found.total.density, color="#222222", linewidth=0.8, linestyle="--")
     upper.set_ylabel("density")
-    upper.set_title(title or f"{Path(found.path).name}: density {found.total.density:.4f}")
+    upper.set_title(shown(title or f"{Path(found.path).name}: density {found.total.density:.4f}"))
     span = [v for v in values.ravel() if np.isfinite(v)] or [1.0]
     upper.set_ylim(max(0.0, min(span) - 0.02), min(1.0, max(span) + 0.02) + 1e-6)
     image = lower.imshow(values, aspect="auto", cmap="viridis")
-    lower.set_yticks(range(len(modules)), modules)
+    lower.set_yticks(range(len(modules)), labels(modules))
     lower.set_xticks(range(len(layers)), ["other" if n is None else str(n) for n in layers])
     lower.set_xlabel("layer")
     figure.colorbar(image, ax=lower, label="density")

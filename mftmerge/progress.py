@@ -12,6 +12,7 @@ class Step:
     """How far some work is.
 
     what: the work in a few words ("building", "code.mask on math"). done of total: in `unit`; total 0 is not known yet.
+    detail: what of it just now ("code.mask, math"), where the pace is the same for all of it.
     facts: numbers worth showing beside it, such as loss or density.
     """
 
@@ -20,6 +21,7 @@ class Step:
     total: int
     unit: Literal["bytes", "steps", "rows", "runs"] = "steps"
     facts: Mapping[str, float | int | None] = field(default_factory=dict)
+    detail: str = ""
 
 
 Progress = Callable[[Step], None]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mftmerge import data as rows_of
+from mftmerge import notebook
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
@@ -27,7 +28,7 @@ from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.settings import in_words
-from mftmerge.sweepplan import Run, SweepPlan, plan_runs
+from mftmerge.sweepplan import Run, SweepPlan, load_plan, plan_runs
 from mftmerge.train import targets
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
@@ -51,6 +52,10 @@ class SweepResult:
     runs: list[dict[str, Any]]
     chosen: dict[str, Any]
     test: GridResult
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the combinations, the choice, and its result on the test rows."""
+        return notebook.table(HEADINGS, _rows(self), verdict(self)) + self.test._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         """Runs, choice and test results as plain JSON values; the last as `mftmerge eval --json` prints them."""
@@ -85,7 +90,7 @@ class Results:
 
 
 def run_sweep(
-    plan: SweepPlan,
+    plan: SweepPlan | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
     runner: RunnerSettings | None = None,
@@ -93,11 +98,14 @@ def run_sweep(
 ) -> SweepResult:
     """Train what is not in `out` yet, choose, and report.
 
+    plan: a sweep, its entries, or the file that has them.
     out: directory for `results.jsonl` and `masks/`; an existing one is continued when model and data are the same.
     runner: hand the runs to an engine instead of training them one after the other here.
     Raises BadInput for shared rows or another sweep's directory, MftmergeError when no settings finished all seeds.
     """
     say = progress or (lambda text: None)
+    if not isinstance(plan, SweepPlan):
+        plan = SweepPlan.make(plan) if isinstance(plan, Mapping) else load_plan(plan)
     inputs = (plan.model, plan.train, plan.validation, plan.test, plan.settings)
     protect(Path(out) / "masks", inputs)
     protect(Path(out) / RESULTS, inputs, directory=False)

@@ -111,7 +111,14 @@ def test_output_is_complete_and_loads(tiny: Callable[..., Path], tmp_path: Path)
     assert {p.name for p in out.iterdir()} == before - left_out
     assert (out / "LICENSE").read_text() == "terms"
     readme = (out / "README.md").read_text()
-    for part in ("license: mit", "vote(threshold=2)", "code.mask cccccccccccc", "union of", "old words", "mftmerge"):
+    for part in (
+        "license: mit",
+        ": vote (threshold 2)",
+        "code.mask [cccccccccccc]",
+        ": union",
+        "old words",
+        "mftmerge",
+    ):
         assert part in readme
     assert "model-index" not in readme
     assert str(tmp_path) not in readme
@@ -278,7 +285,7 @@ def test_target_is_never_replaced_unasked(tiny: Callable[..., Path], tmp_path: P
     mask = random_mask(path)
     apply_mask(mask, path, out)
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(BadInput, match="--overwrite"):
+    with pytest.raises(BadInput, match="overwrite=True"):
         apply_mask(random_mask(path, 1), path, out)
     assert (out / "model.safetensors").read_bytes() == before
     apply_mask(random_mask(path, 1), path, out, overwrite=True)
@@ -336,7 +343,7 @@ def test_a_mask_over_a_delta_is_never_applied_as_zeros_unasked(
     expected = tmp_path / "expected"
     apply_mask(random_mask(tuned, 0, 0.5), tuned, expected, base=base)
     for reference in (None, str(tmp_path / "gone"), "owner/name", "x\x1b[2J", str(other)):
-        with pytest.raises(BadInput, match=r"--base .*--on weights") as caught:
+        with pytest.raises(BadInput, match=r"base .*on='weights'") as caught:
             apply_mask(delta_mask(tuned, base, reference), tuned, tmp_path / "out")
         assert str(caught.value).isprintable()
         assert not (tmp_path / "out").exists()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 from mftmerge import card
+from mftmerge.combine import combine, combine_files
 from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.maskstore import DEEPEST_FAMILY
 
 BOMB = (
     "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
@@ -78,3 +81,20 @@ def test_a_masks_metadata_is_inert_text() -> None:
         assert "<img" not in text
         assert "\x1b" not in text
         assert len(text) < 5000
+
+
+def test_a_family_is_remembered_as_far_as_a_header_holds_it(tmp_path: Path) -> None:
+    """Long chains, and masks combined with their own ancestors, which double the tree each time, open again."""
+    a, b = (Mask.from_bools({"w": np.arange(8) < n}) for n in (4, 6))
+    chain, doubled = a, a
+    for i in range(100):
+        chain, doubled = chain | b, doubled & doubled if i < 40 else doubled
+    for mask, forgotten in ((chain, 72), (doubled, 2**41 - 2 - (2**12 - 2))):
+        mask.save(tmp_path / "x.mask")
+        family = list(Mask.load(tmp_path / "x.mask").info.family())
+        assert sum(parent.forgotten for _, parent in family) == forgotten
+        assert max(generation for generation, _ in family) <= DEEPEST_FAMILY
+        combine_files("union", [tmp_path / "x.mask", a], tmp_path / "y.mask", overwrite=True)
+        assert "older ones are not recorded" in card.model_card("t", Mask.load(tmp_path / "y.mask"), "", [], "m", None)
+    wide = combine("union", [a] * 5000)
+    assert len(list((wide & wide).info.family())) == 2

@@ -153,6 +153,42 @@ def test_did_you_mean() -> None:
     assert "did you mean" not in run("combine", "--no-such-option").stderr
 
 
+PLUGIN = """
+import mftmerge
+
+@mftmerge.operation()
+def second_only(masks):
+    "What the second mask keeps."
+    return masks[1]
+"""
+
+
+def test_options_of_all_commands_stand_before_or_after_the_command(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        mftmerge.Mask.from_bools({"w": np.arange(8) % 2 == (name == "b")}).save(tmp_path / f"{name}.mask")
+    loud = run("combine", "a.mask", "b.mask", "--op", "xor", "-o", "c.mask", cwd=tmp_path)
+    assert "next: " in loud.stdout
+    for number, words in enumerate((["-q", "combine"], ["combine", "--quiet"])):
+        done = run(*words, "a.mask", "b.mask", "--op", "xor", "-o", f"{number}.mask", cwd=tmp_path)
+        assert "wrote" in done.stdout, done.stderr
+        assert "next: " not in done.stdout
+
+
+def test_a_file_of_operations_needs_no_package(tmp_path: Path) -> None:
+    (tmp_path / "my_masks.py").write_text(PLUGIN)
+    for name in ("a", "b"):
+        mftmerge.Mask.from_bools({"w": np.arange(8) % 2 == (name == "b")}).save(tmp_path / f"{name}.mask")
+    arguments = ["combine", "a.mask", "b.mask", "--op", "second_only", "--plugin", "my_masks.py", "-o", "c.mask"]
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert mftmerge.Mask.load(tmp_path / "c.mask") == mftmerge.Mask.load(tmp_path / "b.mask")
+    (tmp_path / "my_masks.py").write_text("raise ValueError('odd')")
+    done = run(*arguments, "--overwrite", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--plugin my_masks.py fails: odd" in done.stderr
+    assert "no such file" in run("inspect", "a.mask", "--plugin", "none.py", cwd=tmp_path).stderr
+
+
 def test_short_help_and_the_module_as_a_program() -> None:
     assert run("train", "-h").stdout.startswith("Usage: mftmerge train")
     done = subprocess.run([sys.executable, "-m", "mftmerge", "-h"], capture_output=True, text=True, timeout=120)

@@ -35,7 +35,7 @@ def toy(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
     """A model, the one that it was tuned from, a mask over their difference, and one over the model's weights."""
     here = tmp_path_factory.mktemp("delta")
     tuned, pre = tiny("llama", layers=2, seed=1), tiny("llama", layers=2)
-    mask, _ = diff_mask(str(pre), str(tuned), DiffSettings(keep="0.2", only="layers"))
+    mask = diff_mask(str(pre), str(tuned), DiffSettings(keep="0.2", only="layers"))
     mask.save(here / "delta.mask")
     random_mask(tuned).save(here / "plain.mask")
     rows = [{"prompt": f"{i} + {i}", "completion": f"it is {2 * i}"} for i in range(6)]
@@ -110,7 +110,7 @@ def test_eval_measures_what_apply_writes(toy: SimpleNamespace, tmp_path: Path, c
 
 
 def test_combining(toy: SimpleNamespace, tmp_path: Path) -> None:
-    other, _ = diff_mask(str(toy.pre), str(toy.tuned), DiffSettings("sign", merged=str(toy.tuned), only="layers"))
+    other = diff_mask(str(toy.pre), str(toy.tuned), DiffSettings("sign", merged=str(toy.tuned), only="layers"))
     other.save(tmp_path / "other.mask")
     combine_files("intersection", [toy.delta, tmp_path / "other.mask"], tmp_path / "both.mask")
     info = Mask.load(tmp_path / "both.mask").info
@@ -158,10 +158,10 @@ def test_import_writes_it(toy: SimpleNamespace, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({n: toy.mask.kept(n) for n in toy.mask.names}, tmp_path / "x.safetensors")
-    mask, _ = import_mask(tmp_path / "x.safetensors", str(toy.tuned), str(toy.pre))
+    mask = import_mask(tmp_path / "x.safetensors", str(toy.tuned), str(toy.pre))
     assert (mask.info.on, mask.info.delta_base) == ("delta", str(toy.pre))
     assert mask.info.delta_fingerprints == toy.mask.info.delta_fingerprints
-    plain, _ = import_mask(tmp_path / "x.safetensors", str(toy.tuned))
+    plain = import_mask(tmp_path / "x.safetensors", str(toy.tuned))
     assert plain.info.on == "weights"
 
 

@@ -13,6 +13,7 @@ import torch
 from mftmerge import data
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation
+from mftmerge.evaluate.journal import Journal
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -33,16 +34,52 @@ def greedy(model: Any, tokenizer: Any, prompt: list[int], new: int) -> list[int]
     return ids[len(prompt) :]
 
 
+def without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
-def test_batched_answers_equal_one_at_a_time(tiny: Callable[..., Path], architecture: str) -> None:
+@pytest.mark.parametrize("batch_tokens", [40, 100, 4000])
+def test_batched_answers_equal_one_at_a_time(tiny: Callable[..., Path], architecture: str, batch_tokens: int) -> None:
+    """Budgets that hold one row, that are passed while answers grow, and that hold all; a shared start and none."""
     model, tokenizer = load(tiny(architecture))
     model.train()
     model.generation_config.repetition_penalty = 3.0  # a model's own habits are switched off
-    prompts = [list(range(10, 10 + n)) for n in (3, 17, 8, 5, 30)]
-    found = generation.generate(model, tokenizer, prompts, max_new_tokens=12, batch_tokens=100)
+    prompts = [list(range(10, 10 + n)) for n in (3, 17, 8, 5, 30)] + [[50, 51, 52], [60]]
+    done: dict[int, list[int]] = {}
+    options = {"max_new_tokens": 12, "batch_tokens": batch_tokens}
+    found = generation.generate(model, tokenizer, prompts, done=done.__setitem__, **options)
     assert model.training
+    assert [done[i] for i in range(len(prompts))] == found
     model.eval()
-    assert found == [tokenizer.decode(greedy(model, tokenizer, p, 12), skip_special_tokens=True) for p in prompts]
+    expected = [greedy(model, tokenizer, p, 12) for p in prompts]
+    assert [without_end(ids, tokenizer) for ids in found] == expected
+    for drafts in (
+        found,  # right ones
+        [ids[:4] for ids in found],  # too short
+        [[*ids[:2], 7, *ids[3:]] for ids in found],  # wrong in the middle
+        [[] for _ in found],
+        [[*ids, 5, 6] for ids in found],  # too long
+        found[::-1],
+    ):
+        assert generation.generate(model, tokenizer, prompts, drafts=drafts, **options) == found
+    assert len({tuple(ids) for ids in found}) > 1
+
+
+def test_a_right_draft_costs_one_pass_and_a_batch_shrinks(tiny: Callable[..., Path]) -> None:
+    model, tokenizer = load(tiny("llama"))
+    prompts = [list(range(10, 10 + n)) for n in (3, 17, 8, 5, 30)]
+    passes = []
+    model.register_forward_pre_hook(lambda _, args, given: passes.append(len(given["input_ids"])), with_kwargs=True)
+    found = generation.generate(model, tokenizer, prompts, max_new_tokens=12)
+    assert len(passes) > 10
+    passes.clear()
+    assert generation.generate(model, tokenizer, prompts, max_new_tokens=12, drafts=found) == found
+    assert passes == [5]
+    model.generation_config.eos_token_id = [ids[1] for ids in found[:3]]
+    passes.clear()
+    generation.generate(model, tokenizer, prompts, max_new_tokens=12)
+    assert min(passes[2:]) < 5
 
 
 def test_the_end_token_ends_an_answer(tiny: Callable[..., Path]) -> None:
@@ -52,9 +89,35 @@ def test_the_end_token_ends_an_answer(tiny: Callable[..., Path]) -> None:
     end = ids[2]
     model.generation_config.eos_token_id = [end]
     found = generation.generate(model, tokenizer, [prompt], max_new_tokens=8)
-    assert found == [tokenizer.decode(ids[: ids.index(end) + 1])] != [tokenizer.decode(ids)]
+    assert found == [ids[: ids.index(end) + 1]] != [ids]
     with pytest.raises(BadInput, match="1024 positions"):
         generation.generate(model, tokenizer, [prompt], max_new_tokens=1022)
+
+
+def test_answers_on_record_are_not_written_again(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, tokenizer = load(tiny("llama"))
+    rows = [{"prompt": f"what is {i}", "completion": f"{i}"} for i in range(6)]
+    path = tmp_path / "a.answers"
+    whole = generation.Marker(rows, tokenizer, exact="text", max_new_tokens=6)(model)
+    stop, seen = KeyboardInterrupt(), []
+
+    class Stopping(Journal):
+        def add(self, row: int, ids: list[int]) -> None:
+            super().add(row, ids)
+            seen.append(row)
+            if len(seen) == 3:
+                raise stop
+
+    with pytest.raises(KeyboardInterrupt):
+        generation.Marker(rows, tokenizer, exact="text", max_new_tokens=6)(model, Stopping(path, ["m"]))
+    with path.open("a") as f:
+        f.write('{"key": "cut o')
+    journal = Journal(path, ["m"])
+    assert sorted(journal.answers) == sorted(seen)
+    marks = generation.Marker(rows, tokenizer, exact="text", max_new_tokens=6)(model, journal)
+    assert marks.answers == whole.answers
+    assert len(Journal(path, ["m"]).answers) == 6
+    assert Journal(path, ["another mask"]).answers == {}
 
 
 def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[..., Path]) -> None:
@@ -114,11 +177,11 @@ def test_code_is_the_first_fenced_block() -> None:
 
 
 def marked(rows: list[dict[str, Any]], answers: list[str], tokenizer: Any, **options: Any) -> generation.Marks:
-    """Marks of given answers: `generate` is replaced, nothing else."""
+    """Marks of given answers: what the model writes is replaced, nothing else."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(generation, "generate", lambda *_, **__: answers)
+    patch.setattr(generation.Marker, "answers", lambda *_, **__: answers)
     try:
-        return generation.marker(rows, tokenizer, **options)(None)
+        return generation.Marker(rows, tokenizer, **options)(None)
     finally:
         patch.undo()
 
@@ -143,8 +206,8 @@ def test_rows_that_cannot_be_marked_are_named(tiny: Callable[..., Path]) -> None
     _, tokenizer = load(tiny("llama"))
     rows = [{"prompt": "a", "completion": "#### 1"}, {"prompt": "b", "completion": "two"}]
     with pytest.raises(BadInput, match="row 2: the row's own answer"):
-        generation.marker(rows, tokenizer, exact="number")
+        generation.Marker(rows, tokenizer, exact="number")
     with pytest.raises(BadInput, match="no row carries"):
-        generation.marker(rows, tokenizer, run_tests=True)
+        generation.Marker(rows, tokenizer, run_tests=True)
     with pytest.raises(BadInput, match="row 1: tests must be"):
         generation.questions([rows[0] | {"tests": [1]}], tokenizer)

@@ -14,7 +14,7 @@ import torch
 from mftmerge import loss, naming
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import grid as grids
-from mftmerge.evaluate.generation import Marks
+from mftmerge.evaluate.generation import Marker, Marks
 from mftmerge.mask import Mask
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2"]
@@ -156,10 +156,15 @@ def test_grid_scores_under_the_mask_and_refuses_bad_names(tiny: Callable[..., Pa
     mask = half_mask(model)
     weight = model.model.layers[0].mlp.up_proj.weight
 
-    def zeros(_: Any) -> Marks:
-        return Marks({"zeros": np.array([[float((weight == 0).float().mean()), 1.0]])}, ["said"], ["remark"])
+    class Zeros(Marker):
+        max_new_tokens, drafts = 1, []
 
-    result = grids.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": zeros})
+        def __init__(self) -> None: ...
+
+        def __call__(self, model: Any, journal: Any = None) -> Marks:
+            return Marks({"zeros": np.array([[float((weight == 0).float().mean()), 1.0]])}, ["said"], ["remark"])
+
+    result = grids.grid(model, {"a": mask}, {"d": data, "e": data}, scorers={"d": Zeros()})
     assert result.extra["answers"] == {"base": {"d": ["said"]}, "a": {"d": ["said"]}}
     assert result.domains["d"]["remarks"] == ["remark"]
     assert result.mean("base", "d", "zeros") == 0

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from mftmerge import files
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
+from mftmerge.combine import combine_files
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 
@@ -217,3 +218,44 @@ def test_every_command_that_writes_refuses_to_write_over_its_inputs(
         assert ended.value.code == 2, (command, said)
         assert "input" in said or "is no HTML page" in said
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, command
+
+
+def test_the_scores_beside_a_mask_are_an_input_too(tmp_path: Path) -> None:
+    fill = {"w": np.ones(8, np.float32)}
+    mask = Mask.from_bools({"w": np.arange(8) < 4}, scores=fill)
+    mask.save(tmp_path / "a.mask", scores="sidecar")
+    scores = tmp_path / "a.scores.safetensors"
+    before = scores.read_bytes()
+    for given in (tmp_path / "a.mask", Mask.load(tmp_path / "a.mask")):
+        for out in (scores, tmp_path / "a.mask"):
+            with pytest.raises(BadInput, match="input"):
+                combine_files("union", [given], out, overwrite=True)
+    assert scores.read_bytes() == before
+
+
+def test_pictures_do_not_replace_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.svg"):
+        Mask.from_bools({"w": np.arange(8) < 4}).save(tmp_path / name)
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.svg")
+    for command in (["inspect", a, "--plot", a], ["compare", a, b, "--plot", b]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+        assert "input" in capsys.readouterr().err
+    assert Mask.load(a) == Mask.load(b)
+
+
+def test_what_cannot_be_written_is_one_line_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a read-only file system, where the temporary file can be neither made nor removed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with (
+        pytest.raises(MftmergeError, match=r"page.html: cannot be written \(Read-only"),
+        files.replacing(tmp_path / "page.html") as temporary,
+    ):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(temporary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import io
 import pickle
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.live import attach
+from mftmerge.live import attach, attached
 from mftmerge.mask import Mask, MaskInfo
 
 
@@ -163,6 +164,8 @@ def test_memory_is_the_bits_and_the_dropped_originals(tiny: Callable[..., Path])
     switcher = attach(load(path), masks)
     names = masks["0"].names
     dropped = sum(int((~np.all([m.kept(n) for m in masks.values()], axis=0)).sum()) for n in names)
+    assert switcher.nbytes == sum(3 * masks["0"].size(n) // 8 for n in names)  # nothing was written over yet
+    switcher.switch("0")
     assert switcher.nbytes == sum(3 * masks["0"].size(n) // 8 for n in names) + 2 * dropped
 
 
@@ -742,3 +745,31 @@ def test_generation_differs_inside_and_not_outside(tiny: Callable[..., Path]) ->
         assert torch.equal(model(ids).logits, inside)
     assert not torch.equal(inside, before)
     assert torch.equal(model(ids).logits, before)
+
+
+def test_attaching_under_another_switchers_mask_is_refused(tiny: Callable[..., Path]) -> None:
+    """A notebook's cell that is run twice: the masked weights would count as the model's own."""
+    path = tiny("llama")
+    model = load(path)
+    original = state(model)
+    attach(model, {"a": random_mask(path, 1, density=0.5)}).switch("a")
+    with pytest.raises(BadInput, match=r"mask 'a' of an earlier attach\(\) is on"):
+        attach(model, {"b": random_mask(path, 2)})
+    for lost in attached(model):
+        lost.detach()
+    assert same(state(model), original)
+    assert attached(model) == []
+    attach(model, {"b": random_mask(path, 2)}).switch("b")
+
+
+def test_a_thread_with_a_copy_of_the_context_belongs_to_the_block(tiny: Callable[..., Path]) -> None:
+    path = tiny("llama")
+    model = load(path)
+    switcher = attach(model, {"a": random_mask(path, 1, density=0.5)})
+    ids, found = torch.tensor([[5, 6, 7]]), []
+    with switcher.use("a"):
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(lambda: found.append(model(ids).logits),))
+        thread.start()
+        thread.join(60)
+        assert torch.equal(found[0], model(ids).logits)

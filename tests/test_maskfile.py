@@ -170,7 +170,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.
                 random_mask(2).save(path)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["x.mask"]
-    with pytest.raises(BadInput, match="--overwrite"):
+    with pytest.raises(BadInput, match="overwrite=True"):
         random_mask(2).save(path, overwrite=False)
     with pytest.raises(BadInput, match="no directory"):
         random_mask(2).save(tmp_path / "absent" / "x.mask")

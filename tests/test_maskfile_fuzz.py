@@ -196,7 +196,13 @@ def _harmless(path: Path) -> bool:
         (lambda c, h: c["__metadata__"].pop("mftmerge"), "without mask metadata"),
         (lambda c, h: h.update(scores_file="../x.safetensors"), "same directory"),
         (lambda c, h: h["info"].update(keep="0.9"), "keep"),
-        (lambda c, h: h["info"].update(parents=[{"name": "x"}]), "parents.0.digest: Field required"),
+        (lambda c, h: h["info"].update(parents=[{"name": "x"}]), "parents.0.digest is missing"),
+        (
+            lambda c, h: h["info"].update(parents=[{"name": "x", "digest": "0", "weight": True}]),
+            "0.weight should be a number",
+        ),
+        (lambda c, h: h["info"].update(on="both"), "weights or delta"),
+        (lambda c, h: h["info"].update(fingerprints={"scalar": 1}), "fingerprints.scalar should be a str"),
     ],
 )
 def test_hostile_headers_are_named(tmp_path: Path, change: Callable[[Any, Any], Any], word: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from mftmerge import outputdirectory
-from mftmerge.errors import MftmergeError
-from mftmerge.outputdirectory import OutputDirectory
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.outputdirectory import OutputDirectory, check_target
 
 OLD = {
     "config.json": "old",
@@ -225,3 +226,32 @@ def test_a_swap_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.Mon
         replace(out)
     assert content(out) == OLD | THEIRS
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool) -> None:
+    """A shell that stands in it would be left in a directory that is gone."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if not empty:
+        (out / "config.json").write_text("{}")
+    monkeypatch.chdir(out)
+    for spelt in (out, tmp_path / "out" / ".." / "out"):
+        with pytest.raises(BadInput, match="current directory"):
+            check_target(spelt, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    check_target(out, overwrite=True)
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="mounts need namespaces")
+@pytest.mark.parametrize("mount", ["mount --bind src 'a b'", "mount -t tmpfs none 'a b'"])
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, mount: str) -> None:
+    for name in ("src", "a b"):
+        (tmp_path / name).mkdir()
+    code = "import sys; from pathlib import Path; from mftmerge.outputdirectory import check_target; "
+    code += "check_target(Path('a b'), True)"
+    script = f'{mount} && {sys.executable} -c "{code}"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "is a mount point" in done.stderr

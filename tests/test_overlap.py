@@ -128,7 +128,7 @@ def differences(tiny: Any) -> tuple[str, list[str], str, np.ndarray, np.ndarray]
 
 def test_magnitude_of_the_task_vector(tiny: Any) -> None:
     base, tuned, name, tau, _ = differences(tiny)
-    mask, _ = diff_mask(base, tuned[0], DiffSettings(keep="0.1", only="down_proj"))
+    mask = diff_mask(base, tuned[0], DiffSettings(keep="0.1", only="down_proj"))
     order = np.argsort(np.abs(tau).reshape(-1), kind="stable")
     expected = np.zeros(tau.size, np.bool_)
     expected[order[drop_count(tau.size, "0.1") :]] = True
@@ -139,11 +139,11 @@ def test_magnitude_of_the_task_vector(tiny: Any) -> None:
 
 def test_tall_and_sign_rules(tiny: Any) -> None:
     base, tuned, name, tau, other = differences(tiny)
-    mask, _ = diff_mask(base, tuned[0], DiffSettings("tall", strength=0.6, others=[tuned[1]]))
+    mask = diff_mask(base, tuned[0], DiffSettings("tall", strength=0.6, others=[tuned[1]]))
     np.testing.assert_array_equal(mask.kept(name), np.abs(tau) >= np.float32(0.6) * np.abs(tau + other - tau))
-    mask, _ = diff_mask(base, tuned[0], DiffSettings("tall", strength=0.6, merged=tuned[1]))
+    mask = diff_mask(base, tuned[0], DiffSettings("tall", strength=0.6, merged=tuned[1]))
     np.testing.assert_array_equal(mask.kept(name), np.abs(tau) >= np.float32(0.6) * np.abs(other - tau))
-    mask, _ = diff_mask(base, tuned[0], DiffSettings("sign", others=[tuned[1]]))
+    mask = diff_mask(base, tuned[0], DiffSettings("sign", others=[tuned[1]]))
     np.testing.assert_array_equal(mask.kept(name), (tau != 0) & (np.sign(tau) == np.sign(tau + other)))
     assert 0.5 < mask.density() < 1
 
@@ -151,14 +151,14 @@ def test_tall_and_sign_rules(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        (DiffSettings(), "--keep"),
+        (DiffSettings(), "keep"),
         (DiffSettings(keep=2), "density 2"),
-        (DiffSettings("tall"), "--merged or --others"),
-        (DiffSettings("tall", keep=0.5, others=["x"]), "--keep"),
+        (DiffSettings("tall"), "merged or others"),
+        (DiffSettings("tall", keep=0.5, others=["x"]), "keep"),
         (DiffSettings("taller"), "choose from"),  # type: ignore[arg-type]
-        (DiffSettings("tall", strength=-1, others=["x"]), "--lambda"),
+        (DiffSettings("tall", strength=-1, others=["x"]), "strength"),
         (DiffSettings(keep=0.5, only="("), "regular expression"),
-        (DiffSettings(keep=0.5, only="nothing"), "--only"),
+        (DiffSettings(keep=0.5, only="nothing"), "only"),
     ],
 )
 def test_bad_settings_are_refused(tiny: Any, settings: DiffSettings, word: str) -> None:

@@ -148,7 +148,7 @@ def test_existing_output_is_kept_on_failure(tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(RECIPES / "mask_one_expert.yml", out)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    with pytest.raises(BadInput, match="--overwrite"):
+    with pytest.raises(BadInput, match="overwrite=True"):
         build(RECIPES / "masked_linear.yml", out)
     broken = written(
         "merge_method: karcher\nmodels: [{model: models/math}, {model: models/broken}]\n", tmp_path / "r.yml"
@@ -176,7 +176,7 @@ def test_tensors_that_mergekit_drops_are_named(kitchen: Path, tmp_path: Path) ->
     data = {**load_file(tmp_path / "odd/model.safetensors"), "model.layers.0.extra": torch.ones(4)}
     save_file(data, tmp_path / "odd/model.safetensors", metadata={"format": "pt"})
     path = written("merge_method: passthrough\nmodels: [{model: odd}]\n", tmp_path / "r.yml")
-    with pytest.raises(BadInput, match=r"line 2: odd: model.layers.0.extra would not be in the result.*--allow-lost"):
+    with pytest.raises(BadInput, match=r"line 2: odd: model.layers.0.extra would not be in the res.*allow_lost=True"):
         build(path, tmp_path / "out")
     report = build(path, tmp_path / "out", allow_lost=True)
     assert any("model.layers.0.extra" in w for w in report.warnings)

@@ -331,7 +331,7 @@ def test_a_busy_machine_does_not_time_out_right_answers() -> None:
 
 def test_without_isolation_the_code_must_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "level", lambda: "none")
-    with pytest.raises(BadInput, match="--i-trust-this-code"):
+    with pytest.raises(BadInput, match="trusted=True"):
         run_tests("def f(): return 1", "assert f() == 1")
     assert run_tests("def f(): return 1", "assert f() == 1", trusted=True).passed
     assert not run_tests("import os; os._exit(0)", WRONG, QUICK, trusted=True).passed

@@ -124,7 +124,7 @@ def test_training_resumed_in_8_bits_is_bit_identical(tiny: Callable[..., Path], 
     train(path, 8, range(3, 6), resumed, model)
     for name, value in straight.scores().items():
         assert torch.equal(value, resumed.scores()[name])
-    with pytest.raises(BadInput, match="not one of --adam-bits 32"):
+    with pytest.raises(BadInput, match="not one of adam_bits=32"):
         train(path, 32, range(0))[1].load_state_dict(torch.load(tmp_path / "state.pt"))
     with pytest.raises(BadInput, match="must be 8 or 32"):
         MaskOptimizer(resumed.targets, resumed.scores(), adam_bits=16)

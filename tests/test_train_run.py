@@ -187,12 +187,12 @@ def test_logs_are_kept_beside_the_mask(base: Path, tmp_path: Path) -> None:
 
     common: dict[str, Any] = {"layers": "3", "steps": 2, "batch_size": 4, "log_to": "tensorboard"}
     if "tensorboard" not in get_available_reporting_integrations():
-        with pytest.raises(BadInput, match=r"--log-to tensorboard: not installed .*pip install tensorboard"):
+        with pytest.raises(BadInput, match=r"log_to tensorboard: not installed .*pip install tensorboard"):
             train_mask(base, ROWS[:16], tmp_path / "a.mask", **common)
         return
     train_mask(base, ROWS[:16], tmp_path / "a.mask", **common)
     assert any("tfevents" in p.name for p in (tmp_path / "a.mask.logs").iterdir())
-    with pytest.raises(BadInput, match="--log-to nothing: not installed"):
+    with pytest.raises(BadInput, match="log_to nothing: not installed"):
         train_mask(base, ROWS[:16], **{**common, "log_to": "nothing"})
 
 
@@ -254,7 +254,7 @@ def test_wrong_settings_are_named(base: Path, change: dict[str, Any], message: s
 
 def test_wrong_places_are_named(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.mask").touch()
-    with pytest.raises(BadInput, match=r"a\.mask: exists already; give .*--overwrite"):
+    with pytest.raises(BadInput, match=r"a\.mask: exists already; give .*overwrite=True"):
         train_mask(base, ROWS, tmp_path / "a.mask")
     with pytest.raises(BadInput, match=r"there is no directory .*; make it first"):
         train_mask(base, ROWS, tmp_path / "no" / "a.mask")
@@ -270,7 +270,7 @@ def test_a_model_too_large_is_refused_before_loading(base: Path, monkeypatch: py
     monkeypatch.setattr(memory, "available", lambda *, on_gpu: 1 << 20)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(
-        BadInput, match=r"needs about [\d.]+ [GM]iB .* and 1 MiB is free; use .*--gradient-checkpointing"
+        BadInput, match=r"needs about [\d.]+ [GM]iB .* and 1 MiB is free; use .*gradient_checkpointing=True"
     ):
         train_mask(base, ROWS)
 
@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(base: Path, tm
         return output * float("nan") if calls > 3 else None
 
     model.lm_head.register_forward_hook(poison)
-    with pytest.raises(MftmergeError, match=r"step 4: the gradient is not finite.*--resume"):
+    with pytest.raises(MftmergeError, match=r"step 4: the gradient is not finite.*resume=True"):
         train_mask(model, ROWS, tmp_path / "a.mask", tokenizer=tokenizer, layers="3", steps=6, eval_share=0)
     assert (tmp_path / "a.mask.run" / "checkpoint-3" / "complete").exists()
     assert not (tmp_path / "a.mask").exists()
@@ -352,7 +352,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(base: Path, tmp_path: Pat
     assert (how == signal.SIGKILL) or b"continue with --resume" in stdout
     assert not out.exists()
 
-    with pytest.raises(BadInput, match=r"holds the checkpoints of a run that was stopped; --resume .*--overwrite"):
+    with pytest.raises(BadInput, match=r"checkpoints of a run that was stopped; resume=True .*overwrite=True"):
         train_mask(str(base), rows, out, settings=SETTINGS)
     with pytest.raises(BadInput, match="needs the same settings; changed: keep"):
         train_mask(str(base), rows, out, settings=SETTINGS, keep=0.8, resume=True)

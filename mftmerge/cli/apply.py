@@ -48,3 +48,4 @@ def command(
         say(f"continued: {len(report.continued)} shards were already there")
     for note in report.notes:
         say(f"note: {note}")
+    say(f"next: load {out} with transformers or vLLM, or mftmerge push {out} OWNER/NAME")

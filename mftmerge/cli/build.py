@@ -60,3 +60,4 @@ def command(
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
     odd = f"; {report.not_finite} weights are not finite" if report.not_finite else ""
     say(f"{report.out}: {size}{odd}")
+    say(f"next: mftmerge eval --model {report.out} --data NAME=FILE")

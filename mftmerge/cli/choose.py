@@ -10,7 +10,6 @@ from mftmerge.cli.options import MASKS, ROWS, files, named
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
-from mftmerge.progress import Step
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -81,7 +80,7 @@ def command(
             dtype=dtype,
             device=device,
             base=base,
-            progress=lambda what: show(Step(what, 0, 0)),
+            progress=show,
         )
     if as_json:
         print_json(choice.to_json())
@@ -90,3 +89,6 @@ def command(
     say(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}; the same mask again:", f"  {choice.command}")
     if choice.out:
         say(f"wrote {choice.out} ({Path(choice.out).stat().st_size:,} bytes)")
+        say(f"next: mftmerge eval --model {model} --mask {choice.out} with test rows")
+    else:
+        say("next: the same with -o FILE.mask writes the chosen combination")

@@ -87,6 +87,7 @@ def command(
     for note in report.notes:
         say(f"note: {note}")
     say(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
+    say(f"next: mftmerge eval --model MODEL --mask {report.out} --data NAME=FILE, or mftmerge apply {report.out}")
 
 
 def _scalar(text: str) -> bool | int | float | str:

@@ -46,6 +46,8 @@ def command(
     from mftmerge.files import refuse_existing
 
     refuse_existing(out, overwrite, (base, fine_tuned, merged, others))
-    mask, notes = diff_mask(base, fine_tuned, DiffSettings(method, keep, strength, merged, tuple(others or ()), only))
+    notes: list[str] = []
+    settings = DiffSettings(method, keep, strength, merged, tuple(others or ()), only)
+    mask = diff_mask(base, fine_tuned, settings, note=notes.append)
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, notes, as_json)

@@ -8,9 +8,8 @@ import typer
 
 from mftmerge.cli.options import MASKS, ROWS, files, named, pairs
 from mftmerge.cli.progress import shown_progress
-from mftmerge.cli.reporting import quiet
+from mftmerge.cli.reporting import quiet, say
 from mftmerge.errors import BadInput
-from mftmerge.progress import Step
 
 BASE = "Dropped weights take the values of this checkpoint (default: what each mask says)."
 
@@ -47,13 +46,16 @@ def command(
         False, "--i-trust-this-code", help="Run tests even where the system cannot isolate them."
     ),
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
+    answers: int = typer.Option(
+        None, "--answers", min=1, help="Rows of a domain that are answered, the first ones; the loss is on all."
+    ),
     bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
     lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
     lm_eval_limit: int = typer.Option(None, "--lm-eval-limit", min=1, help="Documents a harness task at most."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
     batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
-    out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON, each row's measurement included."),
+    out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON; a run that was stopped goes on."),
     markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
     plot: Path = typer.Option(None, "--plot", help="Write a heat map of the differences (.png, .svg, .pdf)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace existing output files."),
@@ -84,6 +86,7 @@ def command(
     from mftmerge.evaluate.files import Measures, evaluate_files
 
     quiet()
+    journal = Path(f"{out}.answers") if out else None
     with shown_progress(quiet=as_json) as show:
         result = evaluate_files(
             *inputs,
@@ -98,15 +101,18 @@ def command(
                 lm_eval=tuple(t.strip() for t in lm_eval.split(",") if t.strip()) if lm_eval else (),
                 lm_eval_limit=lm_eval_limit,
                 base=base,
+                answers=answers,
+                journal=journal,
             ),
             max_length=max_length,
             limit=limit,
             dtype=dtype,
             device=device,
-            progress=lambda what: show(Step(what, 0, 0)),
+            progress=show,
         )
     if out:
         result.to_json(out, overwrite=overwrite)
+        Path(f"{out}.answers").unlink(missing_ok=True)
     if markdown:
         result.to_markdown(markdown, overwrite=overwrite)
     if plot:
@@ -115,3 +121,7 @@ def command(
         print(result.to_json(), end="")
         return
     result.show(Console())
+    for path in (out, markdown, plot):
+        if path is not None:
+            say(f"wrote {path}")
+    say("next: mftmerge report . makes a page of it" if out else "next: --out results.json keeps every row's numbers")

@@ -43,6 +43,7 @@ def command(
     from mftmerge.files import refuse_existing
 
     refuse_existing(out, overwrite, (source, model))
-    mask, notes = import_mask(source, model, base)
+    notes: list[str] = []
+    mask = import_mask(source, model, base, note=notes.append)
     mask.save(out, archive=archive, overwrite=overwrite)
     new_mask(mask, out, [*notes, f"{source.stat().st_size:,} bytes became {out.stat().st_size:,}"], as_json)

@@ -29,10 +29,12 @@ def command(
     """
     from mftmerge import inspection
 
-    found = inspection.inspect(mask)
     if plot is not None:
         from mftmerge import plots
 
+        plots.check(plot, [mask])
+    found = inspection.inspect(mask)
+    if plot is not None:
         plots.save(plots.density_by_layer(found), plot)
     if as_json:
         print_json(found.to_json())

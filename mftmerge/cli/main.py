@@ -19,12 +19,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mftmerge.errors import MftmergeError, missing_extra, shown
+from mftmerge import plugins
+from mftmerge.cli.reporting import set_verbosity
+from mftmerge.errors import MftmergeError, missing_extra, shown, terminal
 from mftmerge.machine import set_threads
 
 INTERRUPTED = 130
 BAD_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the user's, not the disk's
 STOPS = (signal.SIGTERM, signal.SIGHUP)
+SWITCHES = ("--debug", "-v", "--verbose", "-q", "--quiet")  # of the whole program
 LONGEST = 2000  # characters of an error; a hostile value in the middle of it is cut
 UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.ClickException, reached by a public name
 
@@ -82,6 +85,14 @@ app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, pretty_exceptions_enable
 )
 def root(
     ctx: typer.Context,
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Also show what the libraries log."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress, notes and hints."),
+    plugin: list[str] = typer.Option(
+        [],
+        "--plugin",
+        metavar="FILE.py",
+        help="Use operations and merge methods of this file or module; may be repeated.",
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
     version: bool = typer.Option(False, "--version", help="Print the version and stop."),
 ) -> None:
@@ -96,16 +107,39 @@ def root(
 def main(argv: list[str] | None = None) -> None:
     """Run the program; errors become one line on stderr and exit code 2 (bad input) or 1 (failure)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in arguments
+    arguments, asked = _for_all(arguments)
     set_threads()
     gc.set_threshold(10_000)  # importing torch and transformers makes a million objects, and none is garbage
-    with _stoppable():
-        _run(arguments, debug)
+    set_verbosity(("-v" in asked or "--verbose" in asked) - ("-q" in asked or "--quiet" in asked))
+    with _stoppable(), terminal():
+        _run(arguments, [a for a in asked if a not in SWITCHES], "--debug" in asked)
 
 
-def _run(arguments: list[str], debug: bool) -> None:
+def _for_all(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments without the options of all commands, which may stand before or after a command's name, and these.
+
+    Of `--plugin FILE` only FILE is among them. All that follows `mergekit-yaml` is mergekit's.
+    """
+    rest: list[str] = []
+    asked: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in SWITCHES and rest[:1] != ["mergekit-yaml"]:
+            asked.append(word)
+        elif word.startswith("--plugin=") and rest[:1] != ["mergekit-yaml"]:
+            asked.append(word.partition("=")[2])
+        elif word == "--plugin" and (file := next(words, None)) is not None:
+            asked.append(file)
+        else:
+            rest.append(word)
+    return rest, asked
+
+
+def _run(arguments: list[str], plugged: list[str], debug: bool) -> None:
     try:
-        code = app(args=[a for a in arguments if a != "--debug"], prog_name="mftmerge", standalone_mode=False) or 0
+        for file in plugged:
+            plugins.load_file(file)
+        code = app(args=arguments, prog_name="mftmerge", standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
             _fail("interrupted", code, debug)
         sys.exit(code)

@@ -76,22 +76,26 @@ def options(**models: type[Settings]) -> Callable[[Callable[..., None]], Callabl
     """Gives a command an option for each field of each model.
 
     models: parameter of the command -> settings model. The parameter gets a dict of the values that were typed, by
-    name of field, to be given to `model.make`, alone or over those of a file.
+    name of field, to be given to `model.make`, alone or over those of a file. A name that several models have is one
+    option, of the first of them, and its value goes to each.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-            parameters += _parameters(models[name]) if name in models else [parameter]
+            known = {p.name for p in parameters}
+            parameters += (
+                [p for p in _parameters(models[name]) if p.name not in known] if name in models else [parameter]
+            )
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in {n for m in models.values() for n in m.model_fields}}
             for parameter, model in models.items():
-                typed = {name: values.pop(name) for name in model.model_fields}
                 values[parameter] = {
-                    name: _value(model.model_fields[name], name, value)
-                    for name, value in typed.items()
-                    if value is not None and value != []
+                    name: _value(field, name, typed[name])
+                    for name, field in model.model_fields.items()
+                    if typed[name] is not None and typed[name] != []
                 }
             command(**values)
 

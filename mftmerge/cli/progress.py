@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from mftmerge.cli.reporting import verbosity
 from mftmerge.errors import shown
 from mftmerge.progress import Progress, Step
 
@@ -21,8 +22,8 @@ APART = 2.0  # seconds between two lines at least
 
 @contextmanager
 def shown_progress(*, quiet: bool = False) -> Iterator[Progress]:
-    """Gives the function that long work reports to. quiet: show nothing."""
-    if quiet:
+    """Gives the function that long work reports to. quiet: show nothing, as with --quiet."""
+    if quiet or verbosity() < 0:
         yield lambda step: None
     elif sys.stderr.isatty():
         with _bars() as bars:
@@ -76,7 +77,12 @@ class Lines:
             return
         self._next, self._last = here[0] + APART, here
         left = (here[0] - self._first[0]) / (here[1] - self._first[1]) * (1 - here[1])
-        words = (f"{step.what}: {amount(step)}", facts(step), f"{duration(left)} left" if here[1] < 1 else "")
+        words = (
+            f"{step.what}: {amount(step)}",
+            step.detail,
+            facts(step),
+            f"{duration(left)} left" if here[1] < 1 else "",
+        )
         print(shown(", ".join(w for w in words if w)), file=self._file, flush=True)
 
 
@@ -103,7 +109,11 @@ def _on_terminal(bars: Bars) -> Progress:
             work[0] = step.what
             bars.reset(task, total=step.total or None, completed=step.done)
         total = max(step.done, step.total) or None
-        words = {"description": shown(step.what), "amount": amount(step), "facts": facts(step)}
+        words = {
+            "description": shown(step.what),
+            "amount": amount(step),
+            "facts": ", ".join(w for w in (step.detail, facts(step)) if w),
+        }
         bars.update(task, completed=step.done, total=total, **words)  # type: ignore[arg-type]
 
     return show

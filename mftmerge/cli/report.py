@@ -38,4 +38,5 @@ def command(
     if as_json:
         print_json(report.to_json())
         return
-    say(f"{report.path}: {report.summary()}")
+    say(f"wrote {report.path}: {report.summary()}")
+    say("next: open it in a browser; it needs no other file")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +16,30 @@ if TYPE_CHECKING:
     from mftmerge.mask import Mask
 
 
+_level = 0  # of what is said: -1 with --quiet, 1 with --verbose
+
+
+def verbosity() -> int:
+    """-1 with --quiet, 1 with --verbose, else 0."""
+    return _level
+
+
+def set_verbosity(level: int) -> None:
+    """For the whole run. With 1, what the libraries log is shown as well."""
+    global _level
+    _level = level
+    if level > 0:
+        logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO)
+
+
 def say(*lines: str, error: bool = False) -> None:
-    """Lines for the reader, on stdout or stderr. What does not print, in names and texts of files, becomes escapes."""
+    """Lines for the reader, on stdout or stderr. What does not print, in names and texts of files, becomes escapes.
+
+    With --quiet, notes and hints are left out; results and errors are not.
+    """
     for line in lines:
+        if _level < 0 and line.startswith(("note: ", "next: ")):
+            continue
         print(shown(line), file=sys.stderr if error else sys.stdout)
 
 
@@ -57,13 +80,13 @@ def new_mask(mask: Mask, out: Path, notes: Sequence[str], as_json: bool) -> None
     say(f"{out}: {facts['tensors']} tensors, {facts['weights']:,} weights, density {facts['density']:.4f}")
     for note in notes:
         say(f"note: {note}")
+    say(f"next: mftmerge inspect {out}, or mftmerge apply {out} --model MODEL -o DIR")
 
 
 def quiet() -> None:
-    """Leave the terminal to our own lines."""
-    import logging
-    import os
-
+    """Leave the terminal to our own lines, except with --verbose."""
+    if _level > 0:
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers

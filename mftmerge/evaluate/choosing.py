@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mftmerge import notebook, plots
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput
@@ -18,8 +20,10 @@ from mftmerge.evaluate.candidates import Candidate, defaults
 from mftmerge.evaluate.results import GridResult, finite, rich_table
 from mftmerge.files import refuse_existing
 from mftmerge.mask import Mask
+from mftmerge.progress import Progress, Step
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
 
 __all__ = ["Choice", "choose", "choose_combination"]
@@ -98,10 +102,35 @@ class Choice:
 
     def show(self, console: Console) -> None:
         """Print the table, the choice and the notes."""
-        headings = ["combination", "density", *self.grid.domains, "lowest share"]
-        console.print(rich_table(headings, [self._texts(row) for row in self.grid.models]))
+        console.print(rich_table(*self._lines()))
         for text in (LEGEND, WARNING, *(f"note: {note}" for note in self.notes)):
             console.print(text, markup=False, highlight=False)
+
+    def _lines(self) -> tuple[list[str], list[list[str]]]:
+        headings = ["combination", "density", *self.grid.domains, "lowest share"]
+        return headings, [self._texts(row) for row in self.grid.models]
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the table, the choice, the notes, and a picture of the shares."""
+        title = f"chosen: {self.chosen}, density {self.mask.density():.4f}"
+        shown = notebook.table(*self._lines(), title, [LEGEND, WARNING, *self.notes])
+        return shown + (notebook.picture(self.plot()) if find_spec("matplotlib") else "")
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: of each combination, the share of every domain's own gain that it keeps."""
+        figure = plots.new_figure(7.0, 1.2 + 0.32 * len(self.candidates))
+        axes = figure.subplots()
+        names = list(reversed(self.candidates))
+        for number, domain in enumerate(self.judged):
+            shares = [self.share(name, domain) for name in names]
+            places = [i + 0.12 * (number - (len(self.judged) - 1) / 2) for i in range(len(names))]
+            values, errors = [100 * s for s, _ in shares], [100 * e for _, e in shares]
+            axes.errorbar(values, places, xerr=errors, fmt=plots.MARKERS[number % len(plots.MARKERS)], label=domain)
+        axes.set_yticks(range(len(names)), [f"{n} (chosen)" if n == self.chosen else n for n in names])
+        axes.axvline(100, color="#222222", linewidth=0.8, linestyle="--")
+        axes.set_xlabel("share of the own mask's gain that is kept, % ± one standard error")
+        axes.legend()
+        return figure
 
     def _texts(self, row: str) -> list[str]:
         name = row.replace(",", ", ") if row in self.candidates else row  # a narrow terminal breaks lines at spaces
@@ -122,7 +151,7 @@ class Choice:
 
 def choose_combination(
     model: str | Path,
-    masks: Mapping[str, str | Path],
+    masks: Mapping[str, Mask | str | Path],
     data: Mapping[str, Any],
     out: str | Path | None = None,
     *,
@@ -135,11 +164,11 @@ def choose_combination(
     dtype: str = "auto",
     device: str | None = None,
     base: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """Choose the combination of masks whose worst-served domain keeps the largest share of its own mask's gain.
 
-    model: checkpoint (directory or hub id) that the masks were learnt over, loaded once. masks: domain -> .mask file.
+    model: checkpoint (directory or hub id) that the masks were learnt over, loaded once. masks: domain -> mask or file.
     data: domain -> rows as `data.load_rows` reads them, which should be validation rows. out: the mask file to write,
     whole or not at all. candidates: texts as `Candidate.parse` reads them in place of the default list. limit: first
     rows of each domain. base: model whose values dropped weights take, whatever the masks' headers say.
@@ -148,17 +177,18 @@ def choose_combination(
     Raises BadInput before the model is loaded for masks and rows of different domains, candidates that cannot be made,
     and an output that may not be written; afterwards where no own mask gains on its rows.
     """
+    paths = {domain: f"{domain}.mask" if isinstance(mask, Mask) else str(mask) for domain, mask in masks.items()}
     if out is not None:
-        refuse_existing(out, overwrite, (model, masks, data))
+        refuse_existing(out, overwrite, (model, list(paths.values()), data, base))
     _check(masks, data)
-    opened = {domain: Mask.load(masks[domain]) for domain in masks}
+    opened = {domain: Mask.of(mask) for domain, mask in masks.items()}
     rows = {domain: load_rows(data[domain])[:limit] for domain in masks}
-    labels = [Path(path).name for path in masks.values()]
+    labels = [Path(path).name for path in paths.values()]
     tried, notes = ([Candidate.parse(c) for c in candidates], []) if candidates else defaults(opened)
     made, same = _made(tried, list(opened.values()), labels, progress)
     files.require_delta_bases(opened, base)  # what cannot be had is said before the model is loaded
     if progress:
-        progress("loading the model")
+        progress(Step("loading the model", 0, 0))
     directory = resolve(model)
     remarks = [(domain, files.base_remark(mask, directory)) for domain, mask in opened.items()]
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
@@ -168,11 +198,10 @@ def choose_combination(
     if out is not None:
         choice.mask.save(out, archive=archive, overwrite=overwrite)
     best = next(candidate for candidate in tried if candidate.text == choice.chosen)
-    paths = [str(path) for path in masks.values()]
     return replace(
         choice,
         notes=[*(f"{d}: {remark}" for d, remark in remarks if remark), *notes, *same, *choice.notes],
-        command=best.command(paths, str(out or "combined.mask"), archive=archive),
+        command=best.command(list(paths.values()), str(out or "combined.mask"), archive=archive),
         out=None if out is None else str(out),
     )
 
@@ -188,14 +217,15 @@ def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
 
 
 def _made(
-    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Callable[[str], None] | None
+    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Progress | None
 ) -> tuple[dict[str, Mask], list[str]]:
     """The combined masks by the candidates' texts, and notes on those left out because another one is the same mask."""
     made: dict[str, Mask] = {}
     notes = []
-    for candidate in {c.text: c for c in candidates}.values():
+    different = {c.text: c for c in candidates}
+    for number, candidate in enumerate(different.values()):
         if progress:
-            progress(f"combining, {candidate.text}")
+            progress(Step("combining", number, len(different), "runs", detail=candidate.text))
         mask = candidate.combine(masks, labels)
         equal = next((text for text, other in made.items() if other.digest == mask.digest), None)
         if equal is None:
@@ -213,7 +243,7 @@ def choose(
     *,
     batch_tokens: int = 4096,
     base: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """The same with a loaded model, masks in memory (domain -> mask), tokenised rows, and masks that are combined.
 

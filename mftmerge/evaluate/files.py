@@ -17,6 +17,7 @@ from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
+from mftmerge.progress import Progress, Step
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Measures:
     exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
     that carry tests; runs code that the model wrote. trusted: also where nothing holds that code. lm_eval: task names
     for lm-evaluation-harness, lm_eval_limit: documents a task at most. resamples: of the paired bootstrap, 0 for none.
-    base: model whose values dropped weights take, whatever the masks' headers say.
+    base: model whose values dropped weights take, whatever the masks' headers say. answers: rows of a domain that are
+    answered, the first ones; all by default. The loss is on all rows. journal: file that keeps the answers while the
+    work goes on; a run that was stopped goes on from it.
     """
 
     exact: Mapping[str, str] = field(default_factory=dict)
@@ -38,11 +41,13 @@ class Measures:
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
     base: str | None = None
+    answers: int | None = None
+    journal: Path | None = None
 
 
 def evaluate_files(
     models: Mapping[str, str | Path],
-    masks: Mapping[str, str | Path],
+    masks: Mapping[str, Mask | str | Path],
     data: Mapping[str, Any],
     *,
     reference: str | None = None,
@@ -51,11 +56,11 @@ def evaluate_files(
     limit: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Measure every model, without a mask and under each mask, on every domain.
 
-    models, masks: name -> checkpoint (directory or hub id) or .mask file. With one model the rows of the table are its
+    models, masks: name -> checkpoint (directory or hub id), mask or .mask file. With one model the table's rows are its
     name and the masks' names; with several, `model` and `model+mask`. data: domain -> what `data.load_rows` reads.
     reference: name of the row that differences are taken against, the first model without mask by default.
     limit: first rows of each domain. dtype: "auto" (as stored; see `loading.chosen_dtype`), "float32" or "bfloat16".
@@ -68,7 +73,7 @@ def evaluate_files(
     reference = reference or next(iter(models))
     if reference not in (every := [n for rows in names.values() for n in rows]):
         raise BadInput(f"reference {reference!r} is not one of the rows {every}")
-    opened = {name: Mask.load(path) for name, path in masks.items()}
+    opened = {name: Mask.of(mask) for name, mask in masks.items()}
     require_delta_bases(opened, measures.base)  # what cannot be had is said before a model is loaded
     domains = {name: rows_of.load_rows(source)[:limit] for name, source in data.items()}
     results = []
@@ -116,10 +121,10 @@ def _one_model(
     max_length: int,
     dtype: str,
     device: str | None,
-    progress: Callable[[str], None] | None,
+    progress: Progress | None,
 ) -> GridResult:
     if progress:
-        progress(f"loading {name}")
+        progress(Step(f"loading {name}", 0, 0))
     directory = resolve(path)
     remarks = {row: base_remark(mask, directory) for row, mask in masks.items()}
     model, tokenizer = load_model(directory, dtype=dtype, device=device)
@@ -138,6 +143,7 @@ def _one_model(
         others=others,
         batch_tokens=measures.batch_tokens,
         base=measures.base,
+        journal=measures.journal,
         progress=progress,
     )
     for row, remark in remarks.items():
@@ -175,18 +181,19 @@ def tokenised(
     return {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
 
 
-def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> grids.Scorer | None:
+def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> generation.Marker | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
     if not exact and not run_tests:
         return None
     try:
-        return generation.marker(
-            rows,
+        return generation.Marker(
+            rows[: measures.answers],
             tokenizer,
             exact=exact,
             run_tests=run_tests,
             max_new_tokens=measures.max_new_tokens,
+            batch_tokens=measures.batch_tokens,
             trusted=measures.trusted,
         )
     except BadInput as e:

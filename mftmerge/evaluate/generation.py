@@ -10,13 +10,13 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
-import torch
 
-from mftmerge.data import Row
+from mftmerge.data import Row, Tokens
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import sandbox
+from mftmerge.evaluate import decoding, sandbox
+from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.pairing import Values
-from mftmerge.loss import length_batches
+from mftmerge.loss import evaluating
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
@@ -78,17 +78,21 @@ def _tests(row: Row, where: str) -> str | None:
     return tests or None
 
 
-@torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 256, batch_tokens: int = 8192
-) -> list[str]:
-    """Greedy continuation of each prompt, without the prompt and special tokens; one text a prompt, in order.
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    batch_tokens: int = 8192,
+    drafts: Sequence[Sequence[int]] | None = None,
+    done: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Greedy answers, token ids with the end token, one list a prompt, in order; see `decoding.greedy`.
 
-    Prompts are padded on the left and go in batches of like length of at most `batch_tokens` tokens, new ones counted.
-    Sampling and repetition penalties of the model's own generation settings are switched off.
+    Sampling and repetition penalties of the model's own generation settings do not count.
+    Raises BadInput where an answer might not fit into the model's positions.
     """
-    from transformers import GenerationConfig
-
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if room and longest + max_new_tokens > room:
@@ -97,35 +101,12 @@ def generate(
             "lower --max-new-tokens or drop the longest rows"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    settings = GenerationConfig(
-        **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_ends(model, tokenizer) or None,
-        pad_token_id=pad,
-    )
-    texts = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    try:
-        for batch in length_batches([len(p) + max_new_tokens for p in prompts], batch_tokens):
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), width), pad, dtype=torch.long)
-            attention = torch.zeros_like(ids)
-            for place, i in enumerate(batch):
-                ids[place, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                attention[place, width - len(prompts[i]) :] = 1
-            written = model.generate(
-                ids.to(model.device), attention_mask=attention.to(model.device), generation_config=settings
-            )
-            decoded = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-            for i, text in zip(batch, decoded, strict=True):
-                texts[i] = text
-    finally:
-        model.train(training)
-    return texts
+    limits = decoding.Limits(ends(model, tokenizer), max_new_tokens, pad, batch_tokens)
+    with evaluating(model):
+        return decoding.greedy(model, prompts, limits, drafts=drafts, done=done)
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def ends(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
@@ -174,60 +155,84 @@ def code(answer: str) -> str:
     return block[1] if block else answer
 
 
-def marker(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    *,
-    exact: str | None = None,
-    run_tests: bool = False,
-    max_new_tokens: int = 256,
-    batch_tokens: int = 8192,
-    limits: sandbox.Limits | None = None,
-    trusted: bool = False,
-) -> Callable[[Any], Marks]:
-    """A function of the model that lets it answer every row once and marks the answers.
+class Marker:
+    """Lets a model answer every row once and marks the answers. Call it with the model: it gives `Marks`.
 
     exact: rule for exact match (see `rule`). run_tests: pass@1 over the rows that carry `tests`; this runs code
     that the model wrote; `trusted`: even where nothing holds it (see `sandbox`). Raises BadInput at once where the
     rows' own answers cannot be marked so.
+
+    The answers of one model are the drafts of the next one: masks over one model agree on most rows, and checking an
+    answer takes one pass.
     """
-    asked = questions(rows, tokenizer)
-    extract = rule(exact) if exact else None
-    if extract:
-        for i, question in enumerate(asked, 1):
-            if not extract(question.reference):
-                raise BadInput(f"row {i}: the row's own answer holds nothing for exact match by {exact!r}")
-    tested = [i for i, question in enumerate(asked) if question.tests] if run_tests else []
-    if run_tests and not tested:
-        raise BadInput('no row carries "tests" (a string of Python, or a list of strings) to run')
-    remarks: list[str] = []
-    if tested:
-        sandbox.require(trusted)
-        own = _passes([code(asked[i].reference) for i in tested], asked, tested, limits, trusted)
-        remarks.append(f"own answers of the rows pass {int(own[:, 0].sum())} of {len(own)} tests")
-        remarks.append(f"tests run with {sandbox.describe()}")
 
-    def mark(model: Any) -> Marks:
-        prompts = [question.prompt for question in asked]
-        answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        *,
+        exact: str | None = None,
+        run_tests: bool = False,
+        max_new_tokens: int = 256,
+        batch_tokens: int = 8192,
+        limits: sandbox.Limits | None = None,
+        trusted: bool = False,
+    ) -> None:
+        self.asked = questions(rows, tokenizer)
+        self.tokenizer, self.limits, self.trusted = tokenizer, limits, trusted
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self.extract = rule(exact) if exact else None
+        self.ids: list[list[int]] | None = None  # the answers that were written last
+        self.remarks: list[str] = []
+        if self.extract:
+            for i, question in enumerate(self.asked, 1):
+                if not self.extract(question.reference):
+                    raise BadInput(f"row {i}: the row's own answer holds nothing for exact match by {exact!r}")
+        self.tested = [i for i, question in enumerate(self.asked) if question.tests] if run_tests else []
+        if run_tests and not self.tested:
+            raise BadInput('no row carries "tests" (a string of Python, or a list of strings) to run')
+        if self.tested:
+            sandbox.require(trusted)
+            own = self._passes([code(self.asked[i].reference) for i in self.tested])
+            self.remarks.append(f"own answers of the rows pass {int(own[:, 0].sum())} of {len(own)} tests")
+            self.remarks.append(f"tests run with {sandbox.describe()}")
+
+    def __call__(self, model: Any, journal: Journal | None = None) -> Marks:
+        """journal: answers that are known already, and where new ones go."""
+        answers = self.answers(model, journal)
         metrics: dict[str, Values] = {}
-        if extract:
-            pairs = zip(answers, asked, strict=True)
-            metrics[EXACT] = np.array([[extract(a) == extract(q.reference), 1.0] for a, q in pairs])
-        if tested:
-            metrics[PASS_AT_1] = _passes([code(answers[i]) for i in tested], asked, tested, limits, trusted)
-        return Marks(metrics, answers, remarks)
+        if self.extract:
+            pairs = zip(answers, self.asked, strict=True)
+            metrics[EXACT] = np.array([[self.extract(a) == self.extract(q.reference), 1.0] for a, q in pairs])
+        if self.tested:
+            metrics[PASS_AT_1] = self._passes([code(answers[i]) for i in self.tested])
+        return Marks(metrics, answers, self.remarks)
 
-    return mark
+    def answers(self, model: Any, journal: Journal | None = None) -> list[str]:
+        """What the model answers, as text."""
+        prompts = [question.prompt for question in self.asked]
+        known = dict(journal.answers) if journal else {}
+        open_ = [i for i in range(len(prompts)) if i not in known]
+        found = generate(
+            model,
+            self.tokenizer,
+            [prompts[i] for i in open_],
+            max_new_tokens=self.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            drafts=[self.ids[i] for i in open_] if self.ids else None,
+            done=(lambda i, answer: journal.add(open_[i], answer)) if journal else None,
+        )
+        known |= dict(zip(open_, found, strict=True))
+        self.ids = [known[i] for i in range(len(prompts))]
+        return [str(text) for text in self.tokenizer.batch_decode(self.ids, skip_special_tokens=True)]
 
+    @property
+    def drafts(self) -> list[Tokens]:
+        """The prompts with the answers that were written last, as rows: what the next model will be checked on."""
+        pairs = zip(self.asked, self.ids or [], strict=bool(self.ids))
+        return [{"input_ids": [*q.prompt, *ids], "labels": []} for q, ids in pairs]
 
-def _passes(
-    programs: list[str],
-    asked: Sequence[Question],
-    tested: Sequence[int],
-    limits: sandbox.Limits | None,
-    trusted: bool,
-) -> Values:
-    jobs = [(program, asked[i].tests or "") for program, i in zip(programs, tested, strict=True)]
-    outcomes = sandbox.run_all(jobs, limits, trusted=trusted)
-    return np.array([[float(outcome.passed), 1.0] for outcome in outcomes])
+    def _passes(self, programs: list[str]) -> Values:
+        jobs = [(program, self.asked[i].tests or "") for program, i in zip(programs, self.tested, strict=True)]
+        outcomes = sandbox.run_all(jobs, self.limits, trusted=self.trusted)
+        return np.array([[float(outcome.passed), 1.0] for outcome in outcomes])

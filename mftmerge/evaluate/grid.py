@@ -10,24 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mftmerge.data import Tokens, digest
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.generation import Marker, Marks
+from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.live import attach
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
-
-if TYPE_CHECKING:
-    from mftmerge.evaluate.generation import Marks
-
-# What else is measured of the (masked) model on the rows of one domain, higher is better; see `generation.marker`.
-Scorer = Callable[[Any], "Marks"]
+from mftmerge.progress import Progress, Step
 
 
 def grid(
@@ -37,24 +34,26 @@ def grid(
     *,
     reference: str | None = None,
     name: str = "base",
-    scorers: Mapping[str, Scorer] | None = None,
+    scorers: Mapping[str, Marker] | None = None,
+    journal: Path | None = None,
     others: Mapping[str, Callable[[Any], Any]] | None = None,
     batch_tokens: int = 4096,
     prefix: bool | None = None,
     base: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
 
     model: a loaded transformers model; masks are switched in memory and it is left as it was.
     masks: name -> mask, one row of the table each, after the row `name` of the model itself.
     domains: name -> tokenised rows. reference: the row that differences are taken against, the model itself by default.
-    scorers: domain -> function of the model that gives `generation.Marks`, for what is not a loss.
+    scorers: domain -> what lets the model answer and marks the answers, for what is not a loss. journal: file that
+    keeps the answers while the work goes on, and from which they are taken when it is done again.
     others: name -> function of the model; what it gives for each row is kept in the result's `extra[name][row]`.
     prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`). By default on a CPU:
     rows then go through these layers one at a time, which a GPU does not like.
     base: model whose values dropped weights take, whatever the masks' headers say (see `live.attach`).
-    progress: called with "row, domain" before each measurement.
+    progress: called as rows of data are done, and before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
     """
@@ -73,19 +72,40 @@ def grid(
         versions=versions(),
     )
     once = model.device.type == "cpu" if prefix is None else prefix
-    shared = _shared_layers(model, masks, domains) if once and masks else contextlib.nullcontext()
-    with _switches(model, masks, base) as use, shared:
+    cache = _shared_layers(model, masks, domains) if once and masks else None
+    counted = _counter(f"evaluating {name}", len(result.models) * sum(map(len, domains.values())), progress)
+    with _switches(model, masks, base) as use, cache.use() if cache else contextlib.nullcontext():
         for row in result.models:
             with use(row):
                 for domain, rows in domains.items():
-                    if progress:
-                        progress(f"{row}, {domain}")
-                    result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens)
-                    if scorers and domain in scorers:
-                        _keep_marks(result, row, domain, scorers[domain](model))
+                    told = counted(len(rows), f"{row}, {domain}")
+                    result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens, told=told)
+                    if scorer := (scorers or {}).get(domain):
+                        facts = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
+                        _keep_marks(result, row, domain, scorer(model, Journal(journal, facts) if journal else None))
+                        if cache:
+                            cache.add(scorer.drafts)
                 for what, measure in (others or {}).items():
                     result.extra.setdefault(what, {})[row] = measure(model)
     return result
+
+
+def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int, str], Callable[[int], None]]:
+    """Gives a function: rows of the next measurement, its name -> what is called with those of them that are done."""
+    before = 0
+
+    def begin(rows: int, detail: str) -> Callable[[int], None]:
+        nonlocal before
+        start, before = before, before + rows
+
+        def told(done: int) -> None:
+            if progress:
+                progress(Step(what, start + done, total, "rows", detail=detail))
+
+        told(0)
+        return told
+
+    return begin
 
 
 def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None:
@@ -109,13 +129,11 @@ def _switches(
         switcher.detach()
 
 
-def _shared_layers(
-    model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]
-) -> AbstractContextManager[Any]:
+def _shared_layers(model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]) -> PrefixCache:
     cache = PrefixCache(model, first_masked_layer(model, masks))
     for rows in domains.values():
         cache.add(rows)
-    return cache.use()
+    return cache
 
 
 def first_masked_layer(model: Any, masks: Mapping[str, Mask]) -> int:

@@ -6,12 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mftmerge.errors import BadInput
+from mftmerge import notebook, plots
+from mftmerge.errors import BadInput, shown
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import PairedDifference, Values
 from mftmerge.files import refuse_existing, replacing
@@ -173,6 +175,12 @@ class GridResult:
         lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
         return write_whole("\n".join(lines) + "\n", path, overwrite)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the table, what did not help, and the heat map where there is something to compare."""
+        shown = notebook.table(*self._lines(), notes=[LEGEND, *self.words(), *self.remarks()])
+        comparable = len(self.models) > 1 and find_spec("matplotlib")
+        return shown + (notebook.picture(self.plot()) if comparable else "")
+
     def table(self) -> Table:
         """A rich table for the terminal."""
         return rich_table(*self._lines())
@@ -290,8 +298,6 @@ def _heat_map(result: GridResult, path: str | Path | None = None) -> Figure:
     Colours are scaled within a column, because a loss and a share of right answers have no common unit.
     path: .png, .svg or .pdf to write, whole or not at all.
     """
-    from matplotlib.figure import Figure
-
     rows, columns = list(result.models), result.metrics
     better, texts = np.full((len(rows), len(columns)), np.nan), {}
     for i, row in enumerate(rows):
@@ -302,18 +308,18 @@ def _heat_map(result: GridResult, path: str | Path | None = None) -> Figure:
                 star = "*" if result.verdict(row, domain, metric) in ("gain", "worse") else ""
                 texts[i, j] = _heat_text(result, row, domain, metric, difference, star)
     scale = np.nan_to_num(np.nanmax(np.abs(better), axis=0, initial=0))
-    figure = Figure(figsize=(2.4 + 1.9 * len(columns), 1.4 + 0.55 * len(rows)), layout="constrained")
+    figure = plots.new_figure(2.4 + 1.9 * len(columns), 1.4 + 0.55 * len(rows))
     axes = figure.subplots()
     axes.imshow(better / np.where(scale > 0, scale, 1), cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
-    axes.set_xticks(range(len(columns)), [f"{domain}\n{metric}" for domain, metric in columns])
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), [f"{shown(domain)}\n{shown(metric)}" for domain, metric in columns])
+    axes.set_yticks(range(len(rows)), plots.labels(rows))
     for (i, j), text in texts.items():
         axes.text(j, i, text, ha="center", va="center", fontsize=8)
     axes.set_title(
-        f"Difference from {result.reference}: blue better, red worse\n± one paired SE, * beyond two", fontsize=9
+        f"Difference from {shown(result.reference)}: blue better, red worse\n± one paired SE, * beyond two", fontsize=9
     )
     if path is not None:
-        _save(figure, Path(path))
+        plots.save(figure, path)
     return figure
 
 
@@ -324,11 +330,3 @@ def _heat_text(result: GridResult, row: str, domain: str, metric: str, differenc
     else:
         top, unit, low = f"{value:.1%}", f"{100 * difference.mean:+.1f}", f"{100 * difference.standard_error:.1f}"
     return top if row == result.reference else f"{top}\n{unit} ± {low}{star}"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    except ValueError as e:  # matplotlib's word for a suffix that it cannot write
-        raise BadInput(f"{path}: {str(e).splitlines()[0]}") from None

@@ -97,17 +97,10 @@ class Record:
             yield lambda step: advance(step.done)
 
     @contextmanager
-    def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A progress bar that moves on with every call; gives a function of what is being done."""
+    def measuring(self, what: str, total: int) -> Iterator[Progress]:
+        """A progress bar; gives what a measurement reports to. total: measurements, of which each has its share."""
         with self.bar(what, total) as advance:
-            done = -1
-
-            def count(_: str) -> None:
-                nonlocal done
-                done += 1
-                advance(done)
-
-            yield count
+            yield lambda step: advance(total * step.done // max(1, step.total))
 
 
 def write_text(path: Path, text: str) -> None:

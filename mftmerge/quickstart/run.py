@@ -232,7 +232,7 @@ class _Run:
         names |= {"random": "random mask", "magnitude": "magnitude mask"}
         if not self.record.reuse(self.at.row("masks")):
             masks = {title: Mask.load(self.at.mask(name)) for name, title in names.items()}
-            with self.record.counting("measuring", len(DOMAINS) * (1 + len(masks))) as count:
+            with self.record.measuring("measuring", len(DOMAINS) * (1 + len(masks))) as count:
                 found = grid(self.model, masks, self.test_rows, progress=count)
             found.to_json(self.at.row("masks"))
         if not self.record.reuse(self.at.row("built")):
@@ -245,7 +245,7 @@ class _Run:
         from mftmerge.evaluate.grid import grid
 
         model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32).eval()
-        with self.record.counting("measuring the built checkpoint", len(DOMAINS)) as count:
+        with self.record.measuring("measuring the built checkpoint", len(DOMAINS)) as count:
             found = grid(
                 model, {}, self.test_rows, name="recipe (average)", reference="recipe (average)", progress=count
             )

@@ -69,6 +69,28 @@ def random_checkpoint(
     return path
 
 
+def tiny_checkpoint(
+    path: Path, corpus: Iterable[str] = (), *, hidden: int = 64, layers: int = 4, seed: int = 0
+) -> Path:
+    """Write a Llama of random weights, its tokenizer and chat template to `path` and return the path."""
+    from transformers import LlamaConfig
+
+    tokenizer = tiny_tokenizer(corpus)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return random_checkpoint(path, config, tokenizer, seed=seed)
+
+
 def tiny_base(
     path: Path, rows: list[dict[str, Any]], *, steps: int = 80, seed: int = 0, report: Callable[[int], None]
 ) -> Path:
@@ -77,25 +99,12 @@ def tiny_base(
     rows: as `data.load_rows` gives them. report: called with the number of steps done. Written whole or not at all.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         complete = Path(temporary) / "checkpoint"
-        tokenizer = tiny_tokenizer(row["prompt"] + row["completion"] for row in rows)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=320,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-        random_checkpoint(complete, config, tokenizer, seed=seed)
+        tiny_checkpoint(complete, (row["prompt"] + row["completion"] for row in rows), hidden=128, seed=seed)
         tokenized = tokenize(rows, AutoTokenizer.from_pretrained(complete), 256)
         model = AutoModelForCausalLM.from_pretrained(complete, dtype=torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)

@@ -96,6 +96,13 @@ OURS: dict[str, Method] = {  # implemented in methods.py
         ours=True,
         mask_as_parameter=True,
     ),
+    "select": Method(
+        {"mask": Parameter("str", "non_base", None)},
+        "required",
+        non_base=(1, None),
+        ours=True,
+        mask_as_parameter=True,
+    ),
     "emr": Method(
         {"task": Parameter("bool", "non_base", False)},
         "required",
@@ -162,6 +169,7 @@ ABOUT: dict[str, str] = {
     "masked": "One model with its mask. With a base and `on: delta`, dropped weights return to the base.",
     "consensus": "The sum of weighted task vectors where at least `k` tasks want it (TALL masks, arXiv 2405.07813).",
     "localize_and_stitch": "Each model's changes inside its region, averaged where regions overlap (arXiv 2408.13656).",
+    "select": "Each weight as it is in the first model whose mask keeps it, else in the base: nothing is rounded.",
     "emr": "One unified task vector; with `task`, one model rebuilt from it by a mask and a scale (arXiv 2405.17461).",
 }
 # By parameter, or by "method.parameter" where a method means something of its own.
@@ -195,6 +203,7 @@ MEANING: dict[str, str] = {
     "k": "tasks that must want a weight",
     "localize_and_stitch.density": "share of the model's largest changes in each tensor that is its region",
     "localize_and_stitch.mask": "the model's region; set by `mask:` on the model",
+    "select.mask": "the weights that the model gives; set by `mask:` on the model, none of a tensor it does not cover",
     "task": "rebuild this model; at most one may say true",
 }
 

@@ -232,8 +232,12 @@ def _check_own(document: Document) -> Iterator[tuple[Location, str]]:
         chosen = [w for w, i in document.inputs() if i.parameters and i.parameters.get("task") is True]
         if len(chosen) > 1:
             yield chosen[1], "emr rebuilds one model at a time: set task: true on one of them"
-    if document.merge_method == "localize_and_stitch" and not document.models and list(mask_uses(document)):
-        yield ("merge_method",), "localize_and_stitch takes masks with models: only, not with slices: or modules:"
+    if METHODS[document.merge_method].mask_as_parameter and not document.models and list(mask_uses(document)):
+        yield ("merge_method",), f"{document.merge_method} takes masks with models: only, not with slices: or modules:"
+    if document.merge_method == "select":
+        given = [w for w, i in document.inputs() if i.mask or (i.parameters and "mask" in i.parameters)]
+        if not given and "mask" not in (document.parameters or {}):
+            yield ("merge_method",), "select has nothing to do without mask: on its models"
 
 
 def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:

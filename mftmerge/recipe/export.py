@@ -30,7 +30,7 @@ from mftmerge.recipe.settings import BuildSettings, MergeSettings
 from mftmerge.recipe.translate import Translation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
 
-BAKED = ("localize_and_stitch", "emr")  # methods of ours that no stock method computes
+BAKED = ("localize_and_stitch", "select", "emr")  # methods of ours that no stock method computes
 PUSH_DOWN = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftmerge.checkpoint import Checkpoint, read_config
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_pointer
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
@@ -140,6 +141,8 @@ class FileChecks:
             adapter = model_directory(reference.lora, self.folder, reference.lora_revision)
             if not (adapter / "adapter_config.json").is_file():
                 raise BadInput(f"{reference.lora!r} has no adapter_config.json; it is not a LoRA adapter")
+            for part in adapter.glob("adapter_*"):
+                refuse_pointer(part)
 
     def _open(self, reference: Reference) -> None:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from mftmerge.checkpoint import TensorEntry
 from mftmerge.errors import BadInput
+from mftmerge.recipe import openmasks
 from mftmerge.recipe.catalogue import METHODS, suggestion
 from mftmerge.recipe.check import Checked, check_documents, out_of_range, references
 from mftmerge.recipe.files import FileChecks
 from mftmerge.recipe.lines import Lines, Location, Problem, load_documents, report
 from mftmerge.recipe.locate import MaskBook, model_directory
 from mftmerge.recipe.reference import Reference, Strict
-from mftmerge.recipe.schema import Document
+from mftmerge.recipe.schema import Document, Learn
 from mftmerge.recipe.settings import MergeSettings
 from mftmerge.yamltext import read_text
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: its file, its text, its documents in order, and where each value stands."""
+    """A checked recipe: its file, its text, its documents in order, and where each value stands.
+
+    to_learn: the entries of `models:` whose masks are to be learnt, which the documents are then without.
+    """
 
     path: Path
     text: str
@@ -39,6 +43,7 @@ class Recipe:
     lines: tuple[Lines, ...]
     warnings: tuple[str, ...] = ()
     results: tuple[Result | None, ...] = ()  # what each document will give; without `files` unknown
+    to_learn: tuple[tuple[int, Learn], ...] = ()
 
     def tensors(self, document: Document) -> tuple[TensorEntry, ...]:
         """Names, shapes and types of what a document, or one like it under its name, gives."""
@@ -92,10 +97,13 @@ def check_files(folder: Path, documents: Checked, sound: bool, settings: MergeSe
     return Checks(problems, warnings, tuple(results))
 
 
-def load_recipe(path: str | Path, *, files: bool = True, settings: MergeSettings | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, *, files: bool = True, settings: MergeSettings | None = None, learning: bool = False
+) -> Recipe:
     """Read a recipe and check all of it; nothing but headers is read of the models and masks that it names.
 
-    files: also check that models and masks exist and fit, and plan the merge (False: the text alone).
+    files: also check that models and masks exist and fit, and plan the merge (False: the text alone). learning: it has
+    masks that are to be learnt now, which is otherwise a problem.
     Raises BadInput with every problem found, each with its line.
     """
     path, settings = Path(path), settings or MergeSettings()
@@ -116,6 +124,11 @@ def load_recipe(path: str | Path, *, files: bool = True, settings: MergeSettings
     if not parsed:
         problems.append(Problem(0, "the recipe is empty"))
     problems += check_documents(documents + salvaged)
+    for document, lines in documents:
+        found_open = openmasks.problems(document, documents=len(documents), learning=learning)
+        problems += [Problem(lines.at(where), message) for where, message in found_open]
+    to_learn = openmasks.to_learn(documents[0][0]) if documents else ()
+    documents = [(openmasks.without(d), lines) for d, lines in documents]
     if not files:
         if problems:
             raise report(path, problems)
@@ -124,7 +137,7 @@ def load_recipe(path: str | Path, *, files: bool = True, settings: MergeSettings
     if problems + checks.problems:
         raise report(path, problems + checks.problems)
     parts = tuple(d for d, _ in documents), tuple(lines for _, lines in documents)
-    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), checks.results)
+    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), checks.results, to_learn)
 
 
 def _absent(folder: Path, data: Any, lines: Lines, names: set[Any], where: Location = ()) -> list[Problem]:

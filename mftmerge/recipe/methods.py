@@ -1,4 +1,4 @@
-"""Our merge methods for mergekit: masked, consensus, localize_and_stitch, emr. `register()` makes them known to it.
+"""Our merge methods for mergekit; `register()` makes them known to it.
 
 Each is a function of one tensor's inputs; the names and parameters stand in catalogue.py.
 """
@@ -126,6 +126,18 @@ def localize_and_stitch(group: Any, *, density: Any, mask: Any, **rest: float) -
     return torch.where(holders > 0, stitched, base)
 
 
+def select(group: Any, *, mask: Any) -> Tensor:
+    """The value of the first model whose mask keeps a weight, the base's where none does: bits, not arithmetic."""
+    merged: Tensor = group.base.tensor
+    free = torch.ones(merged.shape, dtype=torch.bool, device=merged.device)
+    for entry in group.non_base:
+        kept = _kept(mask[entry.id], group.metadata.name, entry.tensor)
+        if kept is not None:
+            merged = torch.where(kept & free, entry.tensor, merged)
+            free &= ~kept
+    return merged
+
+
 def emr(group: Any, *, task: Any) -> Tensor:
     """Elect, mask, rescale: one unified task vector, or with `task` on a model that model rebuilt from it.
 
@@ -149,6 +161,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "masked": masked,
     "consensus": consensus,
     "localize_and_stitch": localize_and_stitch,
+    "select": select,
     "emr": emr,
 }
 PAPERS = {

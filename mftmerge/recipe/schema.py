@@ -69,17 +69,41 @@ class MaskExpression(Strict):
         return {name: value for name in named if (value := getattr(self, name)) is not None} | (self.set or {})
 
 
+class Learn(Strict):
+    """What a mask is to be learnt from, by `mftmerge train --recipe`."""
+
+    data: str | tuple[str, ...] = Field(
+        description="Rows of the expert's domain: a file (relative to the recipe), or several."
+    )
+    rows: int | None = Field(default=None, ge=1, description="How many of them, drawn by the seed; default: all.")
+    eval_data: str | None = Field(
+        default=None, description="Rows to validate on; default: a share of the data is held out."
+    )
+
+
 class MaskUse(MaskExpression):
     """A mask applied to a model: on its weights (dropped ones become 0) or its delta (they return to the base)."""
+
+    learn: Learn | None = Field(
+        default=None, description="Instead of a mask: learn it from these rows, with `mftmerge train --recipe`."
+    )
 
     on: Literal["weights", "delta"] = Field(
         default="weights", description="What dropped weights become: 0, or the base's."
     )
     base: Reference | None = Field(default=None, description="on: delta: the model to return to; default base_model.")
 
+    @model_validator(mode="after")
+    def _check(self) -> MaskUse:
+        if self.learn is None:
+            super()._check()
+        elif stray := sorted({"file", "op", "of", "set", "base", *self.options()} & self.model_fields_set):
+            raise ValueError(f"{stray[0]}: has no place beside learn:")
+        return self
+
     def expression(self) -> MaskExpression:
         """The mask alone."""
-        return MaskExpression.model_validate(self.model_dump(exclude={"on", "base"}, exclude_unset=True))
+        return MaskExpression.model_validate(self.model_dump(exclude={"on", "base", "learn"}, exclude_unset=True))
 
 
 def _setting(value: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
+from mftmerge.files import refuse_pointer
 from mftmerge.inspection import Inspection, inspect
 from mftmerge.report.sweeps import SweepHere, read_sweep
 from mftmerge.yamltext import read_document
@@ -135,6 +136,7 @@ def _read_result(path: Path) -> GridResult | None:
     if path.stat().st_size > LARGEST_RESULT:
         return None
     raw = path.read_bytes()
+    refuse_pointer(path, raw)
     if not all(f'"{key}"'.encode() in raw for key in RESULT_KEYS):
         return None
     text = raw.decode("utf-8").strip()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_pointer
 from mftmerge.settings import in_words
 
 
@@ -42,6 +43,7 @@ def read_sweep(path: Path) -> SweepHere | None:
     if path.name != "results.jsonl":
         return None
     raw = path.read_bytes()
+    refuse_pointer(path, raw)
     head, _, rest = raw.partition(b"\n")
     if b'"sweep"' not in head:
         return None

@@ -75,11 +75,12 @@ def row_shares(rows: Tensor) -> Tensor:
     return 1.0 / rows.bincount()[rows]
 
 
-@torch.no_grad()
 def leak(model: PreTrainedModel, packs: Sequence[Pack], fill: int) -> str:
     """Why rows must not be packed for this model: packed, their tokens have other losses than apart. "" where not.
 
-    Tried on the first pack of several rows. State that is carried from row to row, or attention across them, shows.
+    Tried on the first pack of several rows. State that goes from row to row, or attention across them, shows in the
+    gradient: the last row's loss must not depend on the tokens before it, and then that is exactly 0 in any type of
+    numbers. Other positions show in the losses.
     """
     several = next((p for p in packs if len(p["seq_lengths"]) > 1), None)
     if several is None:
@@ -87,21 +88,51 @@ def leak(model: PreTrainedModel, packs: Sequence[Pack], fill: int) -> str:
     training = model.training
     model.eval()
     try:
-        batch = {
-            k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in joined(model, [several], fill).items()
-        }
-        together, _ = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)  # type: ignore[arg-type]
-        apart, at = [], 0
-        for length in several["seq_lengths"]:
-            ids, labels = (several[k][at : at + length] for k in ("input_ids", "labels"))
-            apart.append(token_losses(model, *(torch.tensor([x], device=model.device) for x in (ids, labels)))[0])
-            at += length
+        return _reaches(model, several, fill) or _differs(model, several, fill)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # whatever a model's own code raises for inputs that it does not know
         return (str(e).splitlines() or [type(e).__name__])[0]
     finally:
         model.train(training)
+
+
+def _packed(model: PreTrainedModel, several: Pack, fill: int) -> tuple[Tensor, Tensor]:
+    """The token losses of a pack, and the numbers of their rows."""
+    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in joined(model, [several], fill).items()}
+    numbers = row_numbers(batch)
+    losses, wanted = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)
+    return losses, numbers[wanted]
+
+
+def _reaches(model: PreTrainedModel, several: Pack, fill: int) -> str:
+    """Whether the last row's loss depends on the rows before it, by the gradient of their embeddings."""
+    seen: list[Tensor] = []
+
+    def watch(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            losses, numbers = _packed(model, several, fill)
+            (gradient,) = torch.autograd.grad(losses[numbers == numbers.max()].sum(), seen[:1], allow_unused=True)
+    finally:
+        hook.remove()
+    before = gradient[:, : -several["seq_lengths"][-1]] if gradient is not None else torch.zeros(1)
+    return "the loss of a row depends on the rows before it" if bool(before.abs().max() > 0) else ""
+
+
+@torch.no_grad()
+def _differs(model: PreTrainedModel, several: Pack, fill: int) -> str:
+    """Whether packed rows have other losses than apart, beyond rounding."""
+    together, _ = _packed(model, several, fill)
+    apart, at = [], 0
+    for length in several["seq_lengths"]:
+        ids, labels = (several[k][at : at + length] for k in ("input_ids", "labels"))
+        apart.append(token_losses(model, *(torch.tensor([x], device=model.device) for x in (ids, labels)))[0])
+        at += length
     separate = torch.cat(apart)
     difference = (together - separate).abs()
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)

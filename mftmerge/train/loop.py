@@ -21,9 +21,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from mftmerge.data import IGNORE, Tokens
+from mftmerge.data import IGNORE
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.loss import Losses, mean_loss, token_losses
 from mftmerge.progress import Progress, Step
@@ -118,7 +119,7 @@ class Best:
 
 
 class Loop:
-    """Trains `optimizer` on tokenised rows; `best` validates. Make one for each run.
+    """Trains `optimizer` on tokenised rows (or what `_loader` takes); `best` validates. Make one for each run.
 
     place: directory for checkpoints; None: none are saved. pad: id of the padding token (which no loss sees).
     name: of the work, for progress. logs: where tensorboard's files go.
@@ -127,7 +128,7 @@ class Loop:
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Tokens],
+        rows: Sequence[Any],
         optimizer: Learner,
         best: Best,
         settings: TrainSettings,
@@ -150,7 +151,7 @@ class Loop:
             log_with=None if settings.log_to == "none" else settings.log_to,
             project_dir=logs.parent if logs else None,
         )
-        self.batches = self.accelerator.prepare(loader(model, rows, settings.batch_size, pad))
+        self.batches = self.accelerator.prepare(self._loader(rows, pad))
         # A model whose parameters are sharded already (FSDP2) is not wrapped again.
         wrap = self.accelerator.num_processes > 1 and not self.sharded
         self.call: torch.nn.Module = self.accelerator.prepare(model) if wrap else model
@@ -161,6 +162,9 @@ class Loop:
             self.accelerator.init_trackers(project, config=flat)
         self._random = random_state()
         self._due = False  # the last step's validation is still to come
+
+    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
+        return loader(self.model, rows, self.settings.batch_size, fill)
 
     def run(self, resume: Path | None = None) -> None:
         """Train to the last step, or until validation says that more is no use.
@@ -273,7 +277,7 @@ class Loop:
     def _all_stop(self, stops: Stops) -> bool:
         """Whether any rank was told to stop: all ranks do so after the same step."""
         told = torch.tensor([stops.number is not None], dtype=torch.int64, device=self.accelerator.device)
-        return bool(self.accelerator.gather(told).any()) if self.accelerator.num_processes > 1 else bool(told.any())
+        return bool(self.accelerator.gather(told).any())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import patch_environment
@@ -22,7 +22,7 @@ from mftmerge import data as rows_of
 from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.data import Tokens
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, worded
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import replacing
 from mftmerge.loss import Losses, mean_loss, row_losses
@@ -32,13 +32,16 @@ from mftmerge.matching import over_delta
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress
-from mftmerge.train import inputs, scores, sharding, targets
+from mftmerge.train import inputs, results, scores, sharding, targets
 from mftmerge.train.control import run_controls
 from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.place import Place
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.stops import Interrupted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 Note = Callable[[str], None]
@@ -63,6 +66,14 @@ class TrainResult:
     stopped_early: bool = False
     seconds: float = 0.0
     settings: TrainSettings = field(default_factory=TrainSettings)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: losses against the base, and the course of the run."""
+        return results.html(self.comparison, self.history, self.mask, self.best_step, self.gained)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: loss and validation loss by step."""
+        return results.curve(self.history, self.comparison, self.best_step)
 
 
 def train_mask(
@@ -97,7 +108,11 @@ def train_mask(
     chosen = TrainSettings.make({**given, **overrides})
     inputs.require_logger(chosen.log_to)
     place = Place(out, overwrite, resume, (model, data, eval_data, chosen.base, chosen.start))
-    say = note or log.info
+    hear = note or log.info
+
+    def say(line: str) -> None:
+        hear(worded(line))
+
     shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
         chosen = inputs.with_dtype(chosen, model, shard=shard)

@@ -18,7 +18,8 @@ from mftmerge.errors import BadInput
 from mftmerge.naming import decoder_layers
 from mftmerge.train.sharding import Shard
 
-_ROUTERS = {"gate", "wg", "shared_expert_gate", "altup", "indexer"}  # besides names with "router" in them
+_ROUTERS = {"gate", "wg", "shared_expert_gate", "altup", "indexer"}
+_MIXERS = ("router", "hyper_connection")  # parts of such names
 _DOWN = ("down", "output", "w2")  # names of matrices that lead back to the hidden states
 
 
@@ -94,7 +95,7 @@ def _candidates(stack: nn.ModuleList, prefix: str) -> Iterator[Target]:
     for number, layer in enumerate(stack):
         for path, module in layer.named_modules():
             parts = path.split(".")
-            if _ROUTERS & set(parts) or any("router" in part for part in parts):
+            if _ROUTERS & set(parts) or any(word in part for part in parts for word in _MIXERS):
                 continue
             kind = type(module).__name__
             linear = isinstance(module, nn.Linear | Conv1D) or kind.endswith("Linear")

@@ -1,0 +1,1 @@
+"""Merges that are learnt: which weights take which expert's change, from a few rows of each domain."""

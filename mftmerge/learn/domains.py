@@ -1,0 +1,197 @@
+"""The rows of each expert's domain, and what they ask of the merge: the expert's own distribution, or the answers.
+
+Agreement with an expert is the Kullback-Leibler divergence of the merge's next-token distribution from the expert's, at
+the labelled tokens. Of the expert's distribution the most likely tokens are told apart, the rest counts as one event: a
+lower bound of the whole divergence, and with the vocabulary's size the whole of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mftmerge import data as rows_of
+from mftmerge.data import Tokens
+from mftmerge.errors import BadInput
+from mftmerge.learn.settings import LearnSettings
+from mftmerge.loss import PIECE, Losses, evaluating, labelled_logits, length_batches, padded
+from mftmerge.recipe.locate import local
+from mftmerge.recipe.schema import Learn
+from mftmerge.train.inputs import is_tokenised
+
+SMALLEST = 2 * torch.finfo(torch.float32).eps  # of what is left of a distribution: its logarithm must be finite
+BATCH_TOKENS = 4096  # padded tokens of a forward pass without gradients
+
+
+@dataclass
+class Told:
+    """What an expert says at the labelled tokens of one row: log-probabilities (tokens, top) of its most likely tokens
+    (tokens, top), float32 and int32."""
+
+    likely: Tensor
+    logs: Tensor
+
+
+@dataclass
+class Domain:
+    """An expert's rows. name: the expert's, for messages. told, told_valid: by row; empty where answers are learnt.
+
+    measured: what `measure` says of the validation rows, under "base" and "expert" before anything is merged. scale:
+    what the domain's loss is divided by, so that the base has about 1 more than the expert.
+    """
+
+    name: str
+    train: list[Tokens]
+    valid: list[Tokens]
+    told: list[Told] = field(default_factory=list)
+    told_valid: list[Told] = field(default_factory=list)
+    measured: dict[str, Losses] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+def read_domain(
+    name: str, learn: Learn, given: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings
+) -> Domain:
+    """The rows for one expert, tokenised, and those held out of them.
+
+    given: rows in the place of those that the recipe names (anything that `load_rows` takes, or tokenised).
+    Raises BadInput where there are too few, or fewer than were asked for.
+    """
+    source = given if given is not None else _located(learn.data, folder)
+    rows = _tokens(source, tokenizer, settings)
+    if learn.rows is not None:
+        if len(rows) < learn.rows:
+            raise BadInput(f"{name}: rows: {learn.rows} are asked for, its data has {len(rows)}")
+        rows = [rows[i] for i in sorted(_drawn(len(rows), learn.rows, settings.seed))]
+    if len(rows) < 2:
+        raise BadInput(f"{name}: one row is too few to learn a mask from; give at least two")
+    if learn.eval_data is not None:
+        valid = _tokens(_located(learn.eval_data, folder), tokenizer, settings)[: settings.eval_rows]
+        return Domain(name, rows, valid)
+    # Two rows say little, but more than none; of very few rows none can be spared.
+    held = 0 if not settings.eval_share or len(rows) < 6 else max(2, int(len(rows) * settings.eval_share))
+    out = set(_drawn(len(rows), min(held, settings.eval_rows), settings.seed))
+    return Domain(name, [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)])
+
+
+def _drawn(size: int, count: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(size), size)[:count]
+
+
+def _located(data: str | tuple[str, ...], folder: Path) -> list[str]:
+    """Paths of row files, which stand beside the recipe or in the current directory; other names as they are."""
+    found = []
+    for text in [data] if isinstance(data, str) else data:
+        plain, sign, part = text.partition("[") if text.endswith("]") else (text, "", "")
+        path = local(plain, folder)
+        found.append(f"{path}{sign}{part}" if path else text)
+    return found
+
+
+def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings) -> list[Tokens]:
+    if is_tokenised(source):
+        return list(source)
+    return rows_of.tokenize(rows_of.load_rows(source, skip_bad=settings.skip_bad_rows), tokenizer, settings.max_length)
+
+
+# -- what an expert says ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def listen(model: PreTrainedModel, rows: Sequence[Tokens], top: int) -> list[Told]:
+    """What the model, which holds an expert's weights, says of each row.
+
+    One row at a time, so that it is the same whatever other rows there are.
+    """
+    found = []
+    with evaluating(model):
+        for row in rows:
+            ids, labels, attention = padded([row], model.device)
+            logits, _, _ = labelled_logits(model, ids, labels, attention_mask=attention)
+            logs = torch.log_softmax(logits.float(), -1)
+            best = logs.topk(min(top, logs.shape[-1]), dim=-1)
+            found.append(Told(best.indices.int().cpu(), best.values.cpu()))
+    return found
+
+
+def disagreement(logits: Tensor, likely: Tensor, logs: Tensor) -> Tensor:
+    """Divergence from what an expert told, at each position, nats: float32 (positions,).
+
+    logits: (positions, vocabulary); likely, logs: (positions, top), as in `Told`.
+    """
+    found = []
+    for z, index, expert in zip(logits.split(PIECE), likely.split(PIECE), logs.split(PIECE), strict=True):
+        z = z.float()
+        own = z.gather(1, index.long()) - z.logsumexp(1, keepdim=True)  # (positions, top) log-probabilities
+        share = expert.exp()
+        total = (share * (expert - own)).sum(1)
+        if index.shape[1] < z.shape[1]:
+            rest, left = (1 - share.sum(1)).clamp(min=0), (1 - own.exp().sum(1)).clamp(min=SMALLEST)
+            total = total + rest * (rest.clamp(min=SMALLEST).log() - left.log())
+        found.append(total)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, rows: Sequence[Tokens], told: Sequence[Told]) -> Losses:
+    """Of each row float64 (rows, 3): its divergence from what was told (0 where nothing was), the loss of its labelled
+    tokens, both sums in nats, and the number of these tokens."""
+    out = np.zeros((len(rows), 3))
+    lengths = [len(r["input_ids"]) for r in rows]
+    with evaluating(model):
+        for batch in length_batches(lengths, BATCH_TOKENS):
+            ids, labels, attention = padded([rows[i] for i in batch], model.device)
+            logits, targets, wanted = labelled_logits(model, ids, labels, attention_mask=attention)
+            pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
+            columns = [torch.cat([cross_entropy(z.float(), t, reduction="none") for z, t in pieces])]
+            columns.insert(0, disagreement(logits, *stacked(told, batch, model.device)) if told else 0 * columns[0])
+            place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
+            for i, column in enumerate(columns):
+                out[:, i] += np.bincount(place, column.double().cpu().numpy(), len(rows))
+            out[:, 2] += np.bincount(place, minlength=len(rows))
+    return out
+
+
+def stacked(told: Sequence[Told], batch: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """What was told of some rows, one after another: (tokens, top) tokens and log-probabilities."""
+    return torch.cat([told[i].likely for i in batch]).to(device), torch.cat([told[i].logs for i in batch]).to(device)
+
+
+# -- in a batch -------------------------------------------------------------------------------------------------------
+
+
+class Rounds(Sequence[tuple[int, ...]]):
+    """What a step takes: one row of each domain. As many as the largest domain has; smaller ones begin again."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self.sizes = [len(d.train) for d in domains]
+
+    def __len__(self) -> int:
+        return max(self.sizes)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number >= len(self):
+            raise IndexError(number)
+        return tuple(number % size for size in self.sizes)
+
+
+def batch_of(domains: Sequence[Domain], rounds: Sequence[tuple[int, ...]], fill: int) -> list[dict[str, Tensor]]:
+    """For each domain, its rows of these rounds: input_ids and labels (rows, length), and likely and logs if told."""
+    found = []
+    for number, domain in enumerate(domains):
+        chosen = [r[number] for r in rounds]
+        ids, labels, _ = padded([domain.train[i] for i in chosen], fill=fill)
+        batch = {"input_ids": ids, "labels": labels}
+        if domain.told:
+            batch["likely"], batch["logs"] = stacked(domain.told, chosen)
+        found.append(batch)
+    return found

@@ -1,0 +1,69 @@
+"""The models of a merge that is learnt: one live model, and the tensors in which experts differ from the base."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import torch
+from transformers import PreTrainedModel
+
+from mftmerge.errors import BadInput
+from mftmerge.learn.merging import Merging, Part
+from mftmerge.learn.parameters import Holders
+from mftmerge.learn.settings import LearnSettings
+from mftmerge.loading import chosen_dtype, load_causal_lm
+from mftmerge.recipe.load import Recipe
+
+FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes stay far below, other models are at 1.4
+
+
+def load(merging: Merging, settings: LearnSettings, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
+    """The live model, which holds what the merge gives where no expert differs, and the parts where one does.
+
+    Raises BadInput for an expert that is the base itself, or that is no fine-tune of it.
+    """
+    dtypes = {e.element.name for e in recipe.tensors(merging.document) if e.element.floating}
+    widest = max((getattr(torch, d) for d in dtypes if d), key=lambda d: d.itemsize, default=torch.float32)
+    path = merging.directory(merging.base)
+    asked = chosen_dtype(path, settings.dtype)
+    wanted = widest if asked == "auto" else getattr(torch, asked)
+    if wanted.itemsize < widest.itemsize:
+        raise BadInput(
+            f"--dtype {settings.dtype}: the recipe's result is wider ({str(widest).removeprefix('torch.')}), so that "
+            f"another model would be validated than is built; give the recipe out_dtype: {settings.dtype}"
+        )
+    model = load_causal_lm(path, dtype=wanted, trust_remote_code=settings.trust_remote_code or None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # type: ignore[arg-type]
+    with merging.reading():
+        holders = Holders(model, [save.tensor_name for save in merging.plan()])
+        parts = _parts(merging, holders, device)
+    return model, parts, holders
+
+
+def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str, Part]:
+    learnt: dict[str, Part] = {}
+    waiting: dict[str, dict[str, Part]] = defaultdict(dict)  # by parameter, until all that it holds is read
+    distances = torch.zeros(len(merging.experts) + 1, dtype=torch.float64)  # squares: of task vectors, and the base
+    for part in merging.parts():
+        holder = holders.holder(part.name)
+        if part.base.is_floating_point():
+            distances[-1] += part.base.double().square().sum()
+            for k in range(len(merging.experts)):
+                distances[k] += part.change(k).double().square().sum()
+        waiting[holder][part.name] = part
+        if len(waiting[holder]) < len(holders.of[holder]):
+            continue
+        group = waiting.pop(holder)
+        if any(p.changed() for p in group.values()):
+            learnt |= {name: p.to(device) for name, p in group.items()}
+        else:
+            merged = holders.join(holder, {name: p.merged(None) for name, p in group.items()})
+            holders.parameters[holder].data.copy_(merged)
+    for name, distance in zip(merging.names, distances[:-1].tolist(), strict=True):
+        if distance == 0:
+            raise BadInput(f"{name}: is equal to the base, so there is nothing to learn of it; leave it out")
+        if distance > FAR**2 * float(distances[-1]):
+            raise BadInput(f"{name}: is no fine-tune of this base (it is further from it than the base is from 0)")
+    return learnt

@@ -1,0 +1,189 @@
+"""The merge that a recipe says, one tensor at a time, under masks that change: what `build` would write, bit for bit.
+
+mergekit plans the merge, as for a build, and the same tasks do the arithmetic on the same pieces of a tensor. A mask is
+open over the difference between its expert and the base: a dropped weight takes the base's value before the merge.
+
+Which experts keep a weight is a whole number, its *code*: bit k is 1 where the mask of open expert k keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.io.tasks import GatherTensors, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from torch import Tensor
+
+from mftmerge.errors import BadInput
+from mftmerge.recipe.inputs import MaskedInputs
+from mftmerge.recipe.load import Recipe
+from mftmerge.recipe.merge import PIECE
+from mftmerge.recipe.methods import register
+from mftmerge.recipe.reading import quiet, reading
+from mftmerge.recipe.resultconfig import result_config
+from mftmerge.recipe.settings import MergeSettings
+
+MOST_EXPERTS = 31  # bits of a code
+
+
+@dataclass
+class Part:
+    """One tensor of the result and what goes into it.
+
+    values: the inputs' tensors as they are stored; math: in which dtype each takes part; dtype: of the result.
+    experts: the inputs whose masks are open, in the recipe's order. selecting: each weight is one parent's.
+    """
+
+    name: str
+    task: ExecuteMergeMethodTask
+    values: dict[ModelReference, Tensor]
+    math: dict[ModelReference, torch.dtype | None]
+    dtype: torch.dtype | None
+    experts: tuple[ModelReference, ...]
+    selecting: bool
+
+    @property
+    def base(self) -> Tensor:
+        assert self.task.base_model is not None
+        return self.values[self.task.base_model]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    def expert(self, number: int) -> Tensor:
+        """The tensor of an open expert, as it is stored."""
+        return self.values[self.experts[number]]
+
+    def changed(self) -> bool:
+        """Whether any open expert's tensor differs from the base's."""
+        return any(not torch.equal(self.values[e], self.base) for e in self.experts)
+
+    def change(self, number: int) -> Tensor:
+        """An open expert's task vector, float32."""
+        return self.expert(number).float() - self.base.float()
+
+    def factors(self) -> tuple[float, ...]:
+        """What one unit of each open expert adds to the result: its weight, as the method has it."""
+        if self.selecting:
+            return (1.0,) * len(self.experts)
+        found = []
+        for expert in self.experts:
+            unit = {m: torch.full((1,), float(m == expert)) for m in self.values}
+            found.append(float(self._merged(unit)))
+        return tuple(found)
+
+    @torch.no_grad()
+    def merged(self, codes: Tensor | None) -> Tensor:
+        """The result's tensor under a code for each weight (None: every expert whole), in the result's dtype."""
+        flat = {m: t.reshape(-1) for m, t in self.values.items()}
+        base, pattern = self.base.reshape(-1), None if codes is None else codes.reshape(-1)
+        out: Tensor | None = None
+        for start in range(0, max(1, base.numel()), PIECE):
+            piece = slice(start, start + PIECE)
+            kept = None if pattern is None else pattern[piece]
+            tensors = {m: t[piece] for m, t in flat.items()}
+            if kept is not None:
+                for number, expert in enumerate(self.experts):
+                    tensors[expert] = torch.where(kept.bitwise_and(1 << number) != 0, tensors[expert], base[piece])
+            merged = self._selected(tensors, kept) if self.selecting else self._merged(tensors)
+            if out is None:
+                out = torch.empty(base.numel(), dtype=self.dtype or merged.dtype, device=base.device)
+            out[piece] = merged
+        assert out is not None
+        return out.view(self.shape)
+
+    def _merged(self, tensors: dict[ModelReference, Tensor]) -> Tensor:
+        result = self.task.execute(tensors={m: t.to(self.math[m] or t.dtype) for m, t in tensors.items()})
+        assert result is not None  # of what every input has
+        return result
+
+    def _selected(self, tensors: dict[ModelReference, Tensor], kept: Tensor | None) -> Tensor:
+        assert self.task.base_model is not None
+        base = tensors[self.task.base_model]
+        merged = base.to(self.math[self.task.base_model] or base.dtype)
+        for number, expert in reversed(list(enumerate(self.experts))):  # the first one that keeps a weight wins
+            own = tensors[expert].to(self.math[expert] or base.dtype)
+            merged = own if kept is None else torch.where(kept.bitwise_and(1 << number) != 0, own, merged)
+        return merged
+
+    def to(self, device: torch.device) -> Part:
+        """The part with its tensors on a device; `values` is changed in place."""
+        self.values = {m: t.to(device) for m, t in self.values.items()}
+        return self
+
+
+class Merging:
+    """A recipe whose open masks are to be learnt, as mergekit plans it. Use `parts` inside `reading()`.
+
+    work: a scratch directory for adapters and links. experts: numbers in `models:` of the inputs with open masks.
+    """
+
+    def __init__(self, recipe: Recipe, work: Path, settings: MergeSettings) -> None:
+        register()
+        self.recipe, self.document = recipe, recipe.documents[0]
+        self.inputs = MaskedInputs(self.document, recipe.folder, {}, work)
+        self.options = MergeOptions(
+            **settings.of_mergekit(), lora_merge_cache=str(self.inputs.lora_cache), quiet=True, write_model_card=False
+        )
+        assert self.document.base_model
+        assert self.document.models
+        with quiet():
+            self.configuration = self.inputs.configuration()
+        self.base = ModelReference.model_validate(self.inputs.input(self.document.base_model))
+        chosen = [self.document.models[i] for i, _ in recipe.to_learn]
+        self.experts = tuple(ModelReference.model_validate(self.inputs.input(m)) for m in chosen)
+        self.names = tuple(str(m.model) for m in chosen)
+        if self.base in self.experts:
+            raise BadInput(f"{recipe.path}: a mask is to be learnt over the base itself; take it from that entry")
+        if len(self.experts) > MOST_EXPERTS:
+            raise BadInput(f"{recipe.path}: masks of at most {MOST_EXPERTS} experts can be learnt together")
+
+    def directory(self, model: ModelReference) -> Path:
+        """Where a model's files are, an adapter merged into it."""
+        return Path(model.merged(cache_dir=str(self.inputs.lora_cache)).model.path)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, this thread reads the inputs, closed masks applied."""
+        with quiet(), reading(self.options, self.inputs.loaders()):
+            yield
+
+    def plan(self) -> list[SaveTensor]:
+        """The tensors of the result, as mergekit plans them; not all optional ones need be there."""
+        architecture = get_architecture_info(self.configuration, self.options)
+        config = result_config(self.configuration, architecture, self.options.trust_remote_code)
+        planner = MergePlanner(self.configuration, architecture, options=self.options, out_model_config=config)
+        return [t for t in planner.plan_to_disk(out_path="") if isinstance(t, SaveTensor)]
+
+    def parts(self) -> Iterator[Part]:
+        """Every tensor of the result, with the inputs' tensors read: hold on to those that are needed."""
+        for save in self.plan():
+            if (part := self._part(save)) is not None:
+                yield part
+
+    def _part(self, save: SaveTensor) -> Part | None:
+        task = save.tensor_task
+        assert isinstance(task, ExecuteMergeMethodTask)
+        assert isinstance(task.gather_tensors, GatherTensors)
+        gather = task.gather_tensors
+        loads: dict[str, Any] = gather.arguments()
+        stored = {name: load.model_copy(update={"dtype": None}).execute() for name, load in loads.items()}
+        values = gather.execute(**stored)
+        if not values:
+            return None
+        math = {m: dtype_from_name(loads[f"{m}:{w.name}"].dtype) for m, w in gather.weight_info.items()}
+        selecting = self.document.merge_method == "select"
+        for model in (self.base, *self.experts):
+            if model not in values:
+                raise BadInput(f"{model}: has no tensor {save.tensor_name}, which others of the merge have")
+        return Part(save.tensor_name, task, values, math, dtype_from_name(save.dtype), self.experts, selecting)

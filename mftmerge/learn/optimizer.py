@@ -1,0 +1,243 @@
+"""The method: masks over experts, learnt through the weights of one live model that holds their merge.
+
+    W = base + sum_k w_k M_k (expert_k - base),     M_k = 1 where the score S_k is above 0
+    dL/dS_k = dL/dW * w_k * (expert_k - base)       (straight through the cut)
+
+S_k starts as the rank of |expert_k - base| in its matrix, minus the rank at which the start cuts. Adam divides a
+gradient by its own running size, so that the constant factor w_k (expert_k - base) leaves nothing of itself in a step
+but its sign. So one tensor serves all experts: U, the way of the weight itself under Adam, starting from 0, and
+
+    S_k = start_k + sign(w_k (expert_k - base)) * U
+
+An expert's change is kept when the loss wants the weight to move its way, and its size counts through its rank. The
+state is 12 bytes a weight and one rank an expert, instead of 12 bytes an expert. Like `MaskOptimizer`, this patches
+nothing: the model's parameters hold W, and `step()` turns their gradients into new masks and refreshes them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mftmerge import cut
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.learn.merging import Part
+from mftmerge.learn.parameters import Holders
+from mftmerge.train import adam, selection
+from mftmerge.train.parallel import each
+from mftmerge.train.targets import Target
+
+EPSILON = 1e-12  # of Adam; gradients of single weights are small, and only their direction is to count
+
+
+def ranks(change: Tensor) -> Tensor:
+    """Rank of each weight by |change| among those that changed, above 0 to 1; -inf where nothing changed. float32.
+
+    Of equal changes the one with the lower index ranks lower.
+    """
+    size = change.abs().reshape(-1)
+    order = torch.argsort(size, stable=True)
+    zeros = int((size == 0).sum())
+    found = torch.empty_like(size)
+    count = size.numel() - zeros
+    found[order[zeros:]] = torch.arange(1, count + 1, dtype=torch.float32, device=size.device) / max(1, count)
+    found[order[:zeros]] = -torch.inf
+    return found.view(change.shape)
+
+
+class MergeOptimizer(torch.optim.Optimizer):
+    """Learns which weights take which expert's change. From construction on, the parameters hold the merge.
+
+    parts: the tensors that change, by name, on the device of the parameters. start: share of each expert's changes
+    that is kept at first. density: share of each tensor that each mask keeps, exactly (None: what scores above 0).
+    starts: initial scores by tensor and expert, instead of ranks. Where the parts select, a weight is that of the
+    expert with the highest score above 0, else the base's.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        holders: Holders,
+        *,
+        lr: float,
+        start: float = 0.5,
+        density: float | None = None,
+        clip: float | None = None,
+        adam_bits: int = 32,
+        starts: Mapping[str, list[Tensor]] | None = None,
+    ) -> None:
+        self.parts, self.holders = dict(parts), holders
+        self.targets = holders.targets(parts)
+        self.density, self.clip, self.adam_bits = None if density is None else cut.exact(str(density)), clip, adam_bits
+        self.flipped = 0  # weights whose value the last step changed
+        self.gradient_norm = 0.0  # of all weights together at the last step, before clipping
+        self.steps = 0
+        self.kept: dict[str, list[int]] = {}  # weights that each mask keeps, by tensor
+        self.starts: dict[str, list[Tensor]] = {}
+        self.way: dict[str, dict[str, Tensor]] = {}  # by tensor: "score" (U) and Adam's moments
+        self._sides = {name: [1 if f > 0 else -1 for f in part.factors()] for name, part in parts.items()}
+        super().__init__([t.parameter for t in self.targets], {"lr": lr, "betas": (0.9, 0.999), "eps": EPSILON})
+        for name, part in self.parts.items():
+            zero = torch.zeros(part.shape, device=part.base.device)
+            self.way[name] = {"score": zero, **adam.start(zero, adam_bits)}
+        # A target holds tensors that are all in `parts`: whatever else it holds stays as the parts say.
+        self._by_target = [(t, [n for n in holders.of[t.name] if n in self.parts]) for t in self.targets]
+        lacking = [n for t, names in self._by_target for n in holders.of[t.name] if n not in self.parts]
+        if lacking:
+            raise BadInput(f"{lacking[0]}: is fused with tensors that are learnt and must be given too")
+        given = starts or {}
+        named = list(self.parts.items())
+        made = each(lambda item: given.get(item[0]) or self._ranks(item[1], start), named, self._device)
+        self.starts = dict(zip(self.parts, made, strict=True))
+        self.refresh()
+
+    @staticmethod
+    def _ranks(part: Part, start: float) -> list[Tensor]:
+        return [ranks(part.change(k)) - (1 - start) for k in range(len(part.experts))]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.targets[0].parameter.device
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the scores; the parameters hold the new merge.
+
+        Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients: dict[str, Tensor] = {}
+        for t, names in self._by_target:
+            if t.parameter.grad is not None and names:
+                gradients |= self.holders.split(t.name, t.parameter.grad)
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients.values()]
+        total = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        if not torch.isfinite(total):
+            raise MftmergeError(f"step {self.steps + 1}: the gradient is not finite; use float32")
+        self.gradient_norm = float(total)
+        divisor = (total / self.clip).clamp(min=1.0) if self.clip else None
+        group = self.param_groups[0]
+
+        def update(name: str) -> None:
+            adam.step(name, self.way[name], gradients[name], divisor, group)
+
+        each(update, list(gradients), self._device)
+        self.steps += 1
+        self.refresh()
+        return loss
+
+    # -- masks --------------------------------------------------------------------------------------------------------
+
+    def scores_of(self, name: str, expert: int) -> Tensor:
+        """An expert's scores in one tensor, float32; -inf where it changed nothing."""
+        part, way = self.parts[name], self.way[name]["score"] * self._sides[name][expert]
+        return self.starts[name][expert] + torch.where(part.expert(expert) < part.base, -way, way)
+
+    def codes(self, name: str, *, first: bool = False) -> Tensor:
+        """Which experts keep each weight of a tensor: bit k for expert k. Now, or before the first step."""
+        part = self.parts[name]
+        count = len(part.experts)
+        found = torch.zeros(part.shape, dtype=torch.uint8 if count <= 8 else torch.int32, device=part.base.device)
+        best = torch.zeros(part.shape, device=part.base.device)
+        for k in range(count):
+            scores = self.starts[name][k] if first else self.scores_of(name, k)
+            if self.density is not None:
+                kept = selection.keep_top(scores, cut.drop_count(scores.numel(), self.density))
+                kept &= scores > -torch.inf
+            else:
+                kept = scores > 0
+            if part.selecting:
+                kept &= scores > best
+                found.masked_fill_(kept, 0)
+                best = torch.where(kept, scores, best)
+            found |= kept.to(found.dtype) << k
+        return found
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the merge under the current scores into the parameters."""
+
+        def write(pair: tuple[Target, list[str]]) -> int:
+            return self._write({n: self.codes(n) for n in pair[1]}, pair[0])
+
+        self.flipped = sum(each(write, self._by_target, self._device))
+        torch.clear_autocast_cache()
+
+    def _write(self, codes: Mapping[str, Tensor], target: Target) -> int:
+        """Write the merge under these codes into a parameter; gives how many weights changed."""
+        for name, code in codes.items():
+            self.kept[name] = [int(torch.count_nonzero(code & (1 << k))) for k in range(len(self.parts[name].experts))]
+        merged = self.holders.join(target.name, {n: self.parts[n].merged(code) for n, code in codes.items()})
+        new = merged.to(target.parameter.dtype)
+        changed = int(torch.count_nonzero(new != target.parameter))
+        target.parameter.data.copy_(new)
+        return changed
+
+    @property
+    def current_keep(self) -> float:
+        """The share of the experts' weights that the masks keep now."""
+        total = sum(p.base.numel() * len(p.experts) for p in self.parts.values())
+        return sum(sum(k) for k in self.kept.values()) / total
+
+    def mask(self, *, first: bool = False) -> dict[str, Tensor]:
+        """The codes on the CPU by tensor name, of now or before the first step."""
+        return {name: self.codes(name, first=first).cpu() for name in self.parts}
+
+    def scores(self) -> dict[str, Tensor]:
+        """float32 scores on the CPU by tensor name, shape (experts, ...)."""
+        return {
+            n: torch.stack([self.scores_of(n, k).cpu() for k in range(len(p.experts))]) for n, p in self.parts.items()
+        }
+
+    @torch.no_grad()
+    def put(self, codes: Mapping[str, Tensor]) -> None:
+        """Write the merge under codes as from `mask()` into the parameters."""
+        for t, names in self._by_target:
+            self._write({n: codes[n].to(self._device) for n in names}, t)
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def masked_by(self, kept: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other codes (as from `mask()`) inside the block, the current ones after it."""
+        self.put(kept)
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    @torch.no_grad()
+    def put_expert(self, number: int | None) -> None:
+        """Write an expert whole into the parameters, unmerged; None: the base."""
+        for t, names in self._by_target:
+            own = {n: self.parts[n].base if number is None else self.parts[n].expert(number) for n in names}
+            t.parameter.data.copy_(self.holders.join(t.name, own))
+        torch.clear_autocast_cache()
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The way of each weight, moments and counters; the models' weights are their files' and not stored again."""
+        return {"way": self.way, "steps": self.steps, "lr": self.param_groups[0]["lr"]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit."""
+        if set(state_dict["way"]) != set(self.way):
+            raise BadInput("the saved state covers other tensors; resume with the same models")
+        for name, saved in state_dict["way"].items():
+            for key, value in saved.items():
+                mine = self.way[name].get(key)
+                if mine is None or mine.dtype != value.dtype:
+                    raise BadInput(f"the saved state is not one of --adam-bits {self.adam_bits}")
+                mine.copy_(value)
+        self.steps, self.param_groups[0]["lr"] = int(state_dict["steps"]), state_dict["lr"]
+        self.refresh()

@@ -1,0 +1,88 @@
+"""All settings of a merge that is learnt; those that mean the same as in training are declared there."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mftmerge.settings import Settings
+from mftmerge.train.settings import TrainSettings
+
+# Steps by the rows that the smallest domain trains on. With 10 and 30 rows 20 steps had done what 60 did; 100 rows gave
+# one point more by step 60.
+FEWEST, MOST, PER_ROW = 20, 60, 0.6
+TRAVEL = 1.0  # how far a score can move in the run; scores are ranks, from 0 to 1
+
+
+def _trained(name: str) -> Any:
+    """A setting that means what it does in training: its default, bounds and description are declared there."""
+    return copy.copy(TrainSettings.model_fields[name])
+
+
+class LearnSettings(Settings):
+    """Settings of `learn_merge`."""
+
+    # What is learnt
+    teacher: Literal["expert", "answers"] = Field(
+        "expert", description="what a domain's rows ask for: the expert's own next-token distribution, or the answers"
+    )
+    start_density: float = Field(
+        0.5, ge=0, le=1, description="share of each expert's changes in a tensor that is kept at first, the largest"
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of each tensor that each mask keeps, exactly; free by default"
+    )
+    scores: bool = Field(False, description="store final and initial scores in the masks")
+
+    # The steps
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; by default 0.6 for each row of the smallest domain, 20 to 60"
+    )
+    batch_size: int = Field(3, ge=1, description="rows of each domain in a step")
+    lr: float | None = Field(
+        None, gt=0, description="learning rate of the scores, which are ranks; by default 2 / steps"
+    )
+    clip: float | None = Field(None, gt=0, description="largest norm of the weights' gradients; none by default")
+    seed: int = Field(42, ge=0, description="seed of which rows are taken, of those held out, and of their order")
+
+    # The data
+    max_length: int = _trained("max_length")
+    skip_bad_rows: bool = _trained("skip_bad_rows")
+    teacher_top: int = Field(
+        256, ge=1, description="tokens of the expert's distribution that are told apart; the others count as one"
+    )
+
+    # Validation
+    eval_share: float = Field(0.1, ge=0, lt=1, description="share of each domain's rows that is held out, at least two")
+    eval_rows: int = Field(32, ge=1, description="validation rows of each domain at most")
+    eval_every: int | None = _trained("eval_every")
+    patience: int | None = _trained("patience")
+
+    # The machine
+    dtype: Literal["auto", "float32", "bfloat16"] = _trained("dtype")
+    adam_bits: Literal[8, 32] = _trained("adam_bits")
+    gradient_checkpointing: bool = _trained("gradient_checkpointing")
+    prefix: Literal["memory", "disk", "off"] = _trained("prefix")
+    save_every: int | None = _trained("save_every")
+    log_to: str = _trained("log_to")
+    trust_remote_code: bool = _trained("trust_remote_code")
+    check_memory: bool = _trained("check_memory")
+
+    def with_steps(self, rows: int) -> LearnSettings:
+        """The settings with their steps, where the smallest domain trains on so many rows."""
+        if self.steps is not None:
+            return self
+        return self.model_copy(update={"steps": min(MOST, max(FEWEST, math.ceil(PER_ROW * rows)))})
+
+    def of_loop(self) -> TrainSettings:
+        """What the training loop needs to know of these settings, which have their steps."""
+        steps = self.steps or 0
+        same = (
+            *("batch_size", "seed", "eval_every", "patience", "save_every", "log_to", "scores", "adam_bits", "dtype"),
+            *("max_length", "gradient_checkpointing", "clip"),
+        )
+        rate = self.lr or 2 * TRAVEL / max(1, steps)
+        return TrainSettings.make({k: getattr(self, k) for k in same} | {"steps": steps, "lr": rate, "warmup": 0.0})

@@ -1,0 +1,231 @@
+"""A fine-tuned base in memory: what is trained over it, and what every state of it is measured by."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mftmerge.evaluate.generation import Marker
+from mftmerge.loss import row_losses
+from mftmerge.prefix import PrefixCache
+from mftmerge.train import scores
+from mftmerge.train.control import WeightOptimizer
+from mftmerge.train.inputs import pad_id
+from mftmerge.train.loop import Best, Loop
+from mftmerge.train.optimizer import MaskOptimizer
+from mftmerge.train.settings import TrainSettings
+from mftmerge.train.targets import find, freeze_others
+from research.claim.common import DOMAINS, Tokens, load, read_rows, write_json
+from research.claim.lora import LoraOptimizer
+
+Weights = dict[str, Tensor]
+VALIDATED, TESTED = 160, 600
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run over a base. what: mask, weights or lora; keep and init for masks, rank for lora.
+
+    delta: checkpoint whose values dropped weights take.
+    """
+
+    name: str
+    what: str = "mask"
+    lr: float = 0.0
+    keep: float = 0.9
+    init: str = "magnitude"
+    rank: int = 0
+    delta: str | None = None
+
+
+class States(Best):
+    """Remembers the last state, and the best ones by validation loss and by exact match on the same rows."""
+
+    def __init__(self, optimizer: Any, settings: TrainSettings, bench: Bench) -> None:
+        super().__init__(optimizer, settings, None, lambda step: print("  ", step.done, dict(step.facts), flush=True))
+        self.bench = bench
+        self.found: dict[str, tuple[Any, int, Weights]] = {}
+        self.course: list[dict[str, Any]] = []
+
+    def consider(self, step: int) -> float | None:
+        state = self.optimizer.mask()
+        with self.optimizer.masked_by(state):
+            loss, exact = self.bench.validate()
+        self.course.append({"step": step, "loss": loss, "exact": exact})
+        print("  ", self.course[-1], flush=True)
+        for how, value in (("loss", (loss,)), ("exact", (-exact, loss)), ("last", (-step,))):
+            if how not in self.found or value < self.found[how][0]:
+                self.found[how] = (value, step, state)
+        return loss
+
+
+class Bench:
+    """A base, its rows, and the records in `out`, one file a state; what is there is not done again."""
+
+    def __init__(self, base: str | Path, domain: str, folder: Path, out: Path, seed: int, layers: str) -> None:
+        self.domain, self.out, self.seed, self.layers = DOMAINS[domain], out, seed, layers
+        self.model, self.tokenizer = load(base)
+        rows = read_rows(self.domain, folder, self.tokenizer)
+        self.train: list[Tokens] = [tokens for _, tokens in rows["train"]]
+        self.rows = {"validation": rows["validation"][:VALIDATED], "test": rows["test"][:TESTED]}
+        self.targets = find(self.model, layers)
+        freeze_others(self.model, self.targets)
+        self.originals = {t.name: t.parameter.detach().clone() for t in self.targets}
+        self.cache = PrefixCache(self.model, min(t.layer for t in self.targets))
+        self.markers = {}
+        for split, found in self.rows.items():
+            self.cache.add([tokens for _, tokens in found])
+            raw = [row for row, _ in found]
+            options = {"exact": self.domain.exact, "max_new_tokens": self.domain.new_tokens, "batch_tokens": 4096}
+            self.markers[split] = Marker(raw, self.tokenizer, **options)
+        self.cache.add(self.train)
+
+    def measure(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Losses, (rows, 2), and marks, (rows,), of the model as it is."""
+        with self.cache.use():
+            losses = row_losses(self.model, [tokens for _, tokens in self.rows[split]])
+            marker = self.markers[split]
+            fresh = marker.ids is None
+            marks = marker(self.model).metrics["exact"][:, 0]
+        if fresh:
+            self.cache.add(marker.drafts)
+            self.drafts = getattr(self, "drafts", {}) | {split: marker.ids}
+        marker.ids = self.drafts[split]  # always the base's own answers: their lower states are in the cache
+        return losses, marks
+
+    def validate(self) -> tuple[float, float]:
+        losses, marks = self.measure("validation")
+        return float(losses[:, 0].sum() / losses[:, 1].sum()), float(marks.mean())
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other weights; its own afterwards."""
+        with torch.no_grad():
+            for t in self.targets:
+                t.parameter.copy_(weights.get(t.name, t.parameter))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t in self.targets:
+                    t.parameter.copy_(self.originals[t.name])
+
+    def record(self, name: str, weights: Mapping[str, Tensor], **facts: Any) -> None:
+        """Measure a state on the test rows."""
+        path = self.out / f"{name}.json"
+        if path.exists():
+            return
+        with self.using(weights):
+            losses, marks = self.measure("test")
+        rows = [[round(float(s), 4), int(n)] for s, n in losses]
+        write_json(path, {"name": name, "loss": rows, "exact": marks.astype(int).tolist(), **facts})
+        print(name, round(losses[:, 0].sum() / losses[:, 1].sum(), 4), marks.mean(), facts.get("step"), flush=True)
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def run(self, cell: Cell, steps: int) -> None:
+        """Train and record the last state and the two best ones (which may be the same or the first one)."""
+        states = ("last", "loss", "exact")
+        if all((self.out / f"{cell.name} {how}.json").exists() for how in states):
+            return
+        given = {"steps": steps, "layers": self.layers, "lr": cell.lr, "keep": cell.keep, "init": cell.init}
+        settings = TrainSettings.make(given | {"seed": self.seed, "eval_every": math.ceil(steps / 4)})
+        torch.manual_seed(self.seed)
+        optimizer = self._optimizer(cell, settings)
+        print(cell, flush=True)
+        best = States(optimizer, settings, self)
+        try:
+            best.consider(0)
+            with self.cache.use():
+                Loop(self.model, self.train, optimizer, best, settings, pad=pad_id(self.tokenizer)).run()
+        finally:
+            optimizer.restore()
+        facts = vars(cell) | {"steps": steps, "course": best.course, "seed": self.seed}
+        facts |= {"flipped": [h.get("flipped") for h in best.history][:12]}
+        for how in states:
+            _, step, state = best.found[how]
+            with optimizer.masked_by(state):
+                weights = {t.name: t.parameter.detach().clone() for t in self.targets}
+            optimizer.restore()
+            same = [other for other in states if other != how and best.found[other][1] == step]
+            twin = next(
+                (self.out / f"{cell.name} {o}.json" for o in same if (self.out / f"{cell.name} {o}.json").exists()),
+                None,
+            )
+            if twin:  # the same state again
+                write_json(
+                    self.out / f"{cell.name} {how}.json", json.loads(twin.read_text()) | {"name": f"{cell.name} {how}"}
+                )
+            else:
+                self.record(f"{cell.name} {how}", weights, step=step, **facts)
+        del optimizer, best
+        gc.collect()
+
+    def _optimizer(self, cell: Cell, settings: TrainSettings) -> Any:
+        if cell.what == "weights":
+            return WeightOptimizer(self.targets, cell.lr)
+        if cell.what == "lora":
+            return LoraOptimizer(self.targets, cell.lr, rank=cell.rank)
+        dropped = self.values_of(cell.delta) if cell.delta else None
+        start = scores.initial(self.targets, cell.init, seed=self.seed, dropped=dropped)
+        options = {"signed": scores.is_signed(cell.init), "dropped": dropped}
+        return MaskOptimizer(self.targets, start, keep=str(cell.keep), lr=cell.lr, **options)
+
+    def values_of(self, checkpoint: str) -> Weights:
+        """Another model's values of the targets."""
+        other, _ = load(checkpoint)
+        found = {n: p.detach() for n, p in other.named_parameters()}
+        return {t.name: found[t.name].clone() for t in self.targets}
+
+    def random_mask(self) -> Weights:
+        """A tenth of each matrix dropped at random."""
+        draw = torch.Generator().manual_seed(1000 + self.seed)
+        return {n: w * (torch.rand(w.shape, generator=draw) >= 0.1) for n, w in self.originals.items()}
+
+    def smallest(self, *, rows: bool) -> Weights:
+        """Without the tenth of the weights (or of the output rows) that is smallest in (mean) magnitude."""
+        out = {}
+        for n, w in self.originals.items():
+            size = w.abs().mean(1) if rows else w.abs().flatten()
+            drop = size.argsort(stable=True)[: int(0.1 * len(size))]
+            kept = torch.ones_like(size, dtype=torch.bool).index_fill(0, drop, False)
+            out[n] = w * (kept[:, None] if rows else kept.view_as(w))
+        return out
+
+    def signal(self, batches: int = 12, size: int = 8) -> dict[str, float]:
+        """How far score gradients of different rows agree: what a rule for the learning rate could be made from.
+
+        agreement: share of weights near the cut whose gradient has the same sign in two halves of the rows. share: of
+        the mean squared gradient of a batch, the part that is the same for all batches.
+        """
+        start = scores.initial(self.targets)
+        optimizer = MaskOptimizer(self.targets, start)
+        halves: list[dict[str, Tensor]] = [{}, {}]
+        squares = 0.0
+        from mftmerge.loss import padded, token_losses
+
+        with self.cache.use():
+            for number in range(batches):
+                ids, labels, seen = padded(self.train[number * size : (number + 1) * size])
+                token_losses(self.model, ids, labels, attention_mask=seen)[0].mean().backward()
+                for name, g in optimizer.score_gradients().items():
+                    squares += float(g.double().square().sum()) / batches
+                    half = halves[number % 2]
+                    half[name] = half.get(name, 0) + g / (batches / 2)
+                for t in self.targets:
+                    t.parameter.grad = None
+        optimizer.restore()
+        a, b = (torch.cat([h[t.name].flatten() for t in self.targets]) for h in halves)
+        agreement = float((a.sign() == b.sign()).float().mean())
+        inner = float((a.double() * b.double()).sum())  # unbiased for the square of the mean gradient
+        return {"agreement": agreement, "share": inner / squares, "norm": math.sqrt(squares)}

@@ -1,0 +1,192 @@
+"""Write the tables of docs/learnt-merges.md: `python -m research.learning.page [LAB]`.
+
+With LAB its record is copied to results/ first. The prose is written by hand; what stands between `<!-- NAME -->` and
+`<!-- end -->` is the table of that name, made from the record. A test checks that page and record agree.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mftmerge.evaluate.pairing import standard_error
+from mftmerge.files import replacing
+from research.combining.tables import markdown
+from research.learning.tables import Record, np, verdicts
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "learnt-merges.md"
+RECORDS = Path(__file__).resolve().parent / "results"
+LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
+OURS = "masks by expert"
+WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
+COUNTS = (10, 30, 100, 300)
+SETTINGS = {"four": "the four-layer experts", "full": "experts fine-tuned in all layers"}
+
+
+def difference(record: Record, model: str, reference: str, domain: str, digits: int = 3) -> str:
+    """In bold where it is worse than the reference by more than two standard errors."""
+    mean, error = record.difference(model, reference, domain)
+    text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if mean > 2 * error else text
+
+
+def share(record: Record, model: str, domain: str) -> str:
+    value, low, high = record.share(model, domain)
+    return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def merged(record: Record) -> list[str]:
+    """Everything that serves all domains at once: without data, then what learns, by rows, then the ceiling."""
+
+    def place(model: str) -> tuple[int, int, int]:
+        rows = re.search(r", (\d+) rows", model)
+        order = WITHOUT_DATA.index(model) if model in WITHOUT_DATA else len(WITHOUT_DATA)
+        return (2 if model.startswith("joint") else int(rows is not None), -int(rows[1]) if rows else 0, order)
+
+    return sorted((m for m in record.models if not m.startswith("expert ")), key=place)
+
+
+def shares(record: Record) -> str:
+    """Shares kept, the worst domain by seed, forgetting, and what learning took."""
+    rows = []
+    for model in merged(record):
+        costs = [x for x in record.fact(model, "seconds") if x is not None]
+        memory = [x for x in record.fact(model, "memory") if x is not None]
+        rows.append(
+            [
+                model,
+                *(share(record, model, d) for d in record.domains),
+                ", ".join(f"{100 * s:.0f}" for s in record.lowest(model)),
+                difference(record, model, "base", "other"),
+                f"{sum(costs) / len(costs):.0f}" if costs else "",
+                f"{max(memory):,.0f}" if memory else "",
+            ]
+        )
+    names = [LONG[d] for d in record.domains]
+    return markdown(["merge", *names, "lowest, by seed", "fourth domain", "seconds", "MB"], rows)
+
+
+def losses(record: Record) -> str:
+    """What the experts do on every domain: their losses minus the base's."""
+    everything = [*record.domains, "other"]
+    rows = [["base", *(f"{record.loss('base', d):.3f}" for d in everything)]]
+    for domain in record.domains:
+        model = f"expert {domain}"
+        seeds = [s for s in record.seeds_of(model) if record.has(model, "other", [s])]
+        cells = []
+        for d in everything:
+            only = Record({k: v for k, v in record.cells.items() if "/" not in k or k.split("/")[0] in seeds})
+            cells.append(difference(only, model, "base", d))
+        rows.append([f"expert of {LONG[domain]}", *cells])
+    return markdown(["model", *(LONG[d] for d in record.domains), "fourth domain"], rows)
+
+
+def by_rows(record: Record) -> str:
+    """The lowest share over domains, mean over seeds, by how many rows a domain there are."""
+    kinds = list(dict.fromkeys(m.rsplit(", ", 1)[0] for m in record.models if re.search(r", \d+ rows$", m)))
+    rows = []
+    for kind in sorted(kinds):
+        cells = []
+        for count in COUNTS:
+            model = f"{kind}, {count} rows"
+            if record.seeds_of(model):
+                each = " / ".join(f"{100 * record.share(model, d)[0]:.0f}" for d in record.domains)
+                cells.append(f"{each} ({len(record.seeds_of(model))})")
+            else:
+                cells.append("not measured")
+        rows.append([kind, *cells])
+    return markdown(["share kept, %: " + " / ".join(LONG[d] for d in record.domains), *map(str, COUNTS)], rows)
+
+
+def against_fine_tuning(record: Record) -> str:
+    """Masks minus fine-tuning of the merged model on the same rows, by rows and by what both learn from."""
+    rows = []
+    for count in COUNTS:
+        for teacher in ("expert", "answers"):
+            pair = f"{OURS}, {count} rows", f"fine-tuning by {teacher}, {count} rows"
+            if seeds := record.seeds_of(*pair):
+                cells = [difference(record, *pair, d) for d in [*record.domains, "other"]]
+                rows.append([f"{count} rows, {pair[1].split(',')[0]} ({len(seeds)})", *cells])
+    return markdown(["masks minus ... (seeds)", *(LONG[d] for d in record.domains), "fourth domain"], rows)
+
+
+def goal(record: Record) -> str:
+    found = verdicts(record, OURS, WITHOUT_DATA, LONG)
+    return markdown(["goal", "met", "measured"], [[v.what, "yes" if v.met else "**no**", v.numbers] for v in found])
+
+
+def chosen(record: Record) -> str:
+    """What validation chose for the merges without data and for fine-tuning, by seed."""
+    rows = []
+    for model in WITHOUT_DATA:
+        if settings := [s for s in record.fact(model, "setting") if s] if model in record.models else []:
+            tried = [len(t) for t in record.fact(model, "tried") if t]
+            texts = [", ".join(f"{k} {v}" for k, v in s.items() if k != "weight") for s in settings]
+            rows.append([model, "; ".join(texts), ", ".join(map(str, tried))])
+    for model in sorted(m for m in record.models if m.startswith("fine-tuning")):
+        steps = [max(v, key=lambda x: x[1])[0] for v in record.fact(model, "validated")]
+        texts = [f"rate {r:g}, step {s}" for r, s in zip(record.fact(model, "rate"), steps, strict=True)]
+        rows.append([model, "; ".join(texts), ", ".join(str(len(t)) for t in record.fact(model, "tried"))])
+    for model in sorted(m for m in record.models if m.startswith(("masks", "selection"))):
+        densities = [", ".join(f"{100 * x:.0f}" for x in d.values()) for d in record.fact(model, "density")]
+        steps = record.fact(model, "best_step")
+        texts = [f"step {s}, keeps {d} %" for s, d in zip(steps, densities, strict=True)]
+        rows.append([model, "; ".join(texts), ""])
+    return markdown(["merge", "chosen, by seed", "tried"], rows)
+
+
+def answers(record: Record) -> str:
+    """Exact match of generated answers."""
+    rows = []
+    for name, cell in record.cells.items():
+        if name.startswith("answers/"):
+            texts = []
+            for d in ("math", "sql"):
+                right = np.array(cell["right"].get(d, []), np.float64)
+                error = standard_error(np.stack([right, np.ones_like(right)], 1)) if len(right) else 0
+                texts.append(f"{100 * right.mean():.1f} ± {100 * error:.1f} ({len(right)})" if len(right) else "")
+            rows.append([name.removeprefix("answers/seed0/"), *texts])
+    return markdown(["model (first seed)", "GSM8K, % right (rows)", "WikiSQL, % right (rows)"], rows)
+
+
+def table(make: Callable[[Record], str], record: Record) -> str:
+    text = make(record)
+    return text if text.count("\n") > 2 else "Not measured.\n"
+
+
+def blocks() -> dict[str, Callable[[], str]]:
+    """Name of a block on the page -> its table."""
+    found: dict[str, Callable[[], str]] = {}
+    tables = (shares, losses, by_rows, against_fine_tuning, goal, chosen, answers)
+    for name in SETTINGS:
+        path = RECORDS / f"{name}.jsonl"
+        if path.exists():
+            record = Record.load(path)
+            found |= {f"{name}: {t.__name__}": lambda t=t, r=record: table(t, r) for t in tables}  # type: ignore[misc]
+    return found
+
+
+def filled(text: str) -> str:
+    """The page with every block replaced."""
+    for name, make in blocks().items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
+        if pattern.search(text):
+            made = make()
+            text = pattern.sub(lambda m, made=made: f"{m[1]}{made}{m[2]}", text)
+    return text
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        RECORDS.mkdir(exist_ok=True)
+        lab = Path(sys.argv[1])
+        shutil.copy(lab / "cells.jsonl", RECORDS / f"{'full' if lab.name.endswith('full') else 'four'}.jsonl")
+    with replacing(PAGE) as temporary:
+        temporary.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

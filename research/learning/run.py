@@ -1,0 +1,363 @@
+"""Measure learnt merges: `python -m research.learning.run LAB --model DIR --domain math=FILE ...`.
+
+Every measured cell is a line of LAB/cells.jsonl as soon as it is known, and every expert and merge a file in LAB: a run
+that was killed goes on where it was. What says most comes first; `--only` takes some parts.
+Then `python -m research.learning.page LAB` copies the record and writes the page's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import mftmerge.learn.run as product
+from mftmerge.evaluate.generation import EXACT, Marker
+from mftmerge.files import replacing
+from research.combining.common import Weights, average
+from research.learning import train
+from research.learning.common import CLAIMED, Bench, Plan, claimed_rows, opened, read_rows, write_rows
+from research.learning.merges import METHODS, Judge, merged, tuned
+
+# Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
+RATES = {10: (1e-4, 3e-4), 30: (1e-4, 3e-4), 100: (3e-4, 1e-3), 300: (3e-4, 1e-3)}
+STEPS = {10: 20, 30: 20, 100: 60, 300: 60}  # the product's defaults, for every method that learns
+TEACHERS = ("expert", "answers")
+
+
+class Seed:
+    """The cells of one seed."""
+
+    def __init__(self, bench: Bench, seed: int, given: Path | None = None) -> None:
+        """given: a directory of research/claim, whose experts are taken instead of making some."""
+        self.bench, self.seed, self.cells, self.given = bench, seed, bench.cells, given
+        self.place = bench.lab / f"seed{seed}"
+        self.markers: dict[str, Marker] = {}
+
+    def name(self, what: str) -> str:
+        return f"seed{self.seed}/{what}"
+
+    def weights(self, what: str, make: Callable[[], tuple[Weights, dict[str, Any]]]) -> tuple[Weights, dict[str, Any]]:
+        """Weights and what is known about them, from their file or made now."""
+        path = self.place / f"{what.replace('/', '-')}.safetensors"
+        facts = path.with_suffix(".json")
+        if not facts.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found, known = make()
+            with replacing(path) as temporary:
+                save_file({n: w.contiguous() for n, w in found.items()}, temporary)
+            with replacing(facts) as temporary:
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+        return load_file(path), json.loads(facts.read_text(encoding="utf-8"))
+
+    def cell(self, what: str, make: Callable[[], tuple[Weights, dict[str, Any]]]) -> None:
+        """A merge, made and measured unless it is on record."""
+        if self.name(what) not in self.cells:
+            weights, facts = self.weights(what, make)
+            self.bench.measure(self.name(what), weights, **facts)
+
+    def made(self, model: str) -> Weights:
+        """The weights of a model that is on record."""
+        if model == "base":
+            return {}
+        if model.startswith("expert "):
+            return self.experts[model.removeprefix("expert ")]
+        return self.weights(model, lambda: ({}, {}))[0]
+
+    # -- what the others are made of ----------------------------------------------------------------------------------
+
+    @cached_property
+    def experts(self) -> dict[str, Weights]:
+        if self.given:
+            found = {d: load_file(self.checkpoint(d) / "model.safetensors") for d in self.bench.domains}
+            return {d: {n: w[n].float() for n in self.bench.originals} for d, w in found.items()}
+
+        def make(domain: str) -> tuple[Weights, dict[str, Any]]:
+            rows = [i.tokens for i in self.bench.expert_items(domain, self.seed)]
+            with train.watched() as cost:
+                found = train.supervised(self.bench, rows, self.bench.plan.expert_steps, self.seed)
+            return found, dict(cost)
+
+        return {d: self.weights(f"expert {d}", lambda d=d: make(d))[0] for d in self.bench.domains}
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.bench, self.experts)
+
+    def tune(self, what: str) -> tuple[Weights, dict[str, Any]]:
+        def make() -> tuple[Weights, dict[str, Any]]:
+            method, experts = METHODS[what], list(self.experts.values())
+            chosen, found, facts = tuned(
+                method, self.judge, lambda s: merged(self.bench.originals, experts, method.name, s, self.seed)
+            )
+            return found, {"setting": chosen, **facts}
+
+        return self.weights(what, make)
+
+    def lesson(self, teacher: str, count: int) -> train.Lesson:
+        items = {d: self.bench.learning_items(d, self.seed, count) for d in self.bench.domains}
+        rows = {d: [i.tokens for i in found] for d, found in items.items()}
+        for of_domain in rows.values():
+            self.bench.warm(of_domain)
+        return train.lesson(self.bench, self.experts, rows, teacher, STEPS[count])
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def fundamentals(self) -> None:
+        """The base, the experts, and the merge by hand that the others start from."""
+        if "base" not in self.cells:
+            self.bench.measure("base")
+        for domain in self.experts:
+            if self.name(f"expert {domain}") not in self.cells:
+                _, facts = ({}, {}) if self.given else self.weights(f"expert {domain}", lambda: ({}, {}))
+                seen = () if self.seed == 0 else (domain,)  # what an expert does to other domains is asked once
+                self.bench.measure(self.name(f"expert {domain}"), self.experts[domain], seen, **facts)
+        self.cell("task arithmetic", lambda: self.tune("task arithmetic"))
+
+    def data_free(self) -> None:
+        self.cell("plain average", lambda: (average(list(self.experts.values())), {}))
+        for what in METHODS:
+            self.cell(what, partial(self.tune, what))
+
+    def joint(self) -> None:
+        """The ceiling: the base trained on the rows of all experts, in as many steps as all of them."""
+
+        def make() -> tuple[Weights, dict[str, Any]]:
+            rows = [i.tokens for d in self.bench.domains for i in self.bench.expert_items(d, self.seed)]
+            steps = self.bench.plan.expert_steps * len(self.bench.domains)
+            with train.watched() as cost:
+                found = train.supervised(self.bench, rows, steps, self.seed)
+            return found, dict(cost)
+
+        self.cell("joint training", make)
+
+    def fine_tuning(self, teacher: str, count: int) -> None:
+        """Ordinary fine-tuning of the tuned task arithmetic; rate and steps by validation.
+
+        The first seed tries two rates in 20 steps, and the better one in as many as the masks have; the other seeds
+        take its rate. Whatever was tried may be the choice.
+        """
+        what = f"fine-tuning by {teacher}, {count} rows"
+
+        def make() -> tuple[Weights, dict[str, Any]]:
+            start = self.tune("task arithmetic")[0]
+            lesson = self.lesson(teacher, count)
+            best: tuple[float, Weights, dict[str, Any]] = (-math.inf, {}, {})
+            tried = []
+
+            def attempt(rate: float, steps: int) -> None:
+                nonlocal best
+                with train.watched() as cost:
+                    given = replace(lesson, steps=steps)
+                    found, facts = train.fine_tuned(self.bench, self.judge, given, start, rate)
+                tried.append([rate, steps, facts["best"]])
+                if facts["best"] > best[0]:
+                    seconds = round(cost["seconds"] + lesson.seconds * (teacher == "expert"), 1)
+                    best = (facts["best"], found, {"rate": rate, **facts, **cost, "seconds": seconds})
+
+            first = self.cells.found.get(f"seed0/{what}")
+            if first is None:
+                for rate in RATES[count]:
+                    attempt(rate, min(STEPS.values()))
+                rate = max(tried, key=lambda t: t[2])[0]
+            else:
+                rate = first["facts"]["rate"]
+            if [rate, STEPS[count]] not in [t[:2] for t in tried]:
+                attempt(rate, STEPS[count])
+            return best[1], {**best[2], "tried": tried}
+
+        self.cell(what, make)
+
+    def coefficients(self, teacher: str, count: int) -> None:
+        def make() -> tuple[Weights, dict[str, Any]]:
+            scale = self.tune("task arithmetic")[1]["setting"]["lambda"]
+            lesson = self.lesson(teacher, count)
+            with train.watched() as cost:
+                found, facts = train.coefficients(self.bench, self.judge, lesson, self.experts, scale, 0.05)
+            cost["seconds"] = round(cost["seconds"] + lesson.seconds * (teacher == "expert"), 1)
+            return found, {**facts, **cost}
+
+        self.cell(f"coefficients by {teacher}, {count} rows", make)
+
+    def masks(self, teacher: str, count: int, arithmetic: str = "sums", **settings: Any) -> None:
+        """The product: `mftmerge train --recipe` from checkpoints and row files."""
+        named = "masks" if arithmetic == "sums" else "selection"
+        extra = "".join(f", {k} {v}" for k, v in settings.items())
+
+        def make() -> tuple[Weights, dict[str, Any]]:
+            self.lesson("answers", count)  # the lower layers' states
+            recipe = self.recipe(count, arithmetic)
+            product.PrefixCache = self.bench.new_cache  # type: ignore[assignment, misc]
+            given = {
+                "teacher": teacher,
+                "steps": STEPS[count],
+                "eval_every": STEPS[count] // 4,
+                "max_length": self.bench.plan.max_length,
+                **settings,
+            }
+            with train.watched() as cost:
+                result = product.learn_merge(recipe, settings=given, note=print)
+            change = {d: {n: w - self.bench.originals[n] for n, w in e.items()} for d, e in self.experts.items()}
+            found = {n: w.clone() for n, w in self.bench.originals.items()}
+            density = {}
+            for domain, mask in zip(self.experts, result.masks.values(), strict=True):
+                kept = {n: torch.from_numpy(mask.kept(n)) for n in found}
+                density[domain] = round(
+                    sum(float(k.sum()) for k in kept.values()) / sum(k.numel() for k in kept.values()), 4
+                )
+                for n, k in kept.items():
+                    found[n] = torch.where(k, found[n] + change[domain][n], found[n])
+            return found, {"density": density, "best_step": result.best_step, **cost}
+
+        self.cell(f"{named} by {teacher}, {count} rows{extra}", make)
+
+    def recipe(self, count: int, arithmetic: str) -> dict[str, Any]:
+        """The recipe with open masks that a user would write."""
+        rows, models = self.bench.lab / "rows", list[dict[str, Any]]()
+        for domain in self.bench.domains:
+            fresh = self.bench.learning_items(domain, self.seed, count)
+            learn = {
+                "data": write_rows(rows / f"seed{self.seed}-{domain}-{count}.jsonl", fresh),
+                "eval_data": write_rows(rows / f"{domain}-validation.jsonl", self.bench.rows[domain]["validation"]),
+            }
+            models.append({"model": str(self.checkpoint(domain)), "mask": {"learn": learn}})
+        method = "select"
+        if arithmetic == "sums":
+            method, models = "task_arithmetic", [{**m, "parameters": {"weight": 1.0}} for m in models]
+        head = {"merge_method": method, "base_model": self.bench.source, "dtype": "float32"}
+        return {**head, "models": models}
+
+    def checkpoint(self, domain: str) -> Path:
+        """An expert as a directory that the product reads: the base's files with the expert's tensors in float32."""
+        if self.given:
+            return self.given / f"fft-{CLAIMED[domain]}-s{self.seed}"
+        place = self.place / f"checkpoint-{domain}"
+        if not place.exists():
+            scratch = place.with_name(f"{place.name}.new")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            for path in Path(self.bench.source).iterdir():
+                if path.suffix == ".safetensors":
+                    save_file(load_file(path) | self.experts[domain], scratch / path.name, {"format": "pt"})
+                elif path.is_file():
+                    shutil.copy(path, scratch)
+            os.replace(scratch, place)
+        return place
+
+    def answers(self, model: str, domain: str, exact: str, new_tokens: int) -> None:
+        """Exact match of the answers that a model writes to a domain's test questions."""
+        name = f"answers/{self.name(model)}"
+        right = dict(self.cells[name]["right"]) if name in self.cells else {}
+        if domain in right:
+            return
+        if domain not in self.markers:  # one for all models: answers that stay the same take one pass
+            items = [i.row for i in self.bench.rows[domain]["test"]]
+            self.markers[domain] = Marker(items, self.bench.tokenizer, exact=exact, max_new_tokens=new_tokens)
+        weights = self.made(model)
+        self.bench.model.config.use_cache = True
+        with self.bench.using(weights):
+            found = self.markers[domain](self.bench.model).metrics[EXACT]
+        self.bench.model.config.use_cache = False
+        self.cells.add(name, right=right | {domain: [int(x) for x in found[:, 0]]})
+        print(name, domain, f"{found[:, 0].mean():.3f}", flush=True)
+
+
+Part = Callable[[], None]
+
+
+def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
+    """Every part of the study by name, what says most first."""
+    found: list[tuple[str, Part]] = []
+
+    def add(what: str, numbers: Sequence[int], make: Callable[[Seed], Part]) -> None:
+        found.extend((f"seed{n}/{what}", make(seeds[n])) for n in numbers if n in seeds)
+
+    def learning(numbers: Sequence[int], kind: str, teacher: str, count: int, **more: Any) -> None:
+        extra = "".join(f", {k} {v}" for k, v in more.items())
+        add(
+            f"{kind} by {teacher}, {count} rows{extra}",
+            numbers,
+            lambda s: partial(getattr(s, kind.replace("-", "_")), teacher, count, **more),
+        )
+
+    first, others = (0,), (1, 2)
+    for numbers in (first, others):
+        add("fundamentals", numbers, lambda s: s.fundamentals)
+        learning(numbers, "masks", "expert", 100)
+        learning(numbers, "fine-tuning", "answers", 100)
+        add("data-free", numbers, lambda s: s.data_free)
+        learning(numbers, "masks", "expert", 30)
+        learning(numbers, "fine-tuning", "answers", 30)
+        learning(numbers, "masks", "answers", 100)
+        if numbers is first:
+            learning(first, "masks", "expert", 10)
+            learning(first, "fine-tuning", "answers", 10)
+            learning(first, "coefficients", "expert", 100)
+            learning(first, "coefficients", "expert", 10)
+            add("joint", first, lambda s: s.joint)
+    learning(first, "fine-tuning", "expert", 30)
+    learning(first, "fine-tuning", "expert", 100)
+    learning(first, "masks", "expert", 100, arithmetic="selection")
+    learning(first, "fine-tuning", "expert", 10)
+    learning(first, "masks", "answers", 30)
+    learning(first, "masks", "answers", 10)
+    asked = ("base", "expert sql", "task arithmetic", "masks by expert, 100 rows", "fine-tuning by answers, 100 rows")
+    for model in asked:
+        add(f"answers of {model}, sql", first, lambda s, m=model: partial(s.answers, m, "sql", "text", 48))
+    for model in ("base", "expert math", *asked[2:]):
+        add(f"answers of {model}, math", first, lambda s, m=model: partial(s.answers, m, "math", "number", 160))
+    for count in (300,):
+        learning(first, "masks", "expert", count)
+        learning(first, "fine-tuning", "answers", count)
+    learning(others, "fine-tuning", "expert", 30)
+    learning(others, "fine-tuning", "expert", 100)
+    learning(others, "coefficients", "expert", 100)
+    learning(first, "masks", "expert", 100, start_density=1.0)
+    learning(first, "masks", "expert", 100, density=0.5)
+    add("joint", others, lambda s: s.joint)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lab", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--domain", action="append", default=[], help="NAME=FILE.jsonl or NAME=stdlib")
+    parser.add_argument("--claim", type=Path, help="a directory of research/claim: its experts, of all layers")
+    parser.add_argument("--data", type=Path, help="with --claim: the folder of its row files")
+    parser.add_argument("--seed", type=int, action="append", help="all three by default")
+    parser.add_argument("--only", default="", help="regular expression that a part's name must contain")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    failed: list[str] = []
+    if given.claim:
+        plan, seeds = Plan(layers="", expert_rows=0, pool=0, skipped=0), given.seed or [0]
+        bench = opened(given.lab, given.model, partial(claimed_rows, given.data), plan)
+    else:
+        plan, seeds = Plan(), given.seed or [0, 1, 2]
+        bench = opened(given.lab, given.model, partial(read_rows, dict(d.split("=", 1) for d in given.domain)), plan)
+    for name, part in parts({n: Seed(bench, n, given.claim) for n in seeds}):
+        if re.search(given.only, name):
+            try:
+                part()
+            except Exception:  # one cell that fails takes no other with it
+                failed.append(name)
+                print(f"{name} failed\n{traceback.format_exc()}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} parts failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Merges that are learnt: the method against autograd, the built model against the validated one, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.experts import domain_rows, make_experts, open_recipe
+from recipe_kitchen import assert_equal, stock, values
+from transformers import AutoModelForCausalLM
+
+from mftmerge.checkpoint import Checkpoint
+from mftmerge.learn.domains import disagreement
+from mftmerge.learn.optimizer import ranks
+from mftmerge.learn.run import LearnResult, _checked, _Run, learn_merge
+from mftmerge.learn.settings import LearnSettings
+from mftmerge.mask import Mask
+from mftmerge.recipe.build import build
+from mftmerge.recipe.export import export
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`kitchen(architecture, ...)` gives a folder of experts, made once. Read only."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(architecture: str = "llama", **options: Any) -> Path:
+        key = (architecture, *sorted(options.items()))
+        if key not in made:
+            made[key] = make_experts(tmp_path_factory.mktemp("experts") / "kitchen", architecture, **options)
+        return made[key]
+
+    return make
+
+
+def learnt(recipe: Path, work: Path, **settings: Any) -> tuple[LearnResult, dict[str, np.ndarray]]:
+    """The result of a run and the values of the model that it validated last, by checkpoint name."""
+    work.mkdir()
+    chosen = LearnSettings.make({"steps": 4} | settings)
+    run = _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None)
+    result = run.learn(None, None)
+    found = {}
+    for name, p in run.holders.parameters.items():
+        found |= run.holders.split(name, p.detach())
+    return result, {n: t.float().numpy() for n, t in found.items()}
+
+
+def written(result: LearnResult, folder: Path) -> Path:
+    folder.mkdir()
+    for name, mask in result.masks.items():
+        mask.save(folder / f"{name}.mask")
+    (folder / "recipe.yml").write_text(result.recipe)
+    return folder / "recipe.yml"
+
+
+CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    # method, architecture, how the experts are made, what else the recipe says
+    ("task_arithmetic", "llama", {}, {}),
+    ("task_arithmetic", "llama", {"dtype": "bfloat16", "layers": ()}, {}),
+    ("task_arithmetic", "llama", {"dtype": "bfloat16", "layers": ()}, {"dtype": "float32", "out_dtype": "bfloat16"}),
+    ("task_arithmetic", "qwen2", {"layers": ()}, {"parameters": {"lambda": 0.7, "normalize": True}}),
+    ("task_arithmetic", "mixtral", {"names": ("count", "letters")}, {}),
+    ("task_arithmetic", "gpt2", {"names": ("count", "letters"), "layers": ()}, {}),
+    ("select", "llama", {"dtype": "bfloat16", "layers": ()}, {}),
+    ("select", "mixtral", {"names": ("count", "letters")}, {}),
+]
+
+
+@pytest.mark.parametrize(("method", "architecture", "made", "also"), CASES)
+def test_the_built_model_is_the_validated_one(
+    method: str,
+    architecture: str,
+    made: dict[str, Any],
+    also: dict[str, Any],
+    kitchen: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    recipe = open_recipe(kitchen(architecture, **made), method=method, **also)
+    result, validated = learnt(recipe, tmp_path / "work")
+    assert result.best_step > 0
+    plain = written(result, tmp_path / "out")
+    build(plain, tmp_path / "built")
+    assert_equal(values(tmp_path / "built"), {n: validated[n] for n in Checkpoint.open(tmp_path / "built").names})
+    report = export(plain, tmp_path / "exported")
+    run = yaml.safe_load(report.config.read_text())
+    assert_equal(values(stock(run, tmp_path / "stock")), values(tmp_path / "built"))
+
+
+def test_each_selected_weight_is_one_parents_bits(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = kitchen(dtype="bfloat16", layers=())
+    result, _ = learnt(open_recipe(folder, method="select"), tmp_path / "work")
+    build(written(result, tmp_path / "out"), tmp_path / "built")
+    built, base = Checkpoint.open(tmp_path / "built"), Checkpoint.open(folder / "base")
+    experts = {name: Checkpoint.open(folder / name) for name in result.masks}
+    for name in built.names:
+        expected, owners = base.read(name).copy(), np.zeros(base.read(name).shape, int)
+        for expert, mask in result.masks.items():
+            kept = mask.kept(name) if name in mask else np.zeros(owners.shape, bool)
+            owners += kept
+            expected[kept] = experts[expert].read(name)[kept]
+        assert owners.max() <= 1
+        np.testing.assert_array_equal(built.read(name), expected)
+
+
+def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    """One step: each score moves by the rate against the sign of dL/dM, with M a factor in the merge."""
+    folder = kitchen()
+    recipe = open_recipe(folder)
+    work = tmp_path / "work"
+    work.mkdir()
+    chosen = LearnSettings.make(
+        {"steps": 1, "scores": True, "eval_share": 0, "batch_size": 20, "lr": 0.01, "teacher_top": 1000}
+    )
+    run = _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None)
+    result = run.learn(None, None)
+    name = "model.layers.3.mlp.up_proj.weight"
+    base, part = run.parts[name].base, run.parts[name]
+    factors = torch.stack([torch.from_numpy(m.initial_scores(name) > 0).float() for m in result.masks.values()])
+    factors.requires_grad_(True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    merged = {
+        n: p.base
+        + sum(torch.from_numpy(m.initial_scores(n) > 0) * p.change(k) for k, m in enumerate(result.masks.values()))
+        for n, p in run.parts.items()
+    }
+    merged[name] = base + sum(factors[k] * part.change(k) for k in range(3))
+    total = torch.zeros(())
+    for domain in run.domains:
+        losses = []
+        for row, told in zip(domain.train, domain.told, strict=True):
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            logits = torch.func.functional_call(model, merged, (ids,)).logits[0, :-1][labels[0, 1:] != -100]
+            full = torch.full_like(logits, -torch.inf).scatter(1, told.likely.long(), told.logs)
+            share = full.exp()
+            losses.append(torch.where(share > 0, share * (full - logits.log_softmax(-1)), 0).sum(-1))
+        total = total + torch.cat(losses).mean() / domain.scale / 3
+    (gradient,) = torch.autograd.grad(total, factors)
+    for k, mask in enumerate(result.masks.values()):
+        moved = torch.from_numpy(mask.scores(name) - mask.initial_scores(name))
+        clear = gradient[k].abs() > 1e-3 * gradient[k].abs().max()
+        assert clear.float().mean() > 0.5
+        torch.testing.assert_close(moved[clear], -0.01 * gradient[k][clear].sign(), atol=2e-5, rtol=0)
+
+
+def test_divergence_is_the_whole_one_over_the_whole_vocabulary_and_a_bound_below() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.randn(300, 40, generator=generator).mul(3).log_softmax(-1)
+    logits = torch.randn(300, 40, generator=generator)
+    whole = (expert.exp() * (expert - logits.log_softmax(-1))).sum(-1)
+    best = expert.topk(40)
+    torch.testing.assert_close(disagreement(logits, best.indices.int(), best.values), whole, atol=1e-5, rtol=1e-5)
+    before = torch.zeros(300)
+    for top in (1, 5, 20, 39):
+        some = expert.topk(top)
+        found = disagreement(logits, some.indices.int(), some.values)
+        assert (found >= before - 1e-5).all()
+        assert (found <= whole + 1e-5).all()
+        before = found
+    exact = expert.topk(39)
+    same = disagreement(expert, exact.indices.int(), exact.values)
+    torch.testing.assert_close(same, torch.zeros(300), atol=1e-5, rtol=0)
+
+
+def test_ranks_are_those_among_the_changes() -> None:
+    found = ranks(torch.tensor([[0.0, -3.0, 1.0], [0.0, 1.0, 2.0]]))
+    assert found.tolist() == [[-torch.inf, 1.0, 0.25], [-torch.inf, 0.5, 0.75]]
+
+
+def test_masks_and_recipe_are_written_and_say_where_they_are_from(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = kitchen()
+    out = tmp_path / "out"
+    result = learn_merge(open_recipe(folder), out, steps=3, scores=True)
+    assert sorted(p.name for p in out.iterdir()) == ["count.mask", "letters.mask", "recipe.yml", "say.mask"]
+    base = Checkpoint.open(folder / "base")
+    for name in ("count", "letters", "say"):
+        mask, expert = Mask.load(out / f"{name}.mask"), Checkpoint.open(folder / name)
+        assert mask.digest == result.masks[name].digest
+        assert mask.info.on == "delta"
+        assert mask.info.delta_base == str(folder / "base")
+        assert mask.info.training["together"] == ["count", "letters", "say"]
+        for n in mask.names:
+            assert mask.info.fingerprints[n] == expert.fingerprint(n)
+            assert mask.info.delta_fingerprints[n] == base.fingerprint(n)
+            np.testing.assert_array_equal(mask.kept(n), mask.scores(n) > 0)
+    assert result.domains.keys() == {"count", "letters", "say"}
+
+
+def test_a_density_is_exact(kitchen: Callable[..., Path]) -> None:
+    result = learn_merge(open_recipe(kitchen()), steps=2, density=0.3)
+    for mask in result.masks.values():
+        assert all(mask.count(n) == mask.size(n) - int(0.7 * mask.size(n)) for n in mask.names)
+
+
+def test_rows_in_memory_and_a_recipe_as_a_mapping(kitchen: Callable[..., Path]) -> None:
+    folder = kitchen()
+    models = [
+        {"model": str(folder / n), "parameters": {"weight": 1.0}, "mask": {"learn": {"data": "-"}}}
+        for n in ("count", "say")
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": models}
+    rows = {str(folder / n): domain_rows(n)[:12] for n in ("count", "say")}
+    result = learn_merge(recipe, data=rows, steps=2)
+    assert list(result.masks) == ["count", "say"]
+    assert result.settings.steps == 2
