@@ -24,9 +24,9 @@ from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from mftmerge.errors import BadInput
+from mftmerge.recipe.evaluation import PIECE
 from mftmerge.recipe.inputs import MaskedInputs
 from mftmerge.recipe.load import Recipe
-from mftmerge.recipe.merge import PIECE
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import result_config
@@ -131,10 +131,10 @@ class Merging:
     def __init__(self, recipe: Recipe, work: Path, settings: MergeSettings) -> None:
         register()
         self.recipe, self.document = recipe, recipe.documents[0]
-        self.inputs = MaskedInputs(self.document, recipe.folder, {}, work)
         self.options = MergeOptions(
-            **settings.of_mergekit(), lora_merge_cache=str(self.inputs.lora_cache), quiet=True, write_model_card=False
+            **settings.of_mergekit(), lora_merge_cache=str(work / "lora"), quiet=True, write_model_card=False
         )
+        self.inputs = MaskedInputs(self.document, recipe.folder, {}, work, self.options)
         assert self.document.base_model
         assert self.document.models
         with quiet():
@@ -150,7 +150,7 @@ class Merging:
 
     def directory(self, model: ModelReference) -> Path:
         """Where a model's files are, an adapter merged into it."""
-        return Path(model.merged(cache_dir=str(self.inputs.lora_cache)).model.path)
+        return Path(model.merged(**self.inputs.adapters).model.path)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
 
 from mftmerge import bits
@@ -111,14 +112,18 @@ class MaskedInputs(Inputs):
     """Inputs for a build. A masked input is a reference of its own: a view directory, which links to the model's, and
     for which there is a loader that masks. So one model can come in several times, masked apart.
 
-    adapters: how mergekit merges them into models, the arguments of its `ModelReference.merged`.
+    adapters: how mergekit merges adapters into models, as arguments of its `ModelReference.merged`.
     """
 
     def __init__(
-        self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path, adapters: Mapping[str, Any]
+        self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path, options: MergeOptions
     ) -> None:
         super().__init__(document, folder, stages, work)
-        self.adapters = adapters
+        self.adapters: dict[str, Any] = {
+            "cache_dir": options.lora_merge_cache,
+            "lora_merge_dtype": options.lora_merge_dtype,
+            "trust_remote_code": options.trust_remote_code,
+        }
         self.views: dict[tuple[str, str], str] = {}
         self._loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = {}
 

@@ -77,9 +77,7 @@ def merge(
         random_seed=settings.seed,
         device="cuda" if settings.cuda else settings.device,
     )
-    adapters = {"cache_dir": options.lora_merge_cache, "lora_merge_dtype": options.lora_merge_dtype}
-    adapters["trust_remote_code"] = options.trust_remote_code
-    inputs = MaskedInputs(document, folder, stages or {}, work, adapters)
+    inputs = MaskedInputs(document, folder, stages or {}, work, options)
     with quiet():
         try:
             configuration = inputs.configuration()
