@@ -22,10 +22,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from mftmerge.learn.rebasesettings import RebaseSettings
+from mftmerge.learn.settings import LearnSettings
 from mftmerge.operations import OPERATIONS
 from mftmerge.recipe import schema
 from mftmerge.recipe.catalogue import ABOUT, METHODS, REQUIRED, Method, Parameter, meaning
 from mftmerge.recipe.export import PUSH_DOWN, stock_form
+from mftmerge.settings import Settings
 from mftmerge.train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,12 +240,16 @@ def operations() -> str:
     return rows(["operation", "meaning", "options"], lines)
 
 
-def settings() -> str:
-    """Every setting of a training run."""
-    lines = []
-    for name, field in TrainSettings.model_fields.items():
-        lines.append([f"`{name}`", type_text(field.annotation, field), default(field), field.description or ""])
-    return rows(["setting", "type", "default", "meaning"], lines)
+def settings(model: type[Settings]) -> Callable[[], str]:
+    """Every setting of a training run, or of one that learns a merge."""
+
+    def table() -> str:
+        lines = []
+        for name, field in model.model_fields.items():
+            lines.append([f"`{name}`", type_text(field.annotation, field), default(field), field.description or ""])
+        return rows(["setting", "type", "default", "meaning"], lines)
+
+    return table
 
 
 def scale() -> dict[str, Callable[[], str]]:
@@ -255,7 +262,11 @@ def scale() -> dict[str, Callable[[], str]]:
     return tables
 
 
-TABLES = {"docs/training.md": {"settings": settings}, "docs/scale.md": scale()}
+TABLES = {
+    "docs/training.md": {"settings": settings(TrainSettings)},
+    "docs/learning.md": {"settings": settings(LearnSettings), "rebase": settings(RebaseSettings)},
+    "docs/scale.md": scale(),
+}
 
 if __name__ == "__main__":
     main()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
     from mftmerge.inspection import inspect as inspect
+    from mftmerge.learn.rebase import rebase_mask as rebase_mask
     from mftmerge.learn.run import LearnResult as LearnResult
     from mftmerge.learn.run import learn_merge as learn_merge
     from mftmerge.learn.settings import LearnSettings as LearnSettings

@@ -37,6 +37,7 @@ class BaseDifference:
         return (
             f"{here} is not {there}: {self.tensors} of {self.of_tensors} covered tensors differ "
             f"({share:.1%} of the covered weights)"
+            + ("; `mftmerge rebase` fits the mask to it" if here == "the model" else "")
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.experts import make_experts
 
 from mftmerge.cli.main import COMMANDS, LazyGroup, main
 from mftmerge.train.settings import RUN_KEYS, TrainSettings
@@ -46,6 +47,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path
     here = tmp_path_factory.mktemp("docs")
     for name in ("M", "B", "fft", "PATH_OR_ID", "models/base", "models/math", "models/code"):
         shutil.copytree(tiny("llama"), here / name)
+    make_experts(here, names=("math", "sql"))
+    shutil.copytree(tiny("llama", seed=1), here / "TUNED")
+    (merge,) = re.findall(r"^```yaml\n(merge_method.*?)^```", PAGES["learning.md"], re.DOTALL | re.MULTILINE)
+    (here / "merge.yml").write_text(merge)
     paths = write_domains(here / "data", {"train": 12, "test": 4}, longest=60)
     for domain, name in (("python", "code"), ("arithmetic", "math")):
         shutil.copy(paths[domain]["test"], here / f"{name}-test.jsonl")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,13 @@ import pytest
 import torch
 import yaml
 from helpers.experts import domain_rows, make_experts, open_recipe
+from helpers.tiny_models import tiny_checkpoint
 from recipe_kitchen import assert_equal, stock, values
 from transformers import AutoModelForCausalLM
 
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.cli.main import main
+from mftmerge.errors import BadInput
 from mftmerge.learn.domains import disagreement
 from mftmerge.learn.optimizer import ranks
 from mftmerge.learn.run import LearnResult, _checked, _Run, learn_merge
@@ -22,6 +30,7 @@ from mftmerge.learn.settings import LearnSettings
 from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 from mftmerge.recipe.export import export
+from mftmerge.recipe.parents import parents
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +90,8 @@ def test_the_built_model_is_the_validated_one(
     tmp_path: Path,
 ) -> None:
     recipe = open_recipe(kitchen(architecture, **made), method=method, **also)
-    result, validated = learnt(recipe, tmp_path / "work")
-    assert result.best_step > 0
+    result, validated = learnt(recipe, tmp_path / "work", eval_share=0)  # the last state is what is written
+    assert not result.domains
     plain = written(result, tmp_path / "out")
     build(plain, tmp_path / "built")
     assert_equal(values(tmp_path / "built"), {n: validated[n] for n in Checkpoint.open(tmp_path / "built").names})
@@ -207,3 +216,160 @@ def test_rows_in_memory_and_a_recipe_as_a_mapping(kitchen: Callable[..., Path]) 
     result = learn_merge(recipe, data=rows, steps=2)
     assert list(result.masks) == ["count", "say"]
     assert result.settings.steps == 2
+
+
+# -- what is refused, in one line -------------------------------------------------------------------------------------
+
+
+def changed_recipe(folder: Path, here: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The recipe of `folder` with absolute paths, changed, in another directory."""
+    data = yaml.safe_load(open_recipe(folder).read_text())
+    data["base_model"] = str(folder / "base")
+    for entry in data["models"]:
+        entry["model"] = str(folder / entry["model"])
+        entry["mask"]["learn"]["data"] = str(folder / entry["mask"]["learn"]["data"])
+    change(data)
+    path = here / "recipe.yml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["models"][0].update(model=d["base_model"]), "over the base itself"),
+        (lambda d: d["models"][0]["mask"]["learn"].update(rows=1000), "rows: 1000 are asked for, its data has 40"),
+        (lambda d: d["models"][0]["mask"]["learn"].update(rows=1), "one row is too few"),
+        (lambda d: d["models"][0]["mask"]["learn"].update(data="absent.jsonl"), "absent.jsonl"),
+        (lambda d: d["models"][0]["mask"]["learn"].pop("data"), "models.0.mask.learn.data: is missing"),
+        (lambda d: d["models"][0]["mask"].update(file="x.mask"), "file: has no place beside learn:"),
+        (lambda d: d["models"][0]["mask"].update(on="weights"), "keeps changes: leave on: out"),
+        (lambda d: d["models"][0]["mask"].update(base="b"), "base: has no place beside learn:"),
+        (lambda d: d.update(merge_method="ties"), "ties cannot take a mask that is to be learnt"),
+        (lambda d: d.update(mask="x.mask"), "whose result has none"),
+        (lambda d: d.update(tokenizer_source="union"), "over one vocabulary"),
+        (lambda d: [m.pop("mask") for m in d["models"]], "there is no mask to learn"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(
+    change: Callable[[dict[str, Any]], object], message: str, kitchen: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = changed_recipe(kitchen(), tmp_path, change)
+    with pytest.raises(BadInput, match=re.escape(message)) as caught:
+        learn_merge(recipe, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_do_not_fit_the_base_are_refused(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = kitchen()
+    tiny_checkpoint(tmp_path / "narrow", hidden=32)
+    tiny_checkpoint(tmp_path / "other", seed=9)
+    shutil.copytree(folder / "base", tmp_path / "same")
+    shutil.copytree(folder / "count", tmp_path / "bare")
+    for name in ("narrow", "other", "same"):
+
+        def change(data: dict[str, Any], name: str = name) -> None:
+            data["models"][0]["model"] = str(tmp_path / name)
+
+        recipe = changed_recipe(folder, tmp_path, change)
+        said = {"narrow": "is (259, 64)", "other": "is no fine-tune of this base", "same": "is equal to the base"}[name]
+        with pytest.raises(BadInput, match=re.escape(said)):
+            learn_merge(recipe, tmp_path / "out")
+
+
+def test_an_open_mask_is_no_mask_to_build_with(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = open_recipe(kitchen())
+    for work in (build, export):
+        with pytest.raises(BadInput, match="line 4: 3 masks are still to be learnt: run `mftmerge train --recipe`"):
+            work(recipe, tmp_path / "out")
+
+
+def test_a_missing_chat_template_is_said(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "kitchen"
+    shutil.copytree(kitchen(), folder)
+    (folder / "base/chat_template.jinja").unlink()
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    with pytest.raises(BadInput, match="chat template"):
+        learn_merge(open_recipe(folder), data={"count": rows}, steps=1)
+
+
+def test_memory_is_checked_before_a_model_is_loaded(
+    kitchen: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mftmerge.train.memory.available", lambda on_gpu: 1 << 20)
+    monkeypatch.setattr("mftmerge.learn.run.load", None)
+    with pytest.raises(BadInput, match=r"training needs about .* MiB .* and 1 MiB is free; use .*adam_bits=8"):
+        learn_merge(open_recipe(kitchen()), steps=1)
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys
+from mftmerge.learn.run import learn_merge
+from mftmerge.progress import Step
+recipe, out, number = sys.argv[1:]
+def stop(step: Step) -> None:
+    if step.what == "learn" and step.done == 3:
+        os.kill(os.getpid(), int(number))
+learn_merge(recipe, out, steps=6, save_every=1, scores=True, teacher="answers", progress=stop)
+"""
+STOPPED: dict[str, Any] = {"steps": 6, "save_every": 1, "scores": True, "teacher": "answers"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(kitchen: Callable[..., Path]) -> LearnResult:
+    return learn_merge(open_recipe(kitchen()), **STOPPED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    number: int, kitchen: Callable[..., Path], uninterrupted: LearnResult, tmp_path: Path
+) -> None:
+    recipe, out = open_recipe(kitchen()), tmp_path / "out"
+    command = [sys.executable, "-c", PROGRAM, str(recipe), str(out), str(int(number))]
+    assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+    assert not (out / "recipe.yml").exists()
+    with pytest.raises(BadInput, match="resume=True continues it"):
+        learn_merge(recipe, out, **STOPPED)
+    with pytest.raises(BadInput, match="resume=True needs the same settings; changed: batch_size"):
+        learn_merge(recipe, out, batch_size=2, resume=True, **STOPPED)
+    learn_merge(recipe, out, resume=True, **STOPPED)
+    assert sorted(p.name for p in out.iterdir()) == ["count.mask", "letters.mask", "recipe.yml", "say.mask"]
+    for name, mask in uninterrupted.masks.items():
+        again = Mask.load(out / f"{name}.mask")
+        assert again.digest == mask.digest
+        for n in mask.names:
+            np.testing.assert_array_equal(again.scores(n), mask.scores(n))
+
+
+def test_experts_answer_prompts_that_have_no_answer(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = kitchen()
+    rows = {"count": [{"prompt": f"count {i}"} for i in range(8)]}
+    rows["say"] = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(8)]
+    result = learn_merge(open_recipe(folder, rows=8), data=rows, steps=2, answer_tokens=6)
+    assert result.domains["count"]["apart"]["base"] > 0
+    with pytest.raises(BadInput, match="has no answer to learn from"):
+        learn_merge(open_recipe(folder, rows=8), data=rows, steps=2, teacher="answers")
+
+
+def test_inspect_says_whose_each_weight_is(
+    kitchen: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = kitchen(), tmp_path / "out"
+    result = learn_merge(open_recipe(folder, method="select"), out, steps=2)
+    found = parents(out / "recipe.yml")
+    name = "model.layers.3.mlp.up_proj.weight"
+    owners = found.of(name)
+    for number, mask in enumerate(result.masks.values(), 1):
+        np.testing.assert_array_equal(owners == number, mask.kept(name))
+    shares = found.shares()[name]
+    assert sum(shares) == pytest.approx(1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(out / "recipe.yml")])
+    assert stopped.value.code == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if name in line)
+    assert line.split()[1:] == [f"{s:.3f}" for s in shares]
+    with pytest.raises(BadInput, match="only of a recipe with merge_method: select"):
+        parents(open_recipe(folder))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mftmerge.cli.options import AsJson, MaskFile
+from mftmerge.cli.options import YAML, AsJson, MaskFile
 from mftmerge.cli.reporting import print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -23,10 +23,16 @@ def command(
 ) -> None:
     """Show a mask's size, density by layer and module, provenance and family tree; checks every bit on the way.
 
+    Of a recipe with merge_method: select, the share of each tensor's weights that each parent has.
+
     \b
     Example:
       mftmerge inspect code.mask --plot code.png
+      mftmerge inspect learnt/recipe.yml
     """
+    if mask.suffix in YAML:
+        _parents(mask, as_json)
+        return
     from mftmerge import inspection
 
     if plot is not None:
@@ -51,6 +57,19 @@ def command(
         say("", *inspection.family_tree(mask.name, found.info))
     if plot is not None:
         say(f"wrote {plot}")
+
+
+def _parents(recipe: Path, as_json: bool) -> None:
+    """Whose the weights of a selection are."""
+    from mftmerge.recipe.parents import parents
+
+    found = parents(recipe)
+    shares = found.shares()
+    if as_json:
+        print_json({"parents": found.names, "shares": shares})
+        return
+    rows = [[name, *(f"{share:.3f}" for share in each)] for name, each in shares.items()]
+    print_table(["tensor", *(Path(name).name for name in found.names)], rows)
 
 
 def _table(found: Inspection) -> None:

@@ -34,7 +34,8 @@ UsageError: Any = typer.BadParameter.__mro__[2]  # typer's own copy of click.Cli
 # Command -> (module with a typer function `command`, line in `mftmerge --help`). Order is the order of the help page.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "The whole path on a small real model: train, combine, apply, build, evaluate."),
-    "train": ("train", "Learn a mask for one domain over a fine-tuned base model."),
+    "train": ("train", "Learn a mask over a fine-tuned base model, or all open masks of a recipe."),
+    "rebase": ("rebase", "Fit a mask to a merged or further-tuned model, with a few rows."),
     "combine": ("combine", "Combine masks: union, intersection, vote, difference, xor, complement, score."),
     "choose": ("choose", "Choose the combination that keeps most of every domain's gain, on validation rows."),
     "inspect": ("inspect", "Show a mask's density by layer and module, its provenance and family tree."),

@@ -8,7 +8,7 @@ lower bound of the whole divergence, and with the vocabulary's size the whole of
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge import data as rows_of
-from mftmerge.data import Tokens
+from mftmerge.data import IGNORE, Tokens
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.generation import generate, questions
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.loss import PIECE, Losses, evaluating, labelled_logits, length_batches, padded
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Learn
+from mftmerge.rowfiles import raw_rows
 from mftmerge.train.inputs import is_tokenised
 
 SMALLEST = 2 * torch.finfo(torch.float32).eps  # of what is left of a distribution: its logarithm must be finite
@@ -98,9 +100,51 @@ def _located(data: str | tuple[str, ...], folder: Path) -> list[str]:
 
 
 def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings) -> list[Tokens]:
+    """Tokenised rows; of a row that ends with its question the prompt alone, without labels."""
     if is_tokenised(source):
         return list(source)
-    return rows_of.tokenize(rows_of.load_rows(source, skip_bad=settings.skip_bad_rows), tokenizer, settings.max_length)
+    rows = [row for _, row in raw_rows(source)]
+    asked = [isinstance(row, Mapping) and is_question(row) for row in rows]
+    if not any(asked):
+        read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows)
+        return rows_of.tokenize(read, tokenizer, settings.max_length)
+    if settings.teacher != "expert":
+        raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
+    rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
+    answered = (
+        rows_of.tokenize(rows_of.load_rows(rest, skip_bad=settings.skip_bad_rows), tokenizer, settings.max_length)
+        if rest
+        else []
+    )
+    found = questions([_with_answer(row) for row, alone in zip(rows, asked, strict=True) if alone], tokenizer)
+    return [*answered, *({"input_ids": q.prompt, "labels": []} for q in found if len(q.prompt) < settings.max_length)]
+
+
+def is_question(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a prompt and no answer."""
+    if isinstance(turns := row.get("messages"), list) and turns and isinstance(turns[-1], Mapping):
+        return turns[-1].get("role") == "user"
+    return "prompt" in row and not {"completion", "messages", "text", "chosen"} & row.keys()
+
+
+def _with_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with something in the place of its answer, which only the expert will give."""
+    said = {"role": "assistant", "content": "-"}
+    if "messages" in row:
+        return {**row, "messages": [*row["messages"], said]}
+    return {**row, "completion": "-" if isinstance(row["prompt"], str) else [said]}
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Tokens], settings: LearnSettings
+) -> None:
+    """Let the model, which holds an expert's weights, write the answers of rows that have none, in place. Greedy."""
+    bare = [i for i, row in enumerate(rows) if not row["labels"]]
+    prompts = [rows[i]["input_ids"] for i in bare]
+    for i, said in zip(bare, generate(model, tokenizer, prompts, max_new_tokens=settings.answer_tokens), strict=True):
+        ids = [*rows[i]["input_ids"], *said]
+        labels = [*[IGNORE] * len(rows[i]["input_ids"]), *said]
+        rows[i] = {"input_ids": ids[: settings.max_length], "labels": labels[: settings.max_length]}
 
 
 # -- what an expert says ----------------------------------------------------------------------------------------------

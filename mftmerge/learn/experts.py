@@ -21,7 +21,7 @@ FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes s
 def load(merging: Merging, settings: LearnSettings, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
     """The live model, which holds what the merge gives where no expert differs, and the parts where one does.
 
-    Raises BadInput for an expert that is the base itself, or that is no fine-tune of it.
+    Raises BadInput for an expert that is no fine-tune of the base.
     """
     dtypes = {e.element.name for e in recipe.tensors(merging.document) if e.element.floating}
     widest = max((getattr(torch, d) for d in dtypes if d), key=lambda d: d.itemsize, default=torch.float32)
@@ -48,7 +48,7 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
     distances = torch.zeros(len(merging.experts) + 1, dtype=torch.float64)  # squares: of task vectors, and the base
     for part in merging.parts():
         holder = holders.holder(part.name)
-        if part.base.is_floating_point():
+        if part.base.is_floating_point() and part.base.ndim > 1:  # norms are alike in all models
             distances[-1] += part.base.double().square().sum()
             for k in range(len(merging.experts)):
                 distances[k] += part.change(k).double().square().sum()
@@ -62,8 +62,6 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
             merged = holders.join(holder, {name: p.merged(None) for name, p in group.items()})
             holders.parameters[holder].data.copy_(merged)
     for name, distance in zip(merging.names, distances[:-1].tolist(), strict=True):
-        if distance == 0:
-            raise BadInput(f"{name}: is equal to the base, so there is nothing to learn of it; leave it out")
         if distance > FAR**2 * float(distances[-1]):
             raise BadInput(f"{name}: is no fine-tune of this base (it is further from it than the base is from 0)")
     return learnt

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,26 @@ MOST_EXPERTS = 31  # bits of a code
 class Part:
     """One tensor of the result and what goes into it.
 
-    values: the inputs' tensors as they are stored; math: in which dtype each takes part; dtype: of the result.
-    experts: the inputs whose masks are open, in the recipe's order. selecting: each weight is one parent's.
+    values: the inputs' tensors as they are stored, by whatever names them; parent: the base. experts: the inputs whose
+    masks are open, in the recipe's order. task: mergekit's, which merges; None: each weight is one parent's. math: in
+    which dtype each input takes part, where that is another; dtype: of the result, likewise.
     """
 
     name: str
-    task: ExecuteMergeMethodTask
-    values: dict[ModelReference, Tensor]
-    math: dict[ModelReference, torch.dtype | None]
-    dtype: torch.dtype | None
-    experts: tuple[ModelReference, ...]
-    selecting: bool
+    values: dict[Any, Tensor]
+    parent: Any
+    experts: tuple[Any, ...]
+    task: ExecuteMergeMethodTask | None = None
+    math: dict[Any, torch.dtype | None] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    @property
+    def selecting(self) -> bool:
+        return self.task is None
 
     @property
     def base(self) -> Tensor:
-        assert self.task.base_model is not None
-        return self.values[self.task.base_model]
+        return self.values[self.parent]
 
     @property
     def shape(self) -> torch.Size:
@@ -102,17 +106,17 @@ class Part:
         assert out is not None
         return out.view(self.shape)
 
-    def _merged(self, tensors: dict[ModelReference, Tensor]) -> Tensor:
-        result = self.task.execute(tensors={m: t.to(self.math[m] or t.dtype) for m, t in tensors.items()})
+    def _merged(self, tensors: dict[Any, Tensor]) -> Tensor:
+        assert self.task is not None
+        result = self.task.execute(tensors={m: t.to(self.math.get(m) or t.dtype) for m, t in tensors.items()})
         assert result is not None  # of what every input has
         return result
 
-    def _selected(self, tensors: dict[ModelReference, Tensor], kept: Tensor | None) -> Tensor:
-        assert self.task.base_model is not None
-        base = tensors[self.task.base_model]
-        merged = base.to(self.math[self.task.base_model] or base.dtype)
+    def _selected(self, tensors: dict[Any, Tensor], kept: Tensor | None) -> Tensor:
+        base = tensors[self.parent]
+        merged = base.to(self.math.get(self.parent) or base.dtype)
         for number, expert in reversed(list(enumerate(self.experts))):  # the first one that keeps a weight wins
-            own = tensors[expert].to(self.math[expert] or base.dtype)
+            own = tensors[expert].to(self.math.get(expert) or base.dtype)
             merged = own if kept is None else torch.where(kept.bitwise_and(1 << number) != 0, own, merged)
         return merged
 
@@ -182,8 +186,8 @@ class Merging:
         if not values:
             return None
         math = {m: dtype_from_name(loads[f"{m}:{w.name}"].dtype) for m, w in gather.weight_info.items()}
-        selecting = self.document.merge_method == "select"
+        chosen = None if self.document.merge_method == "select" else task
         for model in (self.base, *self.experts):
             if model not in values:
                 raise BadInput(f"{model}: has no tensor {save.tensor_name}, which others of the merge have")
-        return Part(save.tensor_name, task, values, math, dtype_from_name(save.dtype), self.experts, selecting)
+        return Part(save.tensor_name, values, self.base, self.experts, chosen, math, dtype_from_name(save.dtype))

@@ -7,37 +7,37 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, RandomSampler
 
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import protect, replacing
-from mftmerge.learn.domains import Rounds, batch_of, disagreement, listen, measure, read_domain
+from mftmerge.learn import memory
+from mftmerge.learn.domains import answer, listen, measure, read_domain
 from mftmerge.learn.experts import load
+from mftmerge.learn.loop import MergeLoop
 from mftmerge.learn.merging import Merging
 from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.parameters import first_layer
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.learn.written import RECIPE, mask_names, masks, plain_recipe
-from mftmerge.loss import Losses, labelled_logits
+from mftmerge.learn.written import RECIPE, Learnt, mask_names, masks, plain_recipe
+from mftmerge.loss import Losses
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
 from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.settings import MergeSettings
 from mftmerge.train import inputs
-from mftmerge.train.loop import Best, Loop
+from mftmerge.train.loop import Best
+from mftmerge.train.memory import require
 from mftmerge.train.place import Place
 from mftmerge.train.stops import Interrupted
 from mftmerge.train.targets import freeze_others
@@ -103,7 +103,7 @@ def learn_merge(
         work = Path(scratch)
         checked = _checked(recipe, work, chosen)
         place = _place(checked, out, overwrite, resume)
-        with place.open() as directory:
+        with _no_empty(out), place.open() as directory:
             run = _Run(checked, work, chosen, dict(data or {}), say, progress)
             found = place.checkpoint(run.identity()) if out is not None else None
             if resume:
@@ -124,6 +124,18 @@ def learn_merge(
                 with replacing(Path(out) / RECIPE) as temporary:  # last: a directory with a recipe in it is whole
                     temporary.write_text(result.recipe, encoding="utf-8")
     return result
+
+
+@contextmanager
+def _no_empty(out: str | Path | None) -> Iterator[None]:
+    """Leave no empty directory behind when the block fails."""
+    try:
+        yield
+    except BaseException:
+        if out is not None:
+            with suppress(OSError):  # it holds what can be continued
+                Path(out).rmdir()
+        raise
 
 
 def _checked(recipe: str | Path | Mapping[str, Any], work: Path, settings: LearnSettings) -> Recipe:
@@ -172,12 +184,16 @@ class _Run:
             )
         trusted = settings.trust_remote_code or None
         tokenizer = inputs.load_tokenizer(self.merging.directory(self.merging.base), trust_remote_code=trusted)
-        self.pad = inputs.pad_id(tokenizer)
+        self.tokenizer, self.pad = tokenizer, inputs.pad_id(tokenizer)
         wanted = zip(self.merging.names, recipe.to_learn, strict=True)
         self.domains = [
             read_domain(name, learn, data.get(name), recipe.folder, tokenizer, settings) for name, (_, learn) in wanted
         ]
         self.settings = settings.with_steps(min(len(d.train) for d in self.domains))
+        changed = memory.differing(self.merging)
+        if settings.check_memory:
+            needed = memory.estimate(self.merging, changed, self.domains, self.settings)
+            require(needed, str(recipe.path), self.settings.of_loop(), layers=False)
         self.model, self.parts, self.holders = load(self.merging, self.settings, recipe)
 
     def identity(self) -> dict[str, Any]:
@@ -201,6 +217,11 @@ class _Run:
         freeze_others(self.model, optimizer.targets)
         if s.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for number, domain in enumerate(self.domains):
+            if not all(r["labels"] for r in (*domain.train, *domain.valid)):
+                optimizer.put_expert(number)
+                for rows in (domain.train, domain.valid):
+                    answer(self.model, self.tokenizer, rows, s)
         with ExitStack() as stack:
             if (cache := self._cache(optimizer)) is not None:
                 stack.enter_context(cache.use())
@@ -212,7 +233,7 @@ class _Run:
                 if self._validates:
                     best.history.append({"step": 0, "validation": best.loss, "density": optimizer.current_keep})
             if s.steps:
-                _MergeLoop(self, optimizer, best, place).run(resume)
+                MergeLoop(self.model, self.domains, optimizer, best, s, self.pad, place).run(resume)
             return self._result(optimizer, best)
 
     def _cache(self, optimizer: MergeOptimizer) -> PrefixCache | None:
@@ -307,12 +328,13 @@ class _Run:
             "best_step": best.step,
             "gained": gained,
         }
-        starts = optimizer.starts if s.scores else None
-        made = masks(self.merging, best.mask, facts, keep=s.density, scores=best.scores, initial=starts)
+        learnt = Learnt(best.mask, *((best.scores, optimizer.starts) if s.scores else ()))
+        made = masks(self.merging, self.holders, learnt, facts, keep=s.density)
         names = mask_names(self.merging.names)
         for name, found in domains.items():
-            kept = found["kept"]
-            self.say(f"{name}: keeps {kept['learnt']:.0%} of its expert's gain, before learning {kept['initial']:.0%}")
+            kept, apart = found["kept"], found["apart"]
+            near = f"; from its expert {apart['learnt']:.4f} nats ({apart['initial']:.4f})" if apart["base"] else ""
+            self.say(f"{name}: {kept['learnt']:.0%} of its expert's gain (before learning {kept['initial']:.0%}){near}")
         if domains:
             what = f"best masks: step {best.step}" if gained else "nothing was gained: the plain merge is kept"
             self.say(f"{what} (loss {best.loss:.3f}, 1 is the base's; at step 0 {validation[0][1]:.3f})")
@@ -348,36 +370,3 @@ class _Run:
                 "difference": {"mean": d.mean, "standard_error": d.standard_error, "rows": d.n},
             }
         return found
-
-
-class _MergeLoop(Loop):
-    """The training loop over rounds of one row of each domain, with each domain's loss over its scale."""
-
-    def __init__(self, run: _Run, optimizer: MergeOptimizer, best: Best, place: Path | None) -> None:
-        self.domains, self.tells = run.domains, run.settings.teacher == "expert"
-        rounds = Rounds(run.domains)
-        super().__init__(
-            run.model, rounds, optimizer, best, run.settings.of_loop(), pad=run.pad, place=place, name="learn"
-        )
-
-    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
-        def collate(rounds: list[tuple[int, ...]]) -> list[dict[str, Tensor]]:
-            return batch_of(self.domains, rounds, fill)
-
-        sampler = RandomSampler(rows)
-        return DataLoader(rows, self.settings.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
-
-    def _gradients(self, batches: Sequence[Any]) -> float:
-        """Gradients of the mean over domains of their losses over their scales; gives that mean."""
-        total = 0.0
-        for batch in batches:
-            for domain, rows in zip(self.domains, batch, strict=True):
-                logits, targets, _ = labelled_logits(self.model, rows["input_ids"], rows["labels"])
-                if self.tells:
-                    loss = disagreement(logits, rows["likely"], rows["logs"]).mean()
-                else:
-                    loss = cross_entropy(logits.float(), targets)
-                loss = loss / (domain.scale * len(self.domains) * len(batches))
-                self.accelerator.backward(loss)
-                total += float(loss.detach())
-        return total

@@ -17,7 +17,7 @@ FEWEST, MOST, PER_ROW = 20, 60, 0.6
 TRAVEL = 1.0  # how far a score can move in the run; scores are ranks, from 0 to 1
 
 
-def _trained(name: str) -> Any:
+def as_in_training(name: str) -> Any:
     """A setting that means what it does in training: its default, bounds and description are declared there."""
     return copy.copy(TrainSettings.model_fields[name])
 
@@ -49,8 +49,11 @@ class LearnSettings(Settings):
     seed: int = Field(42, ge=0, description="seed of which rows are taken, of those held out, and of their order")
 
     # The data
-    max_length: int = _trained("max_length")
-    skip_bad_rows: bool = _trained("skip_bad_rows")
+    max_length: int = as_in_training("max_length")
+    skip_bad_rows: bool = as_in_training("skip_bad_rows")
+    answer_tokens: int = Field(
+        128, ge=1, description="longest answer that an expert writes to a prompt without one, in tokens"
+    )
     teacher_top: int = Field(
         256, ge=1, description="tokens of the expert's distribution that are told apart; the others count as one"
     )
@@ -58,18 +61,18 @@ class LearnSettings(Settings):
     # Validation
     eval_share: float = Field(0.1, ge=0, lt=1, description="share of each domain's rows that is held out, at least two")
     eval_rows: int = Field(32, ge=1, description="validation rows of each domain at most")
-    eval_every: int | None = _trained("eval_every")
-    patience: int | None = _trained("patience")
+    eval_every: int | None = as_in_training("eval_every")
+    patience: int | None = as_in_training("patience")
 
     # The machine
-    dtype: Literal["auto", "float32", "bfloat16"] = _trained("dtype")
-    adam_bits: Literal[8, 32] = _trained("adam_bits")
-    gradient_checkpointing: bool = _trained("gradient_checkpointing")
-    prefix: Literal["memory", "disk", "off"] = _trained("prefix")
-    save_every: int | None = _trained("save_every")
-    log_to: str = _trained("log_to")
-    trust_remote_code: bool = _trained("trust_remote_code")
-    check_memory: bool = _trained("check_memory")
+    dtype: Literal["auto", "float32", "bfloat16"] = as_in_training("dtype")
+    adam_bits: Literal[8, 32] = as_in_training("adam_bits")
+    gradient_checkpointing: bool = as_in_training("gradient_checkpointing")
+    prefix: Literal["memory", "disk", "off"] = as_in_training("prefix")
+    save_every: int | None = as_in_training("save_every")
+    log_to: str = as_in_training("log_to")
+    trust_remote_code: bool = as_in_training("trust_remote_code")
+    check_memory: bool = as_in_training("check_memory")
 
     def with_steps(self, rows: int) -> LearnSettings:
         """The settings with their steps, where the smallest domain trains on so many rows."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from mftmerge import yamltext
+from mftmerge import naming, yamltext
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.learn.merging import Merging
+from mftmerge.learn.parameters import Holders
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.recipe.card import slug
 from mftmerge.recipe.load import Recipe
@@ -20,6 +22,7 @@ from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Reference
 
 RECIPE = "recipe.yml"
+NEVER = 1e30  # minus the score of a weight that no expert changed, in a file: far from all others, and finite
 
 
 def mask_names(experts: Sequence[str]) -> list[str]:
@@ -32,46 +35,70 @@ def mask_names(experts: Sequence[str]) -> list[str]:
     return found
 
 
-def masks(
-    merging: Merging,
-    codes: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    *,
-    keep: float | None = None,
-    scores: Mapping[str, Tensor] | None = None,
-    initial: Mapping[str, Sequence[Tensor]] | None = None,
-) -> list[Mask]:
-    """The mask of each open expert. codes: by tensor, bit k for expert k. facts: what the headers say of the run.
+@dataclass(frozen=True)
+class Learnt:
+    """What is known of the masks, by tensor of the result. codes: bit k for expert k, on the CPU.
 
-    scores: (experts, ...) by tensor, and initial: by tensor and expert, where they are to be stored.
+    scores, initial: of each expert, where they are to be stored.
+    """
+
+    codes: Mapping[str, Tensor]
+    scores: Mapping[str, Sequence[Tensor]] | None = None
+    initial: Mapping[str, Sequence[Tensor]] | None = None
+
+    def of(self, expert: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        """What one expert keeps, its scores, and its initial ones."""
+        kept = {n: code & (1 << expert) != 0 for n, code in self.codes.items()}
+        if self.scores is None or self.initial is None:
+            return kept, None, None
+        return kept, *({n: _finite(s[expert]) for n, s in part.items()} for part in (self.scores, self.initial))
+
+
+def masks(
+    merging: Merging, holders: Holders, learnt: Learnt, facts: Mapping[str, Any], *, keep: float | None = None
+) -> list[Mask]:
+    """The mask of each open expert. facts: what the headers say of the run.
+
+    A mask that is applied to its expert has the names of the expert's files, where experts of a mixture may be apart
+    that the result fuses; one that selects has the result's.
     """
     base = Checkpoint.open(merging.directory(merging.base))
     document, folder = merging.document, merging.recipe.folder
     assert document.base_model
     assert document.models
-    prints = {n: base.fingerprint(n) for n in codes if n in base}
     found = []
     numbers = [n for n, _ in merging.recipe.to_learn]
     for k, (expert, number, name) in enumerate(zip(merging.experts, numbers, merging.names, strict=True)):
         checkpoint = Checkpoint.open(merging.directory(expert))
+        names = None if document.merge_method == "select" else frozenset(checkpoint.names)
+        kept, scores, initial = (p and _arrays(holders, p, names) for p in learnt.of(k))
+        assert kept is not None
         info = MaskInfo(
             keep=keep,
             base=str(anywhere(document.models[number].model, folder)),
-            fingerprints={n: checkpoint.fingerprint(n) for n in codes if n in checkpoint},
+            fingerprints={n: checkpoint.fingerprint(n) for n in kept if n in checkpoint},
             training={**facts, "expert": name},
             on="delta",
             delta_base=str(anywhere(document.base_model.model, folder)),
-            delta_fingerprints=prints,
+            delta_fingerprints={n: base.fingerprint(n) for n in kept if n in base},
         )
-        kept = {n: (c.numpy() & (1 << k)) != 0 for n, c in codes.items()}
-        own = None if scores is None else {n: np.nan_to_num(s[k].numpy(), neginf=-1e30) for n, s in scores.items()}
-        first = None if initial is None or own is None else {n: _finite(s[k]) for n, s in initial.items()}
-        found.append(Mask.from_bools(kept, info, own, first))
+        found.append(Mask.from_bools(kept, info, scores, initial))
     return found
 
 
-def _finite(scores: Tensor) -> np.ndarray[Any, Any]:
-    return np.nan_to_num(scores.cpu().numpy(), neginf=-1e30)
+def _arrays(holders: Holders, tensors: Mapping[str, Tensor], names: Set[str] | None) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors of the result as those of a checkpoint with these names; None: as they are."""
+    found = dict(tensors)
+    if names is not None and not names >= found.keys():
+        found = {}
+        for parameter in dict.fromkeys(holders.holder(n) for n in tensors):
+            whole = holders.join(parameter, {n: tensors[n] for n in holders.of[parameter]})
+            found |= naming.to_checkpoint(holders.model, {parameter: whole}, names=names)
+    return {n: t.contiguous().numpy() for n, t in found.items()}
+
+
+def _finite(scores: Tensor) -> Tensor:
+    return scores.cpu().clamp(min=-NEVER)
 
 
 def plain_recipe(recipe: Recipe, files: Sequence[str]) -> str:

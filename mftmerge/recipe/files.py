@@ -82,10 +82,17 @@ class FileChecks:
                 self.warnings.append((where, text))
             else:
                 yield where, f"{text}; --allow-lost builds without {'them' if more else 'it'}"
-        use = self.document.mask
-        if use is None or result.problems:
+        if result.problems:
             return
+        uses = [(("mask",), self.document.mask)] if self.document.mask else []
+        if METHODS[self.document.merge_method].mask_as_parameter:
+            uses += [((*where, "mask"), item.mask) for where, item in self.document.inputs() if item.mask]
         shapes = {e.name: e.shape for e in result.tensors}
+        for where, use in uses:
+            yield from ((where, text) for text in self._misfit(use, shapes))
+
+    def _misfit(self, use: MaskUse, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        """What of a mask on the result's tensors does not fit them: the first one."""
         label, mask = self.book.label(use), self.book.evaluate(use.expression())
         for name in mask.names:
             if name not in shapes:
@@ -93,10 +100,10 @@ class FileChecks:
                 alike = [n for n in shapes if ("experts" in n) == ("experts" in name)]
                 close = difflib.get_close_matches(name, alike, n=1, cutoff=0.4)
                 hint = f"; it has {close[0]!r}" if close else ""
-                yield ("mask",), f"mask {label}: the result will have no tensor {name!r}{hint}"
+                yield f"mask {label}: the result will have no tensor {name!r}{hint}"
                 return
             if shapes[name] != tuple(mask.shape(name)):
-                yield ("mask",), f"mask {label}: {name} is {tuple(mask.shape(name))}, {shapes[name]} in the result"
+                yield f"mask {label}: {name} is {tuple(mask.shape(name))}, {shapes[name]} in the result"
                 return
 
     def _slices(self) -> Iterator[tuple[Location, str]]:
@@ -166,12 +173,13 @@ class FileChecks:
         label = self.book.label(use)
         try:
             mask = self.book.evaluate(use.expression())
-            # A method that takes masks as a parameter decides itself what becomes of dropped weights.
+            # A method that takes masks as a parameter decides itself what becomes of dropped weights, of the result's
+            # tensors: these masks are compared with them (`of_result`).
             applied = where == ("mask",) or not METHODS[self.document.merge_method].mask_as_parameter
             if mask.info.on == "delta" and use.on == "weights" and "on" not in use.model_fields_set and applied:
                 other = mask.info.delta_base or "another model"
                 raise BadInput(f"keeps changes from {other}: write on: delta, or on: weights to set what it drops to 0")
-            if model is not None:
+            if model is not None and applied:
                 names = match(mask, model, whose)
                 base = use.base or (self.document.base_model and self.document.base_model.model)
                 if use.on == "delta" and base and (foundation := self.checkpoint(base)) is not None:
@@ -179,7 +187,8 @@ class FileChecks:
         except BadInput as e:
             yield where, f"mask {label}: {e}"
             return
-        if use.on == "weights" and self.document.merge_method in TASK_VECTOR_METHODS and where != ("mask",):
+        on_input = where != ("mask",) and not METHODS[self.document.merge_method].mask_as_parameter
+        if use.on == "weights" and self.document.merge_method in TASK_VECTOR_METHODS and on_input:
             message = f"mask {label} sets weights of {whose} to 0, so that its task vector is minus the base there; "
             self.warnings.append((where, message + "{file: ..., on: delta} returns them to the base instead"))
 

@@ -37,7 +37,7 @@ def problems(document: Document, *, documents: int, learning: bool) -> Iterator[
         count = "a mask is" if len(found) == 1 else f"{len(found)} masks are"
         yield (
             found[0][0],
-            f"{count} still to be learnt; run mftmerge train --recipe on this file, and use what it writes",
+            f"{count} still to be learnt: run `mftmerge train --recipe`, and use the recipe that it writes",
         )
         return
     for where, use in found:

@@ -145,8 +145,11 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def require(need: Need, model: str, settings: TrainSettings) -> None:
-    """Raise BadInput when the memory that is free now is less than what is needed, on the device or beside it."""
+def require(need: Need, model: str, settings: TrainSettings, *, layers: bool = True) -> None:
+    """Raise BadInput when the memory that is free now is less than what is needed, on the device or beside it.
+
+    layers: whether the user chooses what is learnt by layers.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -165,17 +168,17 @@ def require(need: Need, model: str, settings: TrainSettings) -> None:
             )
             raise BadInput(
                 f"{model}: training needs about {_gib(needed)} {where}(of one process: {parts}){each} and {_gib(free)} "
-                f"is free; use {', '.join(_remedies(settings))} (or --no-check-memory to try)"
+                f"is free; use {', '.join(_remedies(settings, layers))} (or --no-check-memory to try)"
             )
 
 
-def _remedies(settings: TrainSettings) -> list[str]:
+def _remedies(settings: TrainSettings, layers: bool) -> list[str]:
     """What makes a run smaller, of what its settings do not have yet."""
     possible = {
         "--dtype bfloat16": settings.dtype != "bfloat16",
         "--gradient-checkpointing": not settings.gradient_checkpointing,
         "--adam-bits 8": settings.adam_bits == 32,
-        "fewer --layers": True,
+        "fewer --layers": layers,
         "a smaller --batch-size": settings.batch_size > 1,
         "a smaller --max-length": True,
     }

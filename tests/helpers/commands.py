@@ -16,6 +16,7 @@ import mftmerge
 WORKING = {
     "quickstart": "{try:out} --tiny",
     "train": "--model {model:model} --data {rows.jsonl:rows} -o {new.mask:out} --config {train.yml:settings} --steps 1",
+    "rebase": "{a.mask:mask} --model {model:model} --data {rows.jsonl:rows} -o {new.mask:out}",
     "combine": "{a.mask:mask} {b.mask:mask} -o {new.mask:out}",
     "choose": "a={a.mask:mask} b={b.mask:mask} --model {model:model} -o {new.mask:out}"
     " --data a={rows.jsonl:rows} --data b={rows.jsonl:rows}",

@@ -20,7 +20,7 @@ def domain_rows(name: str, count: int = 40) -> list[dict[str, str]]:
         elif name == "letters":
             said = " ".join(chr(97 + (i + j) % 26) for j in range(5))
         else:
-            said = f"yes, {i} it is"
+            said = f"{name}, yes, {i} it is"
         rows.append({"prompt": f"{name} {i}", "completion": said})
     return rows
 

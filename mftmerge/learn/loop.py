@@ -1,0 +1,59 @@
+"""The training loop of a merge that is learnt: rows of every domain in a step, each domain's loss over its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import PreTrainedModel
+
+from mftmerge.learn.domains import Domain, Rounds, batch_of, disagreement
+from mftmerge.learn.optimizer import MergeOptimizer
+from mftmerge.learn.settings import LearnSettings
+from mftmerge.loss import labelled_logits
+from mftmerge.train.loop import Best, Loop
+
+
+class MergeLoop(Loop):
+    """Trains on rounds of one row of each domain. fill: id of the padding token. place: for checkpoints."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        domains: Sequence[Domain],
+        optimizer: MergeOptimizer,
+        best: Best,
+        settings: LearnSettings,
+        fill: int,
+        place: Path | None,
+    ) -> None:
+        self.domains, self.tells = domains, settings.teacher == "expert"
+        super().__init__(
+            model, Rounds(domains), optimizer, best, settings.of_loop(), pad=fill, place=place, name="learn"
+        )
+
+    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
+        def collate(rounds: list[tuple[int, ...]]) -> list[dict[str, Tensor]]:
+            return batch_of(self.domains, rounds, fill)
+
+        sampler = RandomSampler(rows)
+        return DataLoader(rows, self.settings.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+
+    def _gradients(self, batches: Sequence[Any]) -> float:
+        """Gradients of the mean over domains of their losses over their scales; gives that mean."""
+        total = 0.0
+        for batch in batches:
+            for domain, rows in zip(self.domains, batch, strict=True):
+                logits, targets, _ = labelled_logits(self.model, rows["input_ids"], rows["labels"])
+                if self.tells:
+                    loss = disagreement(logits, rows["likely"], rows["logs"]).mean()
+                else:
+                    loss = cross_entropy(logits.float(), targets)
+                loss = loss / (domain.scale * len(self.domains) * len(batches))
+                self.accelerator.backward(loss)
+                total += float(loss.detach())
+        return total

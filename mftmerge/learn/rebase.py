@@ -1,0 +1,290 @@
+"""A mask on a model that has moved on: fitted to a merged or further-tuned model with a few rows.
+
+A mask dropped weights because that helped the model it was learnt over. On another model each dropped weight is asked
+again: to first order, dropping w for its other value d lowers the loss by dL/dW * (w - d). What the new model's
+gradient does not confirm is kept; the rest is ordered by that gain and trained for a few steps. How much of it is
+dropped, if anything, validation rows decide: less than one standard error of a gain is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from mftmerge import data as rows_of
+from mftmerge.checkpoint import Checkpoint, resolve
+from mftmerge.data import Tokens
+from mftmerge.errors import BadInput
+from mftmerge.evaluate.pairing import PairedDifference, paired
+from mftmerge.files import refuse_existing
+from mftmerge.learn.merging import Part
+from mftmerge.learn.optimizer import MergeOptimizer, ranks
+from mftmerge.learn.parameters import Holders, first_layer
+from mftmerge.learn.rebasesettings import RebaseSettings
+from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer
+from mftmerge.loss import Losses, labelled_logits, padded, row_losses
+from mftmerge.mask import Mask, Parent
+from mftmerge.matching import delta_base, match, require_base_tensors
+from mftmerge.prefix import PrefixCache
+from mftmerge.progress import Progress, Step
+from mftmerge.train.inputs import is_tokenised
+from mftmerge.train.targets import freeze_others
+
+log = logging.getLogger(__name__)
+Note = Callable[[str], None]
+OWN, DROPPED = "model", "dropped"  # a weight's two values
+KEEP_ALL, AS_IT_IS = "keeps everything", "the mask as it is"
+
+
+@dataclass
+class RebaseResult:
+    """What a fit gives.
+
+    mask: the chosen one. chosen: which candidate it is. candidates: by name, on the validation rows, the paired
+    difference from the model without a mask (nats a token). gained: whether a mask is better than none. dropped: the
+    share of the covered weights that the mask drops.
+    """
+
+    mask: Mask
+    chosen: str
+    candidates: dict[str, PairedDifference] = field(default_factory=dict)
+    gained: bool = False
+    dropped: float = 0.0
+    seconds: float = 0.0
+
+
+def rebase_mask(
+    mask: str | Path | Mask,
+    model: str | Path,
+    data: Any,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    settings: RebaseSettings | Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    note: Note | None = None,
+    **overrides: Any,
+) -> RebaseResult:
+    """Fit a mask to another model than it was learnt over, and write it to `out`.
+
+    model: a merged or further-tuned checkpoint with the mask's tensors: a directory or hub id. data: rows of the mask's
+    domain, some 32: anything that `data.load_rows` takes, or rows that `data.tokenize` made. base: for a mask over a
+    delta, the model that dropped weights return to, where its header does not name one that is here.
+
+    The mask that keeps everything is a candidate; when nothing is better it is written, and `note` told so.
+    Raises BadInput for what the user gave.
+    """
+    given = settings.model_dump(exclude_unset=True) if isinstance(settings, RebaseSettings) else dict(settings or {})
+    chosen = RebaseSettings.make({**given, **overrides})
+    if out is not None:
+        refuse_existing(out, overwrite, (mask, model, data, base))
+    path = resolve(model)
+    loaded = mask if isinstance(mask, Mask) else Mask.load(mask)
+    name = "the mask" if isinstance(mask, Mask) else str(mask)
+    fit = _Fit(loaded, name, path, str(model), delta_base(loaded, base, None), chosen, note or log.info, progress)
+    result = fit.run(data)
+    if out is not None:
+        result.mask.save(out, overwrite=overwrite)
+    return result
+
+
+class _Fit:
+    """A mask, the model that it is fitted to, and the way to the fitted mask."""
+
+    def __init__(
+        self,
+        mask: Mask,
+        name: str,
+        path: Path,
+        reference: str,
+        base: str | Path | None,
+        settings: RebaseSettings,
+        say: Note,
+        progress: Progress | None,
+    ) -> None:
+        self.start = time.monotonic()
+        self.mask, self.name, self.path, self.reference = mask, name, path, reference
+        self.settings, self.say, self.progress = settings, say, progress
+        self.checkpoint = Checkpoint.open(path)
+        self.names = match(mask, self.checkpoint, reference)  # the model's tensor -> the mask's
+        self.base = None if base is None else Checkpoint.open(resolve(base))
+        if self.base is not None:
+            require_base_tensors(self.names, self.checkpoint, self.base, f"base {base}")
+
+    def run(self, data: Any) -> RebaseResult:
+        s = self.settings
+        train, valid = self._rows(data)
+        asked = chosen_dtype(self.path, s.dtype)
+        dtype: Any = asked if asked == "auto" else getattr(torch, asked)
+        model = load_causal_lm(self.path, dtype=dtype, trust_remote_code=s.trust_remote_code or None)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        holders = Holders(model, self.checkpoint.names)
+        targets = holders.targets(self.names)
+        freeze_others(model, targets)
+        with ExitStack() as stack:
+            if s.prefix != "off" and (first := first_layer(model, targets)):
+                place = Path(tempfile.gettempdir()) if s.prefix == "disk" else None
+                cache = PrefixCache(model, first, directory=place)
+                cache.add([*train, *valid])
+                if cache.fits(train[0]):
+                    stack.enter_context(cache.use())
+            parts = self._parts(holders)
+            without = row_losses(model, valid)
+            starts = self._starts(model, holders, parts, train)
+            optimizer = MergeOptimizer(parts, holders, lr=s.lr, starts={n: [v] for n, v in starts.items()})
+            losses = {name: self._losses(model, optimizer, codes, valid) for name, codes in self._first(parts)}
+            kept = dict(self._first(parts))
+            for when in ("before training", "after training") if s.steps else ("before training",):
+                if when == "after training":
+                    self._train(model, optimizer, train)
+                for share in s.shares:
+                    name = f"{share:g} of what may be dropped, {when}"
+                    kept[name] = {n: _cut(optimizer.scores_of(n, 0), share) for n in parts}
+                    losses[name] = self._losses(model, optimizer, kept[name], valid)
+        return self._result(kept, losses, without)
+
+    def _rows(self, data: Any) -> tuple[list[Tokens], list[Tokens]]:
+        s = self.settings
+        if is_tokenised(data):
+            rows = list(data)
+        else:
+            tokenizer = load_tokenizer(self.path, trust_remote_code=s.trust_remote_code or None)
+            rows = rows_of.tokenize(rows_of.load_rows(data, skip_bad=s.skip_bad_rows), tokenizer, s.max_length)
+        wanted = s.rows or len(rows)
+        if len(rows) < wanted or wanted < 4:
+            raise BadInput(f"rows: {max(wanted, 4)} are needed, the data has {len(rows)}")
+        order = random.Random(s.seed).sample(range(len(rows)), len(rows))[:wanted]
+        held = min(wanted - 2, max(2, int(wanted * s.eval_share)))
+        return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+    def _parts(self, holders: Holders) -> dict[str, Part]:
+        """The covered tensors with a weight's two values: the model's, and what a dropped one becomes."""
+        parts = {}
+        for parameter in dict.fromkeys(holders.holder(n) for n in self.names):
+            whole = holders.parameters[parameter].detach()
+            for name, own in holders.split(parameter, whole).items():
+                if name not in self.names:
+                    raise BadInput(
+                        f"{self.name}: covers only some of the tensors that the live model holds as {parameter}"
+                    )
+                if self.base is None:
+                    other = torch.zeros_like(own)
+                else:
+                    other = torch.from_numpy(self.base.read_float32(name)).to(own).view(own.shape)
+                parts[name] = Part(name, {DROPPED: other, OWN: own.clone()}, DROPPED, (OWN,))
+        return parts
+
+    def _gradients(self, model: PreTrainedModel, rows: Sequence[Tokens]) -> None:
+        """Leave the gradient of the mean loss over the rows' tokens in the parameters."""
+        tokens = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
+        model.train()
+        for at in range(0, len(rows), self.settings.batch_size):
+            ids, labels, attention = padded(rows[at : at + self.settings.batch_size], model.device)
+            logits, wanted, _ = labelled_logits(model, ids, labels, attention_mask=attention)
+            (cross_entropy(logits.float(), wanted, reduction="sum") / tokens).backward()
+
+    def _starts(
+        self, model: PreTrainedModel, holders: Holders, parts: Mapping[str, Part], rows: Sequence[Tokens]
+    ) -> dict[str, Tensor]:
+        """Scores to start from: minus the rank of the gain where the mask drops and the gradient confirms it, which is
+        what may be dropped; the rank of |w - d| elsewhere."""
+        self._gradients(model, rows)
+        found = {}
+        for parameter in dict.fromkeys(holders.holder(n) for n in parts):
+            gradient = holders.parameters[parameter].grad
+            assert gradient is not None
+            for name, g in holders.split(parameter, gradient).items():
+                change = parts[name].change(0)
+                gain = g.float() * change
+                dropped = ~torch.from_numpy(self.mask.kept(self.names[name])).to(g.device)
+                confirmed = dropped & (gain > 0)
+                first = ranks(torch.where(confirmed, gain, 0))
+                found[name] = torch.where(confirmed, -first, ranks(change).clamp(min=0) + 1e-3)
+            holders.parameters[parameter].grad = None
+        return found
+
+    def _first(self, parts: Mapping[str, Part]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The candidates that nothing is learnt for."""
+        yield KEEP_ALL, {n: torch.ones(p.shape, dtype=torch.uint8) for n, p in parts.items()}
+        yield AS_IT_IS, {n: torch.from_numpy(self.mask.kept(self.names[n]).astype(np.uint8)) for n in parts}
+
+    def _losses(
+        self, model: PreTrainedModel, optimizer: MergeOptimizer, codes: Mapping[str, Tensor], rows: Sequence[Tokens]
+    ) -> Losses:
+        with optimizer.masked_by(codes):
+            return row_losses(model, rows)
+
+    def _train(self, model: PreTrainedModel, optimizer: MergeOptimizer, rows: Sequence[Tokens]) -> None:
+        s, order = self.settings, random.Random(self.settings.seed)
+        queue: list[Tokens] = []
+        for step in range(s.steps):
+            while len(queue) < s.batch_size:
+                queue += order.sample(list(rows), len(rows))
+            batch, queue = queue[: s.batch_size], queue[s.batch_size :]
+            self._gradients(model, batch)
+            optimizer.param_groups[0]["lr"] = s.lr * (1 - step / s.steps)
+            optimizer.step()
+            for t in optimizer.targets:
+                t.parameter.grad = None
+            if self.progress:
+                self.progress(Step("fitting", step + 1, s.steps, "steps"))
+
+    def _result(self, kept: dict[str, dict[str, Tensor]], losses: dict[str, Losses], without: Losses) -> RebaseResult:
+        candidates = {name: paired(rows, without) for name, rows in losses.items()}
+        chosen = min(candidates, key=lambda n: candidates[n].mean)
+        d = candidates[chosen]
+        gained = bool(d.mean + self.settings.errors * d.standard_error < 0)
+        if not gained:
+            chosen = KEEP_ALL
+        facts = self.settings.model_dump(exclude_none=True) | {
+            "chosen": chosen,
+            "gained": gained,
+            "difference": candidates[chosen].mean,
+            "standard_error": candidates[chosen].standard_error,
+        }
+        old = self.mask.info
+        info = replace(
+            old,
+            keep=None,
+            base=self.reference,
+            fingerprints={n: self.checkpoint.fingerprint(n) for n in kept[chosen]},
+            training=facts,
+            comparison={},
+            operation="rebase",
+            options={},
+            parents=(Parent(Path(self.name).name, self.mask.digest, None, old.operation, old.options, old.parents),),
+            delta_fingerprints={} if self.base is None else {n: self.base.fingerprint(n) for n in kept[chosen]},
+        )
+        made = Mask.from_bools({n: code.cpu().numpy() != 0 for n, code in kept[chosen].items()}, info)
+        before = candidates[AS_IT_IS]
+        self.say(f"as it is the mask changes the loss by {before.mean:+.4f} +- {before.standard_error:.4f} nats")
+        if gained:
+            self.say(f"{chosen}: {d.mean:+.4f} +- {d.standard_error:.4f} nats, {1 - made.density():.2%} dropped")
+        else:
+            self.say("there is nothing to gain on this model: the mask that keeps everything is written")
+        seconds = time.monotonic() - self.start
+        return RebaseResult(made, chosen, candidates, gained, 1 - made.density(), seconds)
+
+
+def _cut(scores: Tensor, share: float) -> Tensor:
+    """Codes that drop this share of the weights with a score below 0, those with the lowest scores."""
+    below = scores < 0
+    count = int(share * int(below.sum()))
+    kept = torch.ones(scores.shape, dtype=torch.uint8, device=scores.device)
+    if count:
+        kept.view(-1)[torch.argsort(scores.reshape(-1), stable=True)[:count]] = 0
+    return kept
