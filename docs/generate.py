@@ -28,6 +28,7 @@ from mftmerge.operations import OPERATIONS
 from mftmerge.recipe import schema
 from mftmerge.recipe.catalogue import ABOUT, METHODS, REQUIRED, Method, Parameter, meaning
 from mftmerge.recipe.export import PUSH_DOWN, stock_form
+from mftmerge.serve.settings import ServeSettings
 from mftmerge.settings import Settings
 from mftmerge.train.settings import TrainSettings
 
@@ -266,6 +267,7 @@ TABLES = {
     "docs/training.md": {"settings": settings(TrainSettings)},
     "docs/learning.md": {"settings": settings(LearnSettings), "rebase": settings(RebaseSettings)},
     "docs/scale.md": scale(),
+    "docs/serving.md": {"serve": settings(ServeSettings)},
 }
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -202,10 +202,17 @@ class Checkpoint:
     def fingerprint(self, name: str) -> str:
         """XXH3-128 over dtype, shape and raw bytes, as hexadecimal digits; see docs/architecture.md."""
         entry = self.entry(name)
-        h = xxhash.xxh3_128(f"{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
-        for start in range(entry.start, entry.stop, PIECE):
-            h.update(self._shard_of[entry.file].read(start, min(start + PIECE, entry.stop)))
-        return h.hexdigest()
+        shard, edges = self._shard_of[entry.file], range(entry.start, entry.stop, PIECE)
+        pieces = (shard.read(start, min(start + PIECE, entry.stop)) for start in edges)
+        return fingerprint_of(entry.dtype, entry.shape, pieces)
+
+
+def fingerprint_of(dtype: str, shape: tuple[int, ...], pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+    """The fingerprint of a tensor: safetensors dtype code, shape, and its bytes in order."""
+    h = xxhash.xxh3_128(f"{dtype}\0{','.join(map(str, shape))}\0".encode())
+    for piece in pieces:
+        h.update(piece)
+    return h.hexdigest()
 
 
 def resolve(reference: str | Path) -> Path:

@@ -85,6 +85,7 @@ EXTRAS |= {
     "mergekit": "merge",
     "peft": "merge",
     "matplotlib": "plot",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "numba"), "serve"),
     "gguf": "quickstart",
     "lm_eval": "lm-eval",
     "submitit": "jobs",

@@ -49,6 +49,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-recipe": ("import_recipe", "Read any mergekit YAML as a recipe."),
     "mergekit-yaml": ("mergekit_yaml", "Run mergekit's own command with mftmerge's merge methods registered."),
     "sweep": ("sweep", "Run settings x seeds, choose on validation rows, report on test rows."),
+    "patch": ("patch", "Write what changes between a model under two masks, or between two checkpoints."),
+    "patch-apply": ("patch_apply", "Apply such a patch to a checkpoint, bit for bit, or undo it."),
+    "serve": ("serve", "Serve a model under several masks at once, over OpenAI's protocol."),
     "report": ("report", "One self-contained HTML page for a set of masks and results."),
 }
 

@@ -31,10 +31,13 @@ WORKING = {
     "import-recipe": "{plain.yml:recipe} -o {new.yml:out}",
     "mergekit-yaml": "{plain.yml:recipe} {new:out} --quiet",
     "sweep": "{sweep.yml:sweep} -o {new:out}",
+    "patch": "--model {model:model} --to {a.mask:mask} -o {new.patch.safetensors:out}",
+    "patch-apply": "{ab.patch.safetensors:patch} --model {model:model} -o {new:out}",
+    "serve": "--model {model:model} --mask a={a.mask:mask} --check",
     "report": "{results:results} -o {new.html:out}",
 }
 SLOT = re.compile(r"\{([^:}]+):(\w+)\}")
-INPUTS = ("mask", "rows", "recipe", "settings", "sweep", "foreign", "model", "results")
+INPUTS = ("mask", "rows", "recipe", "settings", "sweep", "foreign", "model", "results", "patch")
 
 RECIPE = "merge_method: linear\nmodels:\n- model: {model}\n  parameters: {{weight: 1.0}}\n"
 SWEEP = """model: {model}
@@ -78,6 +81,9 @@ def make_inputs(here: Path, tiny: Callable[..., Path]) -> Path:
     (here / "sweep.yml").write_text(SWEEP.format(model=here / "model"))
     from safetensors.numpy import save_file
 
+    from mftmerge.patch import mask_patch
+
+    mask_patch(here / "model", None, here / "a.mask").save(here / "ab.patch.safetensors")
     save_file({n: np.ones(s, np.bool_) for n, s in shapes.items()}, here / "foreign.safetensors")
     return here
 
@@ -112,6 +118,7 @@ def broken(here: Path) -> dict[str, dict[str, str]]:
         "foreign": ".safetensors",
         "model": "",
         "results": "",
+        "patch": ".patch.safetensors",
     }
     for kind, ending in endings.items():
         found[kind] = {what: name + (ending if what == "missing" else "") for what, name in names.items()}

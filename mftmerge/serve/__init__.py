@@ -1,0 +1,1 @@
+"""One base model and its masks behind OpenAI's protocol: `mftmerge serve`."""
