@@ -72,6 +72,54 @@ def test_stacks_have_a_configuration_of_their_depth(architecture: str, tiny: Tin
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def odd_model(kind: str, path: Path) -> Path:
+    """A tiny model of an architecture that mergekit has no definition of."""
+    import transformers as tf
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 4}
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    config = {
+        "smollm3": lambda: tf.SmolLM3Config(**sizes, pad_token_id=0),
+        "falcon_h1": lambda: tf.FalconH1Config(**sizes, **mamba, head_dim=8, mamba_n_groups=1),
+        "bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4),
+        "jetmoe-like": lambda: tf.Qwen2MoeConfig(
+            **sizes, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, decoder_sparse_step=2,
+            shared_expert_intermediate_size=16,
+        ),
+    }[kind]()  # fmt: skip
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "falcon_h1", "bloom"])
+@pytest.mark.parametrize("ranges", [([0, 3], [1, 4]), ([0, 2],)])
+def test_the_configuration_says_how_deep_a_model_of_no_known_architecture_is(
+    kind: str, ranges: tuple[list[int], ...], tmp_path: Path
+) -> None:
+    """mergekit leaves the old number; transformers then drops the layers above it, or makes some up."""
+    from transformers import AutoModelForCausalLM
+
+    odd_model(kind, tmp_path / "model")
+    rows = "".join(f"- sources: [{{model: model, layer_range: {r}}}]\n" for r in ranges)
+    build(written(f"merge_method: passthrough\nslices:\n{rows}", tmp_path / "r.yml"), tmp_path / "out")
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert model.config.num_hidden_layers == sum(b - a for a, b in ranges)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+
+
+def test_layers_whose_kind_is_a_rule_of_the_configuration_keep_their_places(tmp_path: Path) -> None:
+    """Each second layer has experts: another order of layers is a model that no configuration describes."""
+    odd_model("jetmoe-like", tmp_path / "model")
+    rows = "".join(f"- sources: [{{model: model, layer_range: {r}}}]\n" for r in ([0, 3], [2, 4]))
+    text = f"merge_method: passthrough\nslices:\n{rows}"
+    assert "line 2: slices: layer 3 of the result is layer 2 of model" in (found := fault(text, tmp_path))
+    assert "of another kind (mlp." in found
+    in_place = text.replace("[2, 4]", "[3, 4]")
+    build(written(in_place, tmp_path / "r.yml"), tmp_path / "out", allow_lost=True)  # mergekit reads no experts of it
+
+
 def test_lost_tensors_are_refused(tmp_path: Path) -> None:
     """DeepSeek-V3 has no definition in mergekit that lists its experts."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -191,7 +239,7 @@ def test_models_of_other_depth_and_architecture(kitchen: Path, tiny: Tiny, tmp_p
 
     assert "line 4: " in (deep := fault(two(tiny("llama", layers=6)), tmp_path))
     assert "has 6 layers" in deep
-    assert "--allow-crimes" in fault(two(tiny("qwen2", hidden=64)), tmp_path)
+    assert "allow_crimes=True" in fault(two(tiny("qwen2", hidden=64)), tmp_path)
 
 
 @pytest.mark.parametrize(

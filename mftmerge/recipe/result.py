@@ -147,7 +147,11 @@ def _plan(
     result: Result, inputs: HeaderInputs, configuration: OrderedConfiguration, options: MergeOptions
 ) -> Callable[[Path], None]:
     architecture = get_architecture_info(configuration, options)
-    config = result_config(configuration, architecture, options.trust_remote_code)
+    try:
+        config = result_config(configuration, architecture, options.trust_remote_code)
+    except BadInput as e:
+        result.problems.append((("slices",), str(e)))
+        return lambda _: None
     donor = configuration.base_model or configuration.referenced_models()[0]
     targets = MergePlanner(configuration, architecture, options=options, out_model_config=config).plan_to_disk("")
     saves = [t for t in targets if isinstance(t, SaveTensor)]
