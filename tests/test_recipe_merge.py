@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.tiny_models import tiny_checkpoint
 from recipe_kitchen import assert_equal, make_kitchen, stock, tensors
 
 from mftmerge.apply import apply_mask
@@ -66,6 +67,10 @@ def recipes(models: Path) -> dict[str, dict[str, object]]:
             **{"merge_method": "nearswap", "models": inputs()[:2], "parameters": {"t": 0.01}},
             "base_model": str(models / "math"),
         },
+        "fusion": {"merge_method": "arcee_fusion", "models": inputs()[:1], **base},  # gives float32 whatever it gets
+        "stock": {"merge_method": "model_stock", "models": inputs(), **base},
+        "karcher": {"merge_method": "karcher", "models": inputs()},
+        "sce": {"merge_method": "sce", "models": inputs(), "parameters": {"select_topk": 0.2}, **base},
         "copy": {"merge_method": "passthrough", "models": [{"model": str(models / "math")}], "out_dtype": "float16"},
     }
 
@@ -231,3 +236,16 @@ def test_numbers_that_were_counted_wrongly_are_no_silent_difference(
     with pytest.raises(MftmergeError, match="other random numbers"):
         build(tmp_path / "r.yml", tmp_path / "out", num_threads=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_draws_from_large_tensors_draws_as_mergekit(tmp_path: Path) -> None:
+    """arcee_fusion looks at a million random weights of a tensor that is larger."""
+    for i, name in enumerate(("base", "math")):
+        tiny_checkpoint(tmp_path / name, dtype="bfloat16", seed=i, hidden=1024, layers=1)
+    assert max(e.size for e in Checkpoint.open(tmp_path / "base")) > 1_000_000
+    config = {"merge_method": "arcee_fusion", "base_model": str(tmp_path / "base")}
+    config["models"] = [{"model": str(tmp_path / "math")}]
+    path = tmp_path / "r.yml"
+    path.write_text(yaml.safe_dump(config))
+    build(path, tmp_path / "ours", seed=5, num_threads=3)
+    assert_equal(tensors(tmp_path / "ours"), tensors(stock(config, tmp_path / "theirs")))

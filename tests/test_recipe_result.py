@@ -208,9 +208,12 @@ def test_masks_on_stages_are_checked_before_anything_is_built(kitchen: Path, tmp
         ("models: [{model: ADAPTER}]", 2, "is an adapter"),
         ("models: [{model: absent/one, mask: no.mask, parameters: 3}]", 2, "absent/one"),
         ("models: [{model: MATH, mask: no.mask, parameters: 3}]", 2, "no mask file 'no.mask'"),
-        ("models: [{model: MATH}]\nselect_topk: 0.1", 3, "belongs under parameters:"),
+        ("models: [{model: MATH}]\nselect_topk: 0.1", 3, "belongs under parameters"),
         ("models: [{model: MATH, mask: 'hf://a/b/c.mask'}]", 2, "cannot be had from the Hub"),
         ("models: [{model: gpt2}]", 2, "hub"),
+        ("models: [{model: MATH}]\nchat_template: chatlm", 3, "did you mean 'chatml'"),
+        ("modules: {vision: {models: [{model: MATH}]}}", 2, "have no module 'vision'"),
+        ("models: [{model: MATH}]\ntokenizer: {source: union, tokens: {x: {source: no/x}}}", 3, "no model 'no/x'"),
         ("slices: [{sources: [{model: MATH, layer_range: [3]}]}]", 2, "two whole numbers"),
     ],
 )  # fmt: skip
@@ -286,7 +289,9 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "refused").exists()
 
 
-def test_generation_config_comes_along_with_a_new_tokenizer(kitchen: Path, tmp_path: Path) -> None:
+def test_generation_config_comes_along_with_a_new_tokenizer(
+    kitchen: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(kitchen / "models/math", tmp_path / "a")
     (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}\n')
     text = f"merge_method: linear\nmodels: [{{model: a}}, {{model: {kitchen}/models/code}}]\n"
@@ -295,6 +300,7 @@ def test_generation_config_comes_along_with_a_new_tokenizer(kitchen: Path, tmp_p
         tmp_path / "out",
     )
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.3
+    assert "permutations" not in capfd.readouterr().err, "mergekit's bars are not ours"
 
 
 def test_masks_over_pickled_weights_and_over_adapters_in_slices(kitchen: Path, tmp_path: Path) -> None:
@@ -361,7 +367,11 @@ tokenizer_source: model:models/math
 
 @pytest.mark.parametrize(("key", "tool"), [("experts", "mergekit-moe"), ("genome", "mergekit-evolve")])
 def test_files_of_other_tools_are_named(key: str, tool: str, tmp_path: Path) -> None:
-    assert f"line 2: {key}: this is a file for {tool}" in fault(f"base_model: a\n{key}: []\n", tmp_path)
+    text = f"base_model: a\n{key}: []\n"
+    assert f"line 2: {key}: this is a file for {tool}" in fault(text, tmp_path)
+    with pytest.raises(BadInput, match=f"line 2: {key}: this is a file for {tool}"):
+        import_recipe(written(text, tmp_path / "r.yml"))
+    assert "a recipe is a mapping" in fault("- merge_method: linear\n", tmp_path)
 
 
 def test_mergekit_s_options_have_its_names(capsys: pytest.CaptureFixture[str]) -> None:

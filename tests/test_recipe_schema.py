@@ -148,7 +148,13 @@ def test_the_catalogue_says_what_mergekit_declares() -> None:
     assert METHODS["passthrough"].parameters["scale"] == Parameter("float", "input", None)
     assert (slerp.base, slerp.inputs, slerp.parameters["t"].default) == ("required", (2, 2), "required")
     assert METHODS["nuslerp"].non_base == (2, 2)
-    assert {n for n, m in METHODS.items() if m.random} == {"dare_ties", "dare_linear", "della", "della_linear"}
+    assert {n for n, m in METHODS.items() if m.random} == {
+        "arcee_fusion",
+        "dare_ties",
+        "dare_linear",
+        "della",
+        "della_linear",
+    }
     assert {n for n, m in METHODS.items() if m.ours} == {"masked", "consensus", "localize_and_stitch", "select", "emr"}
     assert set(METHODS) == set(ABOUT)
     assert all(meaning(name, key) for name, method in METHODS.items() for key in method.parameters)

@@ -48,7 +48,10 @@ def _shared(kind: Kind, default: bool | int | float | str | None = REQUIRED) -> 
     return Parameter(kind, "shared", default)
 
 
-RANDOM = ("dare_ties", "dare_linear", "della", "della_linear")  # which draw random numbers, their specs do not say
+# Methods that draw random numbers, which their specs do not say. COUNTED: as many of `torch.bernoulli` as there are
+# weights in the task vectors that they thin out.
+COUNTED = ("dare_ties", "dare_linear", "della", "della_linear")
+RANDOM = (*COUNTED, "arcee_fusion")
 
 
 def described(spec: MergeMethodSpec) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
 from typing import Any
 
 from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, lookup, suggestion
@@ -12,6 +13,7 @@ from mftmerge.recipe.lines import Lines, Location, Problem
 from mftmerge.recipe.schema import Document, MaskExpression, MaskUse, ModelInput, Module, OutputSlice, Reference
 
 Checked = list[tuple[Document, Lines]]
+TEMPLATES = resources.files("mergekit._data") / "chat_templates"
 
 
 def check_documents(documents: Checked) -> list[Problem]:
@@ -42,6 +44,10 @@ def references(document: Document) -> Iterator[tuple[Location, Reference]]:
     ):
         if source and source not in ("union", "base"):
             yield where, Reference.model_validate(source)
+    for token, setting in ((document.tokenizer and document.tokenizer.tokens) or {}).items():
+        given = setting.source
+        if model := given if isinstance(given, Reference) else given and given.model:
+            yield ("tokenizer", "tokens", token, "source"), model
 
 
 def mask_uses(document: Document) -> Iterator[tuple[Location, MaskUse]]:
@@ -84,6 +90,15 @@ def _check_document(document: Document) -> Iterator[tuple[Location, str]]:
         yield from _check_own(document)
         yield from _check_epsilon(document)
     yield from _check_masks(document)
+    yield from _check_chat_template(document)
+
+
+def _check_chat_template(document: Document) -> Iterator[tuple[Location, str]]:
+    """mergekit's templates have names; a text is taken for a template where it has a brace."""
+    text = document.chat_template
+    names = [f.name.removesuffix(".jinja") for f in TEMPLATES.iterdir() if f.name.endswith(".jinja")]
+    if text and "{" not in text and text not in ("auto", *names):
+        yield ("chat_template",), f"chat_template: there is no template {text!r}{suggestion(text, ['auto', *names])}"
 
 
 def groups(document: Document) -> Iterator[tuple[Location, tuple[ModelInput, ...], OutputSlice | Module | None]]:

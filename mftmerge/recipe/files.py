@@ -140,7 +140,12 @@ class FileChecks:
             if not (found / "config.json").is_file():
                 raise BadInput(f"{reference.path!r} has no config.json; it is not a model directory")
             if not any((found / name).is_file() for name in WEIGHTS):
-                raise BadInput(f"{reference.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[1]})")
+                hint = (
+                    "; GGUF files cannot be merged, give the model that they were made from"
+                    if any(found.glob("*.gguf"))
+                    else ""
+                )
+                raise BadInput(f"{reference.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[1]}){hint}")
             if isinstance(quantised := read_config(found).get("quantization_config"), dict):
                 method = quantised.get("quant_method", "unknown")
                 raise BadInput(f"{reference.path!r} is quantised ({method}), {UNMERGED}")

@@ -15,7 +15,7 @@ from mftmerge.errors import BadInput
 from mftmerge.recipe.catalogue import METHODS, lookup
 from mftmerge.recipe.check import check_documents, references
 from mftmerge.recipe.lines import Lines, Location, load_documents, report
-from mftmerge.recipe.load import problem_of, problems_of
+from mftmerge.recipe.load import OTHER_TOOLS, problem_of, problems_of
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Document
 from mftmerge.yamltext import read_text
@@ -73,7 +73,7 @@ def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[s
             break
         except ValidationError as e:
             unknown = [error for error in e.errors() if error["type"] == "extra_forbidden"]
-            if not unknown:
+            if not unknown or OTHER_TOOLS.keys() & {str(error["loc"][0]) for error in unknown}:
                 raise report(config, problems_of(e, data, lines)) from None
             for error in unknown:
                 problem = problem_of(error, lines)

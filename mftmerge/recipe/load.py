@@ -203,11 +203,13 @@ def problem_of(error: Any, lines: Lines) -> Problem:
     if error["type"] == "extra_forbidden":
         name = str(location[-1])
         if name in {n for m in METHODS.values() for n in m.parameters} and "parameters" not in location:
-            return Problem(line, f"{where}: {name} is a parameter of merge methods; it belongs under parameters:")
+            return Problem(line, f"{where}: {name} is a parameter of merge methods; it belongs under parameters")
         known = {k for cls in Strict.__subclasses__() for k in cls.model_fields} | {"layer_range", "on", "base"}
         return Problem(line, f"unknown key {location[-1]!r} at {where}{_close(name, known - {name})}")
     if error["type"] == "missing":
         return Problem(line, f"{where}: is missing")
+    if not location and error["type"].startswith("model_type"):
+        return Problem(line, "a recipe is a mapping: merge_method: ..., models: ...")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] not in ("value_error", "missing") and not isinstance(error.get("input"), dict | list):
         message += f", not {error.get('input')!r}"

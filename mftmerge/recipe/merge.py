@@ -8,8 +8,10 @@ configurations are mergekit's. Every thread reads through a loader cache of its 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from mftmerge.checkpoint import TensorEntry
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.machine import in_order
-from mftmerge.recipe.catalogue import METHODS, RANDOM
+from mftmerge.recipe.catalogue import COUNTED, METHODS
 from mftmerge.recipe.evaluation import Evaluation, Job, Room, draws, with_numbers
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration
 from mftmerge.recipe.methods import register
@@ -114,7 +116,8 @@ def _merge(configuration: OrderedConfiguration, options: MergeOptions, inputs: M
     evaluation = Evaluation(mask, torch.device(options.device or "cpu"))
     for task in targets:
         if not isinstance(task, SaveTensor | FinalizeModel):
-            evaluation.shared[task] = evaluation.value(task)
+            with redirect_stderr(io.StringIO()):  # the tokenizer's draws a bar, which nothing else turns off
+                evaluation.shared[task] = evaluation.value(task)
     warnings: list[str] = []
     sizes = _write(targets, evaluation, options, inputs, output)
     tokenizer = next((v.tokenizer for v in evaluation.shared.values() if isinstance(v, TokenizerInfo)), None)
@@ -150,7 +153,7 @@ def _write(
     if METHODS[method].random:  # the same draws for the same tensors as mergekit, whose graph decides their order
         order = {handle.task(): i for i, handle in enumerate(Executor(list(targets)).schedule.tasks)}
         jobs.sort(key=lambda j: order[j.task.tensor_task])
-        threads = threads if method in RANDOM else 1
+        threads = threads if method in COUNTED else 1
     else:
         jobs.sort(key=lambda j: -j.size)  # so that no thread is left alone with a large one at the end
     if evaluation.mask and (unused := sorted({*evaluation.mask.mask.names} - {j.task.tensor_name for j in jobs})):

@@ -7,10 +7,12 @@ which does not exist yet, is stood for by a directory with its configuration and
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from mftmerge.checkpoint import SINGLE, TensorEntry
 from mftmerge.dtypes import of_torch
 from mftmerge.errors import BadInput
 from mftmerge.names import layer_of
+from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups
 from mftmerge.recipe.headers import Header, header, hole
 from mftmerge.recipe.inputs import Inputs, OrderedConfiguration
@@ -82,6 +85,7 @@ class HeaderInputs(Inputs):
         super().__init__(document, folder, stages, work)
         self.loaders: dict[ModelReference, HeaderLoader] = {}
         self.items: dict[ModelReference, tuple[Location, ModelInput | BaseInput]] = {}
+        self.given: dict[tuple[Any, ...], torch.dtype] = {}  # what the method makes of inputs of certain dtypes
         self._made: dict[tuple[str, str], Any] = {}
         for where, item in document.parts():
             self.items.setdefault(ModelReference.model_validate(self.input(item)), (where, item))
@@ -136,6 +140,8 @@ def explained(error: Exception, document: Document) -> tuple[Location, str]:
     """mergekit's refusal of a plan in our words."""
     text = " ".join(str(error).split()) or type(error).__name__
     models = ", ".join(dict.fromkeys(str(i.model) for _, i in document.parts()))
+    if isinstance(error, KeyError) and error.args[:1] and error.args[0] in (document.modules or {}):
+        return ("modules", error.args[0]), f"the models have no module {error.args[0]!r}"
     if "allow-crimes" in text:
         return ("merge_method",), f"different architectures ({models}); --allow-crimes merges them anyway"
     if "trust_remote_code" in text:
@@ -158,7 +164,8 @@ def _plan(
     tokenizer: TokenizerInfo | None = None
     for task in targets:
         if isinstance(task, BuildTokenizer):
-            tokenizer = task.execute()
+            with redirect_stderr(io.StringIO()):  # it draws a bar, which nothing else turns off
+                tokenizer = task.execute()
     faults = Faults()
     entries = [e for save in saves if (e := _entry(save, inputs, tokenizer, faults)) is not None]
     result.problems += faults.problems()
@@ -255,8 +262,27 @@ def _entry(
                 )
         rows, multiple = len(tokenizer.tokenizer.get_vocab()), aligned.pad_to_multiple_of or 1
         shape[axis] = -(-rows // multiple) * multiple
-    code = of_torch(dtype_from_name(save.dtype) or dtype).code
+    kind = task.method_name, tuple((m == task.base_model, t.dtype, t.dim()) for m, t in found.items())
+    if kind not in inputs.given:
+        inputs.given[kind] = _given(task, found, dtype)
+    code = of_torch(dtype_from_name(save.dtype) or inputs.given[kind]).code
     return TensorEntry(save.tensor_name, code, tuple(shape), Path(), 0, 0)
+
+
+def _given(
+    task: ExecuteMergeMethodTask, found: Mapping[ModelReference, torch.Tensor], promoted: torch.dtype
+) -> torch.dtype:
+    """The dtype of what the method makes of such inputs. Some methods widen them; a few numbers show it."""
+    if METHODS[task.method_name].ours or not all(t.is_floating_point() for t in found.values()):
+        return promoted
+    generator = torch.Generator().manual_seed(0)
+    few = {m: torch.rand([3] * t.dim(), generator=generator).to(t.dtype) for m, t in found.items()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            merged = task.execute(tensors=few)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # what such small tensors do not allow
+        return promoted
+    return promoted if merged is None else merged.dtype
 
 
 def _lost(inputs: HeaderInputs, written: set[str]) -> list[tuple[Location, str, list[str]]]:
