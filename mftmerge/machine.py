@@ -20,6 +20,7 @@ QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu
 # Any of these in the environment means that the user has said how threads wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+M_ARENA_MAX = -8  # of malloc.h
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"flags": {"avx512_bf16", "amx_bf16"}, "Features": {"bf16", "svebf16"}}  # on x86-64 and on Arm
 
@@ -79,6 +80,12 @@ def in_order(pool: Executor, work: Callable[[T], R], jobs: Iterable[T], ahead: i
     finally:
         for _, future in waiting:
             future.cancel()
+
+
+def share_memory() -> None:
+    """From now on threads take memory from one heap. glibc gives each its own, and each keeps holes the others fill."""
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_ARENA_MAX, 1)
 
 
 def give_back() -> None:

@@ -283,7 +283,7 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert e.value.code == 0
     said = capsys.readouterr()
     assert "line 2: the weights sum to 0" in said.err
-    assert "weights are not finite" in said.out.splitlines()[-1]
+    assert "weights are not finite" in said.out
     with pytest.raises(MftmergeError, match="not finite"):
         build(path, tmp_path / "refused", require_finite=True)
     assert not (tmp_path / "refused").exists()

@@ -30,7 +30,7 @@ from transformers.trainer_utils import set_seed
 from mftmerge.checkpoint import TensorEntry
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.machine import in_order
+from mftmerge.machine import in_order, share_memory
 from mftmerge.recipe.catalogue import COUNTED, METHODS
 from mftmerge.recipe.evaluation import Evaluation, Job, Room, draws, with_numbers
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration
@@ -192,6 +192,7 @@ def _in_threads(
         yield from ((job, save(job)) for job in jobs)
         return
     before = torch.get_num_threads()
+    share_memory()
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=begin) as pool:
             yield from in_order(pool, save, jobs, ahead=4 * threads)
