@@ -84,13 +84,13 @@ def in_order(pool: Executor, work: Callable[[T], R], jobs: Iterable[T], ahead: i
 
 def share_memory() -> None:
     """From now on threads take memory from one heap. glibc gives each its own, and each keeps holes the others fill."""
-    if hasattr(LIBC, "mallopt"):
+    if LIBC is not None and hasattr(LIBC, "mallopt"):
         LIBC.mallopt(M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
     """Give freed memory back to the system. glibc keeps what small blocks stand between, up to twice a large tensor."""
-    if hasattr(LIBC, "malloc_trim"):
+    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 

@@ -250,8 +250,8 @@ def _check_own(document: Document) -> Iterator[tuple[Location, str]]:
     if METHODS[document.merge_method].mask_as_parameter and not document.models and list(mask_uses(document)):
         yield ("merge_method",), f"{document.merge_method} takes masks with models: only, not with slices: or modules:"
     if document.merge_method == "select":
-        given = [w for w, i in document.inputs() if i.mask or (i.parameters and "mask" in i.parameters)]
-        if not given and "mask" not in (document.parameters or {}):
+        masked = [w for w, i in document.inputs() if i.mask or (i.parameters and "mask" in i.parameters)]
+        if not masked and "mask" not in (document.parameters or {}):
             yield ("merge_method",), "select has nothing to do without mask: on its models"
 
 

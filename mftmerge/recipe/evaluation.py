@@ -76,7 +76,7 @@ class Evaluation:
                 if odd := _not_finite(part):
                     self.not_finite[name] = self.not_finite.get(name, 0) + odd
                 if part.numel():
-                    write(count, memoryview(part.view(torch.uint8).numpy()))
+                    write(count, memoryview(part.view(torch.uint8).numpy().data))
                 at, count = at + part.numel(), count + part.nbytes
             if whole:
                 del part

@@ -84,7 +84,7 @@ class FileChecks:
                 yield where, f"{text}; --allow-lost builds without {'them' if more else 'it'}"
         if result.problems:
             return
-        uses = [(("mask",), self.document.mask)] if self.document.mask else []
+        uses: list[tuple[Location, MaskUse]] = [(("mask",), self.document.mask)] if self.document.mask else []
         if METHODS[self.document.merge_method].mask_as_parameter:
             uses += [((*where, "mask"), item.mask) for where, item in self.document.inputs() if item.mask]
         shapes = {e.name: e.shape for e in result.tensors}

@@ -155,8 +155,8 @@ def _plan(
     architecture = get_architecture_info(configuration, options)
     try:
         config = result_config(configuration, architecture, options.trust_remote_code)
-    except BadInput as e:
-        result.problems.append((("slices",), str(e)))
+    except BadInput as fault:
+        result.problems.append((("slices",), str(fault)))
         return lambda _: None
     donor = configuration.base_model or configuration.referenced_models()[0]
     targets = MergePlanner(configuration, architecture, options=options, out_model_config=config).plan_to_disk("")
