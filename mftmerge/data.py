@@ -89,7 +89,7 @@ def _known_shape(row: Row, where: str) -> Row:
     """Rows as other tools write them: ShareGPT's conversations, Alpaca's columns, the chosen side of a preference."""
     if "messages" in row or "completion" in row or "text" in row:
         return row
-    rest = {k: row[k] for k in ("tools", "chat_template_kwargs", "tests") if k in row}
+    rest = {k: row[k] for k in ("tools", "chat_template_kwargs", "tests", "tables") if k in row}
     if isinstance(turns := row.get("conversations"), list):
         messages = []
         for turn in turns:

@@ -89,6 +89,7 @@ EXTRAS |= {
     "gguf": "quickstart",
     "lm_eval": "lm-eval",
     "submitit": "jobs",
+    "optuna": "search",
 }
 
 

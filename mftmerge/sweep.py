@@ -22,7 +22,8 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
-from mftmerge.evaluate.results import LOSS, GridResult, finite, markdown_table, rich_table, write_whole
+from mftmerge.evaluate.generation import Marker
+from mftmerge.evaluate.results import GridResult, finite, markdown_table, rich_table, write_whole
 from mftmerge.files import protect
 from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.mask import Mask
@@ -55,7 +56,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """In a notebook: the combinations, the choice, and its result on the test rows."""
-        return notebook.table(HEADINGS, _rows(self), verdict(self)) + self.test._repr_html_()
+        return notebook.table(_headings(self), _rows(self), verdict(self)) + self.test._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         """Runs, choice and test results as plain JSON values; the last as `mftmerge eval --json` prints them."""
@@ -130,11 +131,11 @@ def run_sweep(
     lines = [done[run.id] for run in runs]
     chosen = choose(lines)
     say(f"testing {in_words(chosen)}")
-    test = _test(chosen, lines, model, tokens, plan, out)
+    test = _test(chosen, lines, model, tokenizer, tokens, plan, out)
     results.add({"kind": "choice", "combination": chosen, "validation": validation_mean(lines, chosen)})
-    for name, _ in test.metrics:
+    for name, metric in test.metrics:
         for row in test.models:
-            results.add({"kind": "test", "combination": chosen, "row": row, **_cell(test, row, name)})
+            results.add({"kind": "test", "combination": chosen, "row": row, **_cell(test, row, name, metric)})
     return SweepResult(lines, chosen, test)
 
 
@@ -241,6 +242,7 @@ def _run_line(run: Run, found: Any, mask: Path) -> dict[str, Any]:
     line: dict[str, Any] = {"kind": "run", "id": run.id, "combination": run.combination, "seed": run.settings.seed}
     line |= {"settings": run.settings.model_dump(), "best_step": found.best_step, "gained": bool(found.gained)}
     line["validation"] = {name: pairing.mean(np.asarray(rows)) for name, rows in found.losses.items()}
+    line["answers"] = {name: pairing.mean(marks) for name, marks in found.marks.items()}
     difference = pairing.paired(found.losses["mask"], found.losses["base"])
     line["difference"] = {
         "mean": difference.mean,
@@ -259,54 +261,73 @@ def choose(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tried: list[dict[str, Any]] = [line["combination"] for line in lines if line["combination"] not in failed]
     if not tried:
         raise MftmergeError(f"every combination failed; the first: {next(x['failed'] for x in lines if 'failed' in x)}")
-    best = min(tried, key=lambda combination: validation_mean(lines, combination)["mask"])
-    return best
+
+    def key(combination: dict[str, Any]) -> tuple[float, float]:
+        mean = validation_mean(lines, combination)
+        return -mean.get("mask answers", 0.0), mean["mask"]
+
+    return min(tried, key=key)
 
 
 def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str, Any]) -> dict[str, float]:
-    """Mean over seeds of the base's and the mask's validation loss, and the standard deviation over seeds."""
-    own = [line["validation"] for line in lines if line["combination"] == combination and "failed" not in line]
-    masks = [v["mask"] for v in own]
-    spread = float(np.std(masks, ddof=1)) if len(masks) > 1 else 0.0
-    return {"base": float(np.mean([v["base"] for v in own])), "mask": float(np.mean(masks)), "seed_deviation": spread}
+    """Means over seeds: validation losses (base, mask, and with `control` weights, random and magnitude), shares of
+    right answers (the same names and "answers"), and the standard deviation of the mask's over seeds."""
+    own = [line for line in lines if line["combination"] == combination and "failed" not in line]
+    names = [name for name in own[0]["validation"] if name != "initial"]
+    mean = {name: float(np.mean([line["validation"][name] for line in own])) for name in names}
+    if own[0].get("answers"):
+        mean |= {f"{name} answers": float(np.mean([line["answers"][name] for line in own])) for name in names}
+    of = "answers" if own[0].get("answers") else "validation"
+    spread = float(np.std([line[of]["mask"] for line in own], ddof=1)) if len(own) > 1 else 0.0
+    return mean | {"seed_deviation": spread}
 
 
 def _test(
     chosen: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     model: Any,
+    tokenizer: Any,
     tokens: Mapping[str, Any],
     plan: SweepPlan,
     out: Path,
 ) -> GridResult:
     own = [line for line in lines if line["combination"] == chosen]
     masks = {f"seed {line['seed']}": Mask.load(out / line["mask"]) for line in own}
-    result = grids.grid(model, masks, {name: tokens[f"test {name}"] for name in plan.test})
+    rows = {name: tokens[f"test {name}"] for name in plan.test}
+    shared = TrainSettings.make(plan.settings)
+    options = {"exact": shared.exact, "max_new_tokens": shared.max_new_tokens}
+    scorers = {n: Marker(r, tokenizer, **options) for n, r in rows.items()} if shared.exact else None
+    result = grids.grid(model, masks, rows, scorers=scorers)
     if len(masks) > 1:
         result.models["mean"] = {"mask": None, "of": list(masks)}
-        for name in plan.test:
-            cells = [result.values(row, name) for row in masks]
-            result.cells["mean", name, LOSS] = np.mean(cells, axis=0)
+        for name, metric in result.metrics:
+            cells = [result.values(row, name, metric) for row in masks]
+            result.cells["mean", name, metric] = np.mean(cells, axis=0)
     return result
 
 
-def _cell(test: GridResult, row: str, domain: str) -> dict[str, Any]:
-    difference = test.difference(row, domain)
-    cell = {"domain": domain, "loss": test.mean(row, domain), "difference": difference.mean}
+def _cell(test: GridResult, row: str, domain: str, metric: str) -> dict[str, Any]:
+    difference = test.difference(row, domain, metric)
+    cell = {"domain": domain, "metric": metric, metric: test.mean(row, domain, metric), "difference": difference.mean}
     return cell | {
         "standard_error": finite(difference.standard_error),
         "n": difference.n,
-        "verdict": test.verdict(row, domain),
+        "verdict": test.verdict(row, domain, metric),
     }
 
 
 # -- in words and tables -----------------------------------------------------------------------------------------------
 
-HEADINGS = ["settings", "seeds", "validation loss", "± over seeds", "base", ""]
+
+def _headings(result: SweepResult) -> list[str]:
+    """Of the columns: numbers of the mask, of the base, and of the weights' control where it was trained."""
+    mean = validation_mean(result.runs, result.chosen)
+    shown = ["settings", "seeds", *["right answers"] * ("mask answers" in mean), "validation loss", "± over seeds"]
+    return [*shown, "base", *["weights"] * ("weights" in mean), ""]
 
 
 def _rows(result: SweepResult) -> list[list[str]]:
-    """One row a combination: the mean validation loss over seeds, its deviation, and which was chosen."""
+    """One row a combination: means over seeds on the validation rows, and which was chosen."""
     rows, seen = [], []
     for line in result.runs:
         combination = line["combination"]
@@ -316,35 +337,46 @@ def _rows(result: SweepResult) -> list[list[str]]:
         own = [run for run in result.runs if run["combination"] == combination]
         failed = next((run["failed"] for run in own if "failed" in run), None)
         if failed:
-            rows.append([in_words(combination), str(len(own)), "-", "-", "-", f"failed: {failed}"])
+            unknown = ["-"] * (len(_headings(result)) - 3)
+            rows.append([in_words(combination), str(len(own)), *unknown, f"failed: {failed}"])
             continue
-        mean = validation_mean(result.runs, combination)
-        numbers = [
-            f"{mean['mask']:.4f}",
-            f"{mean['seed_deviation']:.4f}" if len(own) > 1 else "-",
-            f"{mean['base']:.4f}",
-        ]
-        remark = "chosen" if combination == result.chosen else ""
-        rows.append([in_words(combination), str(len(own)), *numbers, remark])
+        numbers = _numbers(validation_mean(result.runs, combination), len(own))
+        rows.append([in_words(combination), str(len(own)), *numbers, "chosen" * (combination == result.chosen)])
     return rows
+
+
+def _numbers(mean: Mapping[str, float], seeds: int) -> list[str]:
+    """The columns in between; spread, base and weights are of what was chosen by."""
+    answers = "mask answers" in mean
+
+    def text(value: float) -> str:
+        return f"{value:.1%}" if answers else f"{value:.4f}"
+
+    own = {name: mean[f"{name} answers" if answers else name] for name in ("mask", "base", "weights") if name in mean}
+    shown = [*[text(own["mask"])] * answers, f"{mean['mask']:.4f}", text(mean["seed_deviation"]) if seeds > 1 else "-"]
+    return [*shown, text(own["base"]), *map(text, [own["weights"]] if "weights" in own else [])]
 
 
 def verdict(result: SweepResult) -> str:
     """One sentence: did the chosen settings gain on the validation rows at all?"""
     mean = validation_mean(result.runs, result.chosen)
-    if mean["mask"] < mean["base"]:
+    if "mask answers" in mean:
+        what, gained = "raised the share of right answers", mean["mask answers"] > mean["base answers"]
+    else:
+        what, gained = "lowered the validation loss", mean["mask"] < mean["base"]
+    if gained:
         return f"Chosen on validation rows: {in_words(result.chosen)}."
-    return f"No settings lowered the validation loss; the least bad: {in_words(result.chosen)}."
+    return f"No settings {what}; the least bad: {in_words(result.chosen)}."
 
 
 def show(result: SweepResult, console: Console) -> None:
     """Print the combinations, the choice, and its result on the test rows."""
-    console.print(rich_table(HEADINGS, _rows(result)))
+    console.print(rich_table(_headings(result), _rows(result)))
     console.print(verdict(result), markup=False, highlight=False)
     result.test.show(console)
 
 
 def write_markdown(result: SweepResult, path: str | Path, *, overwrite: bool = False) -> None:
     """The same as Markdown."""
-    lines = [*markdown_table(HEADINGS, _rows(result)), "", verdict(result), "", "On the test rows:", ""]
+    lines = [*markdown_table(_headings(result), _rows(result)), "", verdict(result), "", "On the test rows:", ""]
     write_whole("\n".join(lines) + "\n" + result.test.to_markdown(), path, overwrite)

@@ -16,7 +16,8 @@ from mftmerge.settings import Settings
 from mftmerge.train.settings import TrainSettings
 from mftmerge.yamltext import read_document
 
-FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base")  # one value for a whole sweep
+# One value for a whole sweep.
+FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base", "metric", "max_new_tokens")
 Sources = str | list[str]
 
 

@@ -21,6 +21,7 @@ from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import candidates, choosing, files
 from mftmerge.evaluate.candidates import Candidate
+from mftmerge.evaluate.generation import Marker, Marks
 from mftmerge.mask import Mask, MaskInfo
 
 DOMAINS = ("math", "code")
@@ -267,3 +268,40 @@ def test_a_candidate_and_its_command_mean_the_same(
     assert run(*shlex.split(written)[1:]) == 0
     made = candidate.combine(list(kitchen.masks.values()), ["math.mask", "code.mask"])
     assert (Mask.load(out).digest, Mask.load(out).info) == (made.digest, made.info)
+
+
+class Drilled(Marker):
+    """Says how many of 40 rows are right by the share of ones that the model's covered weights keep."""
+
+    max_new_tokens = 1
+    drafts: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, of: str, right: dict[int, int]) -> None:
+        self.of, self.right = of, right
+
+    def __call__(self, model: Any, journal: Any = None) -> Marks:
+        zeros = int((model.get_parameter(self.of) == 0).sum())
+        right = self.right.get(zeros, 0)
+        return Marks({"exact": np.array([[i < right, 1.0] for i in range(40)], np.float64)}, ["x"] * 40)
+
+
+def test_right_answers_choose_where_they_are_asked_for(kitchen: SimpleNamespace) -> None:
+    """By loss intersection is the worse one here; by answers, which say the opposite, it is chosen."""
+    made = {t: Candidate.parse(t).combine([*kitchen.masks.values()], ["a", "b"]) for t in ("union", "intersection")}
+    name = kitchen.masks["math"].names[0]
+
+    def zeros(mask: Mask) -> int:
+        return int(mask.size(name) - mask.count(name))
+
+    right = {0: 5, zeros(kitchen.masks["math"]): 25, zeros(made["union"]): 15, zeros(made["intersection"]): 30}
+    scorers = {"math": Drilled(name, right)}
+    by_loss = choosing.choose(kitchen.model, kitchen.masks, kitchen.tokens, made)
+    choice = choosing.choose(kitchen.model, kitchen.masks, kitchen.tokens, made, scorers=scorers)
+    assert by_loss.share("union", "math")[0] != pytest.approx(0.5)
+    assert choice.share("union", "math")[0] == pytest.approx((15 - 5) / (25 - 5))
+    assert choice.share("intersection", "math")[0] == pytest.approx((30 - 5) / (25 - 5))
+    assert choice.share("union", "code") == by_loss.share("union", "code")
+    cell = choice.to_json()["table"]["union"]["domains"]["math"]
+    assert (cell["exact"], cell["difference"]) == (15 / 40, pytest.approx(10 / 40))
+    with pytest.raises(BadInput, match="no such domain"):
+        choose_combination(kitchen.path, kitchen.paths, kitchen.data, exact={"maths": "text"})

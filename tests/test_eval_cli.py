@@ -89,7 +89,7 @@ def test_several_models_and_a_named_reference(kitchen: SimpleNamespace) -> None:
         (["--mask", "{here}/none.mask"], "none.mask"),
         (["--exact", "math"], "give DOMAIN=RULE"),
         (["--exact", "poetry=text"], "no such domain"),
-        (["--exact", "math=numbers"], "give number, text or re:PATTERN"),
+        (["--exact", "math=numbers"], "give number, text, sql or re:PATTERN"),
         (["--reference", "x"], "reference 'x' is not one of the rows"),
         (["--data", "{here}/none.jsonl"], "no such file of rows"),
         (["--dtype", "int4"], "give auto, float32"),

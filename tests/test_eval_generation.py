@@ -135,6 +135,7 @@ def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[...,
         assert tokens["labels"][n] != -100  # the answer begins where the question ends
         assert tokens["labels"][n - 1] == -100
     assert [q.reference for q in asked] == ["four", "e", "c"]
+    assert generation.questions(data.tokenize(rows, tokenizer, 500), tokenizer) == asked
     tokenizer.chat_template = None
     assert generation.questions(rows[:1], tokenizer)[0].prompt == tokenizer("two and two")["input_ids"]
     with pytest.raises(BadInput, match="row 1: a row of plain text"):

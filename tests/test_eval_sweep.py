@@ -190,3 +190,34 @@ def test_runs_as_jobs_give_the_masks_that_runs_here_give(
     assert lines(there / "results.jsonl", "run") == [
         r for r in map(json.loads, before.splitlines()) if r["kind"] == "run"
     ]
+
+
+def test_answers_choose_and_controls_stand_beside(kitchen: SimpleNamespace) -> None:
+    """By exact match; every share is 0 in this toy, so that the loss decides, and the report has both."""
+    settings = kitchen.plan["settings"] | {"metric": "exact:text", "max_new_tokens": 4, "control": True}
+    kitchen.path.write_text(json.dumps(kitchen.plan | {"settings": settings | {"control_lr": [0.01]}, "seeds": [0]}))
+    assert run("sweep", kitchen.path, "--out", kitchen.out, "--markdown", kitchen.out.parent / "report.md") == 0
+    runs, choice = lines(kitchen.results, "run"), lines(kitchen.results, "choice")[0]
+    assert all({"base", "mask", "weights", "random", "magnitude"} <= r["answers"].keys() for r in runs)
+    best = min(runs, key=lambda r: (-r["answers"]["mask"], r["validation"]["mask"]))
+    assert choice["combination"] == best["combination"]
+    tests = lines(kitchen.results, "test")
+    assert {t["metric"] for t in tests} == {"loss", "exact"}
+    assert all(t["metric"] in t for t in tests)
+    text = (kitchen.out.parent / "report.md").read_text()
+    assert "| right answers | validation loss |" in text
+    assert "| weights |" in text
+    assert run("report", kitchen.out, "-o", kitchen.out.parent / "report.html") == 0
+    kitchen.path.write_text(json.dumps(kitchen.plan | {"grid": {"metric": ["loss", "exact:text"]}}))
+    assert run("sweep", kitchen.path, "--out", kitchen.out.parent / "other") == 2
+
+
+def test_more_right_answers_win_over_a_lower_loss() -> None:
+    def line(lr: float, loss: float, share: float) -> dict[str, Any]:
+        return {
+            "combination": {"lr": lr},
+            "validation": {"base": 1.0, "mask": loss},
+            "answers": {"base": 0.1, "mask": share},
+        }
+
+    assert sweep.choose([line(1, 0.5, 0.2), line(2, 0.9, 0.4), line(3, 0.8, 0.4)]) == {"lr": 3}

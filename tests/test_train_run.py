@@ -289,7 +289,7 @@ def test_the_memory_that_a_run_needs(base: Path) -> None:
     assert need().training == covered * (4 + 4 + 12)
     assert need(adam_bits=8).training == covered * (4 + 4 + 4 + 2 + 8 / 256)
     assert need(control=True).training == covered * (4 + 4 + 12 + 6 * 4)
-    assert need(control=True, dtype="bfloat16").training == covered * (2 + 2 + 12 + 2 + 12)
+    assert need(control=True, dtype="bfloat16").training == covered * (2 + 2 + 12 + 2 + 8 + 16)
     assert (need().host, need(scores=True).host) == (covered * 6, covered * 14)
     assert need().logits == 100 * vocabulary * 12
     # what a layer keeps of a token: inputs of two norms, attention, gate, activation and up; then inputs of matrices
@@ -393,7 +393,7 @@ def test_a_stop_in_the_middle_of_a_validation_loses_no_step(base: Path, tmp_path
         return row_losses(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mftmerge.train.run.row_losses", cut_off)
+        patch.setattr("mftmerge.train.validation.row_losses", cut_off)
         with pytest.raises(KeyboardInterrupt):
             train_mask(base, ROWS, tmp_path / "a.mask", settings=settings, progress=interrupt)
     assert calls == 2

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from mftmerge.cli.options import MASKS, ROWS, files, named
+from mftmerge.cli.options import MASKS, ROWS, files, named, options, pairs
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.searchsettings import SearchSettings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+@options(given=SearchSettings)
 def command(
     masks: list[str] = typer.Argument(
         metavar="[DOMAIN=]FILE...",
@@ -39,6 +42,13 @@ def command(
     base: str = typer.Option(
         None, "--base", help="Dropped weights take the values of this checkpoint (default: what each mask says)."
     ),
+    exact: list[str] = typer.Option(
+        [],
+        "--exact",
+        metavar="DOMAIN=RULE",
+        help="Right answers choose there; RULE is number, text, sql or re:PATTERN.",
+    ),
+    max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
@@ -47,6 +57,7 @@ def command(
     archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+    given: dict[str, Any] | None = None,
 ) -> None:
     """Combine masks in several ways and write the one that keeps most of every domain's gain on validation rows.
 
@@ -55,6 +66,7 @@ def command(
 
     \b
     mftmerge choose math.mask code.mask --model fft -d math=math-val.jsonl -d code=code-val.jsonl -o general.mask
+    ... --search 20 also measures 20 combinations that optuna proposes, predictions as its guide
     """
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: give {', '.join(DTYPES)}")
@@ -80,6 +92,9 @@ def command(
             dtype=dtype,
             device=device,
             base=base,
+            exact=pairs(exact, "--exact", "DOMAIN=RULE"),
+            max_new_tokens=max_new_tokens,
+            searching=SearchSettings.make(given or {}),
             progress=show,
         )
     if as_json:

@@ -37,7 +37,10 @@ def command(
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     exact: list[str] = typer.Option(
-        [], "--exact", metavar="DOMAIN=RULE", help="Let the model answer; RULE is number (#### N), text or re:PATTERN."
+        [],
+        "--exact",
+        metavar="DOMAIN=RULE",
+        help="Let the model answer; RULE is number (#### N), text, sql or re:PATTERN.",
     ),
     run_tests: bool = typer.Option(
         False, "--run-tests", help='pass@1 on rows with "tests": runs Python that the model wrote, in a sandbox.'

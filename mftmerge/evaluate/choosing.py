@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,13 @@ from mftmerge import notebook, plots
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import files, pairing
+from mftmerge.evaluate import files, pairing, prediction
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.candidates import Candidate, defaults
-from mftmerge.evaluate.results import GridResult, finite, rich_table
+from mftmerge.evaluate.generation import EXACT, Marker
+from mftmerge.evaluate.results import LOSS, GridResult, finite, rich_table
+from mftmerge.evaluate.search import SearchJournal, search
+from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.files import refuse_existing
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
@@ -31,7 +35,8 @@ __all__ = ["Choice", "choose", "choose_combination"]
 BASE = "base"
 LEGEND = (
     "Share of the gain that a domain's own mask has over the base (100 % is all of it, below 0 is worse than the base) "
-    "± one standard error; below it: loss minus the base's, nats per answer token, ± one paired standard error. "
+    "± one standard error; below it: loss minus the base's, nats per answer token (where answers choose: right answers "
+    "minus the base's), ± one paired standard error. "
     "Chosen: the combination whose lowest share is highest."
 )
 WARNING = "These rows were used for choosing: report the result on other rows (mftmerge eval with test rows)."
@@ -63,6 +68,8 @@ class Choice:
     def share(self, row: str, domain: str) -> tuple[float, float]:
         """(loss of base - loss of row) / (loss of base - loss of own mask) on a domain, and its standard error.
 
+        Where answers choose, shares of right answers stand in the place of losses.
+
         Both differences are sums over the same rows, so the share is a ratio of them and has that estimator's error
         by linearisation, see `pairing.paired`.
         """
@@ -90,8 +97,11 @@ class Choice:
     def _json_row(self, row: str) -> dict[str, Any]:
         cells: dict[str, Any] = {}
         for domain in self.grid.domains:
-            difference = self.grid.difference(row, domain)
+            metric = _metric(self.grid, domain)
+            difference = self.grid.difference(row, domain, metric)
             cell: dict[str, float | None] = {"loss": self.grid.mean(row, domain), "difference": difference.mean}
+            if metric != LOSS:
+                cell[metric] = self.grid.mean(row, domain, metric)
             cell["standard_error"] = finite(difference.standard_error)
             if domain in self.judged:
                 share, error = self.share(row, domain)
@@ -141,7 +151,9 @@ class Choice:
 
     def _text(self, row: str, domain: str) -> str:
         if row == BASE:
-            return f"loss {self.grid.mean(row, domain):.4f}"
+            metric = _metric(self.grid, domain)
+            mean = self.grid.mean(row, domain, metric)
+            return f"loss {mean:.4f}" if metric == LOSS else f"{mean:.1%} right"
         text = "no share"
         if domain in self.judged:
             share, error = self.share(row, domain)
@@ -164,6 +176,9 @@ def choose_combination(
     dtype: str = "auto",
     device: str | None = None,
     base: str | None = None,
+    exact: Mapping[str, str] | None = None,
+    max_new_tokens: int = 256,
+    searching: SearchSettings | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """Choose the combination of masks whose worst-served domain keeps the largest share of its own mask's gain.
@@ -172,6 +187,9 @@ def choose_combination(
     data: domain -> rows as `data.load_rows` reads them, which should be validation rows. out: the mask file to write,
     whole or not at all. candidates: texts as `Candidate.parse` reads them in place of the default list. limit: first
     rows of each domain. base: model whose values dropped weights take, whatever the masks' headers say.
+    exact: domain -> rule for right answers (see `generation.rule`), which then choose there instead of the loss.
+    searching: also look for better ones (see `search.search`); what was measured is kept in `OUT.search` while that
+    lasts, and the same call goes on from there.
     Memory beside the model: one bit a weight for each candidate, and the weights they drop.
 
     Raises BadInput before the model is loaded for masks and rows of different domains, candidates that cannot be made,
@@ -181,6 +199,8 @@ def choose_combination(
     if out is not None:
         refuse_existing(out, overwrite, (model, list(paths.values()), data, base))
     _check(masks, data)
+    if unknown := sorted({*(exact or {})} - {*data}):
+        raise BadInput(f"exact match for {unknown[0]!r}: there is no such domain; there are {', '.join(data)}")
     opened = {domain: Mask.of(mask) for domain, mask in masks.items()}
     rows = {domain: load_rows(data[domain])[:limit] for domain in masks}
     labels = [Path(path).name for path in paths.values()]
@@ -194,9 +214,20 @@ def choose_combination(
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
     live, tokenizer = files.load_model(directory, dtype=dtype, device=device)
     tokens = files.tokenised(rows, live, tokenizer, max_length)
-    choice = choose(live, opened, tokens, made, batch_tokens=batch_tokens, base=base, progress=progress)
+    options = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    scorers = {d: Marker(rows[d], tokenizer, exact=rule, **options) for d, rule in (exact or {}).items()}
+    choice = choose(
+        live, opened, tokens, made, batch_tokens=batch_tokens, base=base, scorers=scorers, progress=progress
+    )
+    journal = None if out is None or searching is None else Path(f"{out}.search")
+    if searching is not None and searching.search:
+        measuring = {"batch_tokens": batch_tokens, "base": base, "scorers": scorers}
+        choice = _searched(choice, live, opened, tokens, searching, measuring, journal, progress)
+        tried = [*tried, *(Candidate.parse(text) for text in choice.candidates if text not in made)]
     if out is not None:
         choice.mask.save(out, archive=archive, overwrite=overwrite)
+        if journal is not None:
+            journal.unlink(missing_ok=True)
     best = next(candidate for candidate in tried if candidate.text == choice.chosen)
     return replace(
         choice,
@@ -204,6 +235,49 @@ def choose_combination(
         command=best.command(list(paths.values()), str(out or "combined.mask"), archive=archive),
         out=None if out is None else str(out),
     )
+
+
+def _searched(
+    choice: Choice,
+    model: Any,
+    masks: Mapping[str, Mask],
+    tokens: Mapping[str, Sequence[Tokens]],
+    settings: SearchSettings,
+    measuring: Mapping[str, Any],
+    journal: Path | None,
+    progress: Progress | None,
+) -> Choice:
+    """The choice among what was tried and what a search proposes beside it."""
+    own = {d: masks[d] for d in choice.judged}
+    facts = {"settings": settings.model_dump(), "masks": [m.digest for m in masks.values()]}
+    facts |= {"domains": choice.grid.domains, "weights": choice.grid.models[BASE]["weights"], "base": measuring["base"]}
+    record = SearchJournal(journal, facts)
+    table, notes = choice.grid, list(choice.notes)
+    cache = grids.shared_layers(model, masks, tokens)
+
+    def measure(candidate: Candidate, kept: Mask) -> dict[str, float]:
+        nonlocal table
+        known = {(BASE, d, m): v for (row, d, m), v in choice.grid.cells.items() if row == BASE}
+        known |= {(candidate.text, d, m): v for (d, m), v in record.known.get(kept.digest, {}).items()}
+        one = grids.grid(model, {candidate.text: kept}, tokens, name=BASE, prefix=False, known=known, **measuring)
+        if kept.digest not in record.known:
+            record.add(kept, {(d, m): v for (row, d, m), v in one.cells.items() if row == candidate.text})
+        table = table.merged(one.without(BASE))
+        return {d: _share(table, candidate.text, d)[0] for d in choice.judged}
+
+    with cache.use() if model.device.type == "cpu" else nullcontext():
+        slopes, why = None, prediction.predictable(own) if settings.guided else None
+        if settings.guided and why is None:
+            rows = {d: tokens[d] for d in own}
+            slopes = prediction.measure(model, own, rows, progress=progress)
+        if why:
+            notes.append(f"the search is not guided by predictions: {why}")
+        scores = all(m.has_scores for m in masks.values())
+        made = search(masks, measure, settings, scores=scores, slopes=slopes, progress=progress)
+    every = {**choice.candidates, **made}
+    best = max(every, key=lambda name: _lowest(table, name, choice.judged))
+    notes.append(f"the search measured {len(made)} combinations beside the {len(choice.candidates)} usual ones")
+    return replace(choice, grid=table, candidates=every, chosen=best, notes=notes)
 
 
 def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -243,32 +317,35 @@ def choose(
     *,
     batch_tokens: int = 4096,
     base: str | None = None,
+    scorers: Mapping[str, Marker] | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """The same with a loaded model, masks in memory (domain -> mask), tokenised rows, and masks that are combined.
 
+    scorers: domain -> what marks answers, where these choose instead of the loss.
+
     Raises BadInput where no own mask gains on its rows.
     """
     table = {_own(domain): mask for domain, mask in masks.items()} | dict(candidates)
-    grid = grids.grid(model, table, domains, name=BASE, batch_tokens=batch_tokens, base=base, progress=progress)
-    judged = tuple(d for d in domains if grid.verdict(_own(d), d) == "gain")
+    options = {"scorers": scorers, "batch_tokens": batch_tokens, "base": base, "progress": progress}
+    grid = grids.grid(model, table, domains, name=BASE, **options)  # type: ignore[arg-type]
+    judged = tuple(d for d in domains if grid.verdict(_own(d), d, _metric(grid, d)) == "gain")
     if not judged:
         gains = "; ".join(f"{d} {_signed(grid, _own(d), d)}" for d in domains)
         raise BadInput(
-            f"no mask gains on its own rows beyond two standard errors ({gains}), so there is nothing to keep; "
+            f"no mask gains on its own rows beyond noise ({gains}), so there is nothing to keep; "
             "train longer or give more rows"
         )
     best = max(candidates, key=lambda name: _lowest(grid, name, judged))
     notes = [
-        f"{d} does not count for the choice: its own mask does not gain beyond two standard errors "
-        f"({_signed(grid, _own(d), d)})"
+        f"{d} does not count for the choice: its own mask does not gain beyond noise ({_signed(grid, _own(d), d)})"
         for d in domains
         if d not in judged
     ]
     notes += [
         f"{best} is no better than the base on {d} ({_signed(grid, best, d)})"
         for d in domains
-        if grid.difference(best, d).mean >= 0
+        if not _better(grid, best, d)
     ]
     return Choice(grid, candidates, judged, best, notes)
 
@@ -278,9 +355,22 @@ def _own(domain: str) -> str:
     return f"{domain} mask"
 
 
+def _metric(grid: GridResult, domain: str) -> str:
+    """What chooses on a domain: right answers where they were marked, else the loss."""
+    return EXACT if (BASE, domain, EXACT) in grid.cells else LOSS
+
+
+def _better(grid: GridResult, row: str, domain: str) -> bool:
+    """Whether a row is better than the base, be it by chance."""
+    metric = _metric(grid, domain)
+    difference = grid.difference(row, domain, metric).mean
+    return difference < 0 if metric == LOSS else difference > 0
+
+
 def _share(grid: GridResult, row: str, domain: str) -> tuple[float, float]:
-    base, own = grid.values(BASE, domain)[:, 0], grid.values(_own(domain), domain)[:, 0]
-    kept = np.stack([base - grid.values(row, domain)[:, 0], base - own], axis=1)
+    metric = _metric(grid, domain)  # the ratio is the same for what should fall and for what should rise
+    base, own = grid.values(BASE, domain, metric)[:, 0], grid.values(_own(domain), domain, metric)[:, 0]
+    kept = np.stack([base - grid.values(row, domain, metric)[:, 0], base - own], axis=1)
     return pairing.mean(kept), pairing.standard_error(kept)
 
 
@@ -293,5 +383,8 @@ def _percent(share: float) -> str:
 
 
 def _signed(grid: GridResult, row: str, domain: str) -> str:
-    difference = grid.difference(row, domain)
-    return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
+    metric = _metric(grid, domain)
+    difference = grid.difference(row, domain, metric)
+    if metric == LOSS:
+        return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
+    return f"{100 * difference.mean:+.1f} ± {100 * difference.standard_error:.1f} points"

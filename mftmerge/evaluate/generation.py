@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mftmerge.data import Row, Tokens
+from mftmerge.data import IGNORE, Row, Tokens
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import decoding, sandbox
+from mftmerge.evaluate import decoding, sandbox, sql
 from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.pairing import Values
 from mftmerge.loss import evaluating
@@ -24,11 +24,13 @@ FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
 
 @dataclass(frozen=True)
 class Question:
-    """What the model reads (token ids), what the row's own answer is, and tests for it if the row carries them."""
+    """What the model reads (token ids), what the row's own answer is, and what the row carries to judge answers by:
+    tests, or a script that makes the tables of a query."""
 
     prompt: list[int]
     reference: str
     tests: str | None = None
+    tables: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,15 @@ class Marks:
 def questions(rows: Sequence[Row], tokenizer: Any) -> list[Question]:
     """The prompt before each row's last answer, as the chat template (or plain joining) gives it in training.
 
+    rows: as read, or as `data.tokenize` made them (then without tests).
     Raises BadInput for rows of plain `text`, which have no question, and rows that do not end with the assistant.
     """
     return [_question(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _question(row: Row, tokenizer: Any, where: str) -> Question:
+    if "input_ids" in row:
+        return _of_tokens(row, tokenizer)
     if "messages" in row:
         turns = list(row["messages"])
     elif "prompt" not in row:
@@ -61,12 +66,22 @@ def _question(row: Row, tokenizer: Any, where: str) -> Question:
             ids = list(tokenizer(row["prompt"])["input_ids"])
             if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
                 ids.pop()
-            return Question(ids, row["completion"], _tests(row, where))
+            return Question(ids, row["completion"], _tests(row, where), row.get("tables"))
     if turns[-1]["role"] != "assistant":
         raise BadInput(f"{where}: the last message is not the assistant's, so there is no answer to compare with")
     text = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return Question(ids, turns[-1]["content"], _tests(row, where))
+    return Question(ids, turns[-1]["content"], _tests(row, where), row.get("tables"))
+
+
+def _of_tokens(row: Tokens, tokenizer: Any) -> Question:
+    """The question of a tokenised row: what stands before its last answer, which is its last labelled stretch."""
+    ids, labels = row["input_ids"], row["labels"]
+    end = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
+    start = end
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return Question(list(ids[: max(1, start)]), tokenizer.decode(ids[start:end], skip_special_tokens=True))
 
 
 def _tests(row: Row, where: str) -> str | None:
@@ -129,14 +144,15 @@ def normalised(text: str) -> str:
 
 
 def rule(name: str) -> Callable[[str], str | None]:
-    """What of an answer must be equal: "number" (after ####), "text" (normalised), or "re:PATTERN".
+    """What of an answer must be equal: "number" (after ####), "text" (normalised), or "re:PATTERN"; "sql": the whole
+    answer, which `agree` runs.
 
     A pattern takes its last match: the first group, or the whole match. Raises BadInput for anything else.
     """
-    if name in ("number", "text"):
+    if name in ("number", "text", "sql"):
         return number if name == "number" else normalised
     if not name.startswith("re:"):
-        raise BadInput(f"exact match {name!r}: give number, text or re:PATTERN")
+        raise BadInput(f"exact match {name!r}: give number, text, sql or re:PATTERN")
     try:
         pattern = re.compile(name.removeprefix("re:"))
     except re.error as e:
@@ -147,6 +163,14 @@ def rule(name: str) -> Callable[[str], str | None]:
         return (matches[-1][1] if pattern.groups else matches[-1][0]) if matches else None
 
     return last
+
+
+def agree(name: str, answer: str, question: Question) -> bool:
+    """Whether an answer is right by a rule."""
+    if name == "sql":
+        return sql.same(answer, question.reference, question.tables)
+    extract = rule(name)
+    return extract(answer) == extract(question.reference)
 
 
 def code(answer: str) -> str:
@@ -181,13 +205,16 @@ class Marker:
         self.asked = questions(rows, tokenizer)
         self.tokenizer, self.limits, self.trusted = tokenizer, limits, trusted
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
-        self.extract = rule(exact) if exact else None
+        self.exact = exact
         self.ids: list[list[int]] | None = None  # the answers that were written last
         self.remarks: list[str] = []
-        if self.extract:
+        if exact:
+            extract = rule(exact)
             for i, question in enumerate(self.asked, 1):
-                if not self.extract(question.reference):
+                if not extract(question.reference):
                     raise BadInput(f"row {i}: the row's own answer holds nothing for exact match by {exact!r}")
+                if exact == "sql":
+                    sql.require(question.reference, question.tables, f"row {i}")
         self.tested = [i for i, question in enumerate(self.asked) if question.tests] if run_tests else []
         if run_tests and not self.tested:
             raise BadInput('no row carries "tests" (a string of Python, or a list of strings) to run')
@@ -201,9 +228,9 @@ class Marker:
         """journal: answers that are known already, and where new ones go."""
         answers = self.answers(model, journal)
         metrics: dict[str, Values] = {}
-        if self.extract:
+        if self.exact:
             pairs = zip(answers, self.asked, strict=True)
-            metrics[EXACT] = np.array([[self.extract(a) == self.extract(q.reference), 1.0] for a, q in pairs])
+            metrics[EXACT] = np.array([[agree(self.exact, a, q), 1.0] for a, q in pairs])
         if self.tested:
             metrics[PASS_AT_1] = self._passes([code(answers[i]) for i in self.tested])
         return Marks(metrics, answers, self.remarks)

@@ -18,6 +18,7 @@ from mftmerge.data import Tokens, digest
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.generation import Marker, Marks
 from mftmerge.evaluate.journal import Journal
+from mftmerge.evaluate.pairing import Values
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.live import attach
 from mftmerge.loss import row_losses
@@ -40,6 +41,7 @@ def grid(
     batch_tokens: int = 4096,
     prefix: bool | None = None,
     base: str | Path | None = None,
+    known: Mapping[tuple[str, str, str], Values] | None = None,
     progress: Progress | None = None,
 ) -> GridResult:
     """Measure a model without mask and under each mask on every domain.
@@ -53,6 +55,7 @@ def grid(
     prefix: run the layers below the first masked one only once a data row (see `mftmerge.prefix`). By default on a CPU:
     rows then go through these layers one at a time, which a GPU does not like.
     base: model whose values dropped weights take, whatever the masks' headers say (see `live.attach`).
+    known: (row, domain, metric) -> what was measured before; a row's domain that is in it is not measured again.
     progress: called as rows of data are done, and before each measurement.
 
     Raises BadInput for an unknown reference, two rows of one name, or a mask that does not fit the model.
@@ -72,13 +75,16 @@ def grid(
         versions=versions(),
     )
     once = model.device.type == "cpu" if prefix is None else prefix
-    cache = _shared_layers(model, masks, domains) if once and masks else None
+    cache = shared_layers(model, masks, domains) if once and masks else None
     counted = _counter(f"evaluating {name}", len(result.models) * sum(map(len, domains.values())), progress)
     with _switches(model, masks, base) as use, cache.use() if cache else contextlib.nullcontext():
         for row in result.models:
             with use(row):
                 for domain, rows in domains.items():
                     told = counted(len(rows), f"{row}, {domain}")
+                    if found := {k: v for k, v in (known or {}).items() if k[:2] == (row, domain)}:
+                        result.cells |= found
+                        continue
                     result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens, told=told)
                     if scorer := (scorers or {}).get(domain):
                         facts = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
@@ -129,7 +135,8 @@ def _switches(
         switcher.detach()
 
 
-def _shared_layers(model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]) -> PrefixCache:
+def shared_layers(model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]) -> PrefixCache:
+    """Hidden states below the first masked layer, for the rows of these domains."""
     cache = PrefixCache(model, first_masked_layer(model, masks))
     for rows in domains.values():
         cache.add(rows)

@@ -30,8 +30,8 @@ Cell = tuple[str, str, str]  # (row of the table, domain, metric)
 LEGEND = (
     "loss: nats per assistant token, lower is better; other columns: share of rows, higher is better. "
     "In brackets: difference from the reference row ± one paired standard error. "
-    "gain / worse: beyond two standard errors; within noise: the wanted direction, "
-    "but could be chance; no gain: not even that."
+    "gain / worse: beyond two standard errors, for marks of answers by McNemar's exact test at 5 %; "
+    "within noise: the wanted direction, but could be chance; no gain: not even that."
 )
 
 
@@ -78,8 +78,28 @@ class GridResult:
         )
 
     def verdict(self, row: str, domain: str, metric: str = LOSS) -> str:
-        """ "gain", "within noise", "no gain", "worse" or "identical" against the reference row."""
-        return self.difference(row, domain, metric).verdict(lower_is_better=metric == LOSS)
+        """ "gain", "within noise", "no gain", "worse" or "identical" against the reference row.
+
+        Beyond noise is, for losses, beyond two standard errors; for marks of answers what McNemar's exact test finds at
+        5 %, which holds for few rows too.
+        """
+        difference = self.difference(row, domain, metric)
+        words = difference.verdict(lower_is_better=metric == LOSS)
+        pair = self.values(row, domain, metric), self.values(self.reference, domain, metric)
+        if metric == LOSS or words == "identical" or not pairing.are_marks(*pair):
+            return words
+        better = difference.mean > 0
+        if pairing.mcnemar(*pair) < 0.05:
+            return "gain" if better else "worse"
+        return "within noise" if better else "no gain"
+
+    def interval(self, row: str, domain: str, metric: str = LOSS) -> tuple[float, float] | None:
+        """95 % interval of the difference from the reference row: from the bootstrap where `resamples` asks for it,
+        and for marks of answers Newcombe's; else none."""
+        pair = self.values(row, domain, metric), self.values(self.reference, domain, metric)
+        if self.resamples:
+            return pairing.bootstrap(*pair, resamples=self.resamples)
+        return pairing.newcombe(*pair) if metric != LOSS and pairing.are_marks(*pair) else None
 
     def words(self) -> list[str]:
         """One sentence for every place where a row did not clearly gain on the reference."""
@@ -91,6 +111,12 @@ class GridResult:
             and (row, domain, metric) in self.cells
             and self.verdict(row, domain, metric) != "gain"
         ]
+
+    def without(self, row: str) -> GridResult:
+        """The result without one row."""
+        models = {name: facts for name, facts in self.models.items() if name != row}
+        cells = {key: values for key, values in self.cells.items() if key[0] != row}
+        return dataclasses.replace(self, models=models, cells=cells)
 
     def merged(self, other: GridResult) -> GridResult:
         """The rows of both results; the domains must hold the same data, and the rows different names."""
@@ -121,14 +147,12 @@ class GridResult:
         cell: dict[str, Any] = {"model": row, "domain": domain, "metric": metric, "mean": pairing.mean(values)}
         cell["standard_error"] = finite(pairing.standard_error(values))
         cell["difference"] = {"mean": difference.mean, "standard_error": finite(difference.standard_error)}
-        if self.resamples:
-            cell["difference"]["interval"] = [finite(x) for x in self._interval(row, domain, metric)]
+        if interval := self.interval(row, domain, metric):
+            cell["difference"]["interval"] = [finite(x) for x in interval]
+        if metric != LOSS and pairing.are_marks(values):
+            cell["interval"] = list(pairing.wilson(values[:, 0].sum(), len(values)))
         cell["verdict"] = "reference" if row == self.reference else self.verdict(row, domain, metric)
         return cell | {"rows": [[float(s), int(w)] for s, w in values]}
-
-    def _interval(self, row: str, domain: str, metric: str) -> tuple[float, float]:
-        reference = self.values(self.reference, domain, metric)
-        return pairing.bootstrap(self.values(row, domain, metric), reference, resamples=self.resamples)
 
     @classmethod
     def from_json(cls, source: str | Path) -> GridResult:
@@ -198,7 +222,23 @@ class GridResult:
         """What to know about the masks and the marking."""
         said = [f"{row}: {facts['base']}." for row, facts in self.models.items() if facts.get("base")]
         said += [f"{row}: {facts['dropped']}." for row, facts in self.models.items() if facts.get("dropped")]
-        return said + [f"{name}: {text}." for name, d in self.domains.items() for text in d.get("remarks", [])]
+        said += [f"{name}: {text}." for name, d in self.domains.items() for text in d.get("remarks", [])]
+        return said + self._power()
+
+    def _power(self) -> list[str]:
+        """Of each share of right answers: how small a difference its rows can show."""
+        said = []
+        for domain, metric in self.metrics:
+            others = [r for r in self.models if r != self.reference and (r, domain, metric) in self.cells]
+            if metric == LOSS or not others:
+                continue
+            largest = max((self.difference(r, domain, metric) for r in others), key=lambda d: d.standard_error)
+            if 0 < largest.standard_error < float("inf"):
+                said.append(
+                    f"{domain} {metric}: {largest.n} rows would mostly miss a difference below "
+                    f"{100 * pairing.visible(largest):.1f} points."
+                )
+        return said
 
     @property
     def harness(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -231,8 +271,8 @@ def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:
 def _signed(result: GridResult, row: str, domain: str, metric: str) -> str:
     difference = result.difference(row, domain, metric)
     text = f"{_number(difference.mean, metric, '+')} ± {_number(difference.standard_error, metric)}"
-    if result.resamples:
-        low, high = result._interval(row, domain, metric)
+    if interval := result.interval(row, domain, metric):
+        low, high = interval
         text += f", 95 % [{_number(low, metric, '+')}, {_number(high, metric, '+')}]"
     return text
 

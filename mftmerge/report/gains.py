@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
-from mftmerge.evaluate import pairing
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.report.blocks import Cell, Section, note, table, whisker
 from mftmerge.report.collect import Collection, MaskHere, ResultHere
@@ -139,13 +139,12 @@ def _span(result: GridResult, domain: str, metric: str) -> float:
 
 
 def _interval(result: GridResult, row: str, domain: str, metric: str) -> Html | None:
-    if not result.resamples:
+    if result.resamples > MOST_RESAMPLES:  # a file may ask for any number
+        result = dataclasses.replace(result, resamples=MOST_RESAMPLES)
+    interval = result.interval(row, domain, metric)
+    if interval is None:
         return None
-    low, high = pairing.bootstrap(
-        result.values(row, domain, metric),
-        result.values(result.reference, domain, metric),
-        resamples=min(result.resamples, MOST_RESAMPLES),
-    )
+    low, high = interval
     return el("span", f"95 % {measured(low, metric, sign=True)} to {measured(high, metric, sign=True)}", cls="sub")
 
 
@@ -189,7 +188,7 @@ def _sweep(sweep: SweepHere) -> Html:
     if not sweep.tests:
         return join([tried, note("No choice was made yet: the sweep is not finished.")])
     tests = [_test(line) for line in sweep.tests]
-    heads = [["row", Cell("domain"), "loss", "difference ± error", Cell("verdict", "word")]]
+    heads = [["row", Cell("domain"), "loss or share", "difference ± error", Cell("verdict", "word")]]
     return join(
         [tried, table("The chosen settings on test rows, against the base", heads, tests, "grid"), note(LEGEND)]
     )
@@ -202,15 +201,17 @@ def _remark(combination: Any) -> Cell:
 
 
 def _test(line: dict[str, Any]) -> list[Any]:
-    word, error = str(line.get("verdict")), line.get("standard_error")
-    style = verdict_style(word)
+    word, error, metric = str(line.get("verdict")), line.get("standard_error"), str(line.get("metric", LOSS))
+    style, domain = verdict_style(word), line.get("domain") if metric == LOSS else f"{line.get('domain')} {metric}"
+    value = measured(line[metric], metric)
     if line.get("row") == "base":
-        return ["base", Cell(line.get("domain")), measured(line["loss"], LOSS), Cell("reference", "even n"), Cell("")]
-    shown = f"{measured(line['difference'], LOSS, sign=True)} ± {'unknown' if error is None else f'{error:.4f}'}"
+        return ["base", Cell(domain), value, Cell("reference", "even n"), Cell("")]
+    uncertain = "unknown" if error is None else measured(error, metric)
+    shown = f"{measured(line['difference'], metric, sign=True)} ± {uncertain}"
     return [
         line.get("row"),
-        Cell(line.get("domain")),
-        measured(line["loss"], LOSS),
+        Cell(domain),
+        value,
         Cell(shown, f"n {style}", 0.6 if style != "even" else None),
         Cell(word, f"word {style}"),
     ]

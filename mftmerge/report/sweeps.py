@@ -54,7 +54,7 @@ def read_sweep(path: Path) -> SweepHere | None:
     choice = lines[chosen[-1]]["combination"] if chosen else None
     tests = [line for line in lines[chosen[-1] :] if line["kind"] == "test"] if chosen else []
     for line in tests:
-        _numbers(line, "loss", "difference")
+        _numbers(line, str(line.get("metric", "loss")), "difference")
     masks = {
         str(r["mask"]): f"{in_words(r['combination'])}, seed {r['seed']}" for r in runs.values() if "failed" not in r
     }

@@ -14,45 +14,56 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mftmerge.data import Tokens
-from mftmerge.loss import Losses
 from mftmerge.progress import Progress
 from mftmerge.train import scores
 from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import Target
-
-# Learning rates of AdamW on weights: each is tried, and the one with the lower validation loss is the control. On
-# SmolLM2-135M, 40 steps of 8, 1e-3 did better than 3e-4 on GSM8K and WikiSQL, and 1e-4 gained far less: a straw man.
-CONTROL_RATES = (3e-4, 1e-3)
+from mftmerge.train.validation import Judge, Judged, judged
 
 
 class WeightOptimizer(torch.optim.AdamW):
-    """Fused AdamW on the targets' own weights, with what validation asks of a mask optimiser."""
+    """Fused AdamW on the targets' own weights, with what validation asks of a mask optimiser.
+
+    Weights of fewer than 32 bits learn through copies in float32: a step of 1e-5 is less than half a unit in the last
+    place of most bfloat16 weights, so that nothing would move.
+    """
 
     flipped, current_keep, gradient_norm = 0, 1.0, 0.0
 
-    def __init__(self, targets: Sequence[Target], lr: float = CONTROL_RATES[0], clip: float | None = 1.0) -> None:
+    def __init__(self, targets: Sequence[Target], lr: float = 3e-4, clip: float | None = 1.0) -> None:
         self.targets, self.clip = list(targets), clip
         self.originals = {t.name: t.parameter.detach().clone() for t in targets}
-        super().__init__([t.parameter for t in targets], lr=lr, weight_decay=0.0, fused=True)
+        self.copies = {
+            t.name: t.parameter if t.parameter.dtype == torch.float32 else nn.Parameter(t.parameter.detach().float())
+            for t in targets
+        }
+        super().__init__(list(self.copies.values()), lr=lr, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; all gradients together are clipped to the norm `clip`."""
-        norm = torch.nn.utils.clip_grad_norm_([t.parameter for t in self.targets], self.clip or math.inf)
-        self.gradient_norm = float(norm)
+        for t in self.targets:
+            copy, gradient = self.copies[t.name], t.parameter.grad
+            if copy is not t.parameter:
+                copy.grad = None if gradient is None else gradient.float()
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(list(self.copies.values()), self.clip or math.inf))
         loss = super().step(closure)
+        for t in self.targets:
+            if self.copies[t.name] is not t.parameter:
+                self.copies[t.name].grad = None
+                t.parameter.copy_(self.copies[t.name])
         torch.clear_autocast_cache()  # see MaskOptimizer.refresh
         return loss
 
     def mask(self) -> dict[str, Tensor]:
         """The weights as they are now, in the place of a mask."""
-        return {t.name: t.parameter.detach().clone() for t in self.targets}
+        return {name: copy.detach().clone() for name, copy in self.copies.items()}
 
     @contextmanager
     def masked_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -68,6 +79,7 @@ class WeightOptimizer(torch.optim.AdamW):
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Write weights into the parameters."""
         for t in self.targets:
+            self.copies[t.name].copy_(weights[t.name])
             t.parameter.copy_(weights[t.name])
         torch.clear_autocast_cache()
 
@@ -85,19 +97,19 @@ def run_controls(
     targets: Sequence[Target],
     rows: Sequence[Tokens],
     settings: TrainSettings,
-    losses: Callable[[], Losses],
+    judge: Judge,
     *,
     dropped: Mapping[str, Tensor] | None = None,
     pad: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Losses]:
-    """Validation losses of each row, shape (rows, 2), under `weights`, `random` and `magnitude`.
+) -> dict[str, Judged]:
+    """What the validation rows say of `weights`, `random` and `magnitude`.
 
     model: with its original weights in place, which come back bit for bit. settings: the run's own (steps, batch, data
-    order; keep, scope and pattern). losses: gives the validation rows' losses of the model as it is. dropped: values
+    order; keep, scope and pattern). judge: gives what they say of the model as it is. dropped: values
     that dropped weights take, as for `MaskOptimizer`. pad: as for `Loop`.
     """
-    out: dict[str, Losses] = {}
+    out: dict[str, Judged] = {}
     for name, init in (("random", "normal"), ("magnitude", "magnitude")):
         start = scores.initial(targets, init, seed=settings.seed, dropped=dropped)
         masked = MaskOptimizer(
@@ -110,14 +122,14 @@ def run_controls(
             dropped=dropped,
             reference_rounding=settings.reference_rounding,
         )
-        out[name] = losses()
+        out[name] = judged(judge())
         masked.restore()
         del masked, start  # scores and moments: they would be there beside those of the next
-    lowest = math.inf
-    for rate in CONTROL_RATES:
-        with trained_weights(model, targets, rows, settings, losses, lr=rate, pad=pad, progress=progress) as best:
-            if best.loss < lowest and best.rows is not None:
-                lowest, out["weights"] = best.loss, best.rows
+    for rate in settings.control_lr:
+        with trained_weights(model, targets, rows, settings, judge, lr=rate, pad=pad, progress=progress) as best:
+            found = best.found
+        if found is not None and ("weights" not in out or found.key < out["weights"].key):
+            out["weights"] = found
         del best
         gc.collect()  # the loop refers to itself; its optimiser would be there beside the next one
     return out
@@ -129,20 +141,22 @@ def trained_weights(
     targets: Sequence[Target],
     rows: Sequence[Tokens],
     settings: TrainSettings,
-    losses: Callable[[], Losses],
+    judge: Judge,
     *,
-    lr: float = CONTROL_RATES[0],
+    lr: float = 3e-4,
     pad: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Best]:
     """Train the targets' own weights; inside the block the model has the best validated ones, afterwards its own.
 
-    Arguments as for `run_controls`. Gives the record of validations, `rows` of which are the best one's losses.
+    Arguments as for `run_controls`. Gives the record of validations; its `found` is what they said of the best state.
     Raises KeyboardInterrupt after SIGINT; after SIGTERM, what that did before.
     """
-    plain = settings.model_copy(update={"lr": lr, "scores": False, "keep_warmup": 0, "log_to": "none"})
+    plain = settings.model_copy(
+        update={"lr": lr, "scores": False, "keep_warmup": 0, "log_to": "none", "keep_last": False}
+    )
     weights = WeightOptimizer(targets, lr, settings.clip)
-    best = Best(weights, plain, losses, progress)
+    best = Best(weights, plain, judge, progress)
     best.consider(0)
     try:
         Loop(model, rows, weights, best, plain, pad=pad, name=f"control, weights at {lr:g}").run()

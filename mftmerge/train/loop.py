@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,16 +26,18 @@ from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.loss import Losses, mean_loss, token_losses
+from mftmerge.loss import token_losses
 from mftmerge.progress import Progress, Step
 from mftmerge.train.batches import Batch, labelled_rows, loader, row_numbers, row_shares
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.sharding import Shard
 from mftmerge.train.stops import Interrupted, Stops
 from mftmerge.train.targets import Target
+from mftmerge.train.validation import Judge, Judged, judged
 
 COMPLETE = "complete"  # the file that is written last into a checkpoint: one without it is never used
-Entry = dict[str, Any]  # of the history: step, loss, lr, grad_norm, flipped, density, validation
+Entry = dict[str, Any]  # of the history: step, and of these what is known
+REPORTED = ("loss", "validation", "exact", "density", "flipped", "lr", "grad_norm")
 
 
 class Learner(Protocol):
@@ -62,22 +64,24 @@ class Learner(Protocol):
 class Best:
     """Validates, remembers the best mask (the initial one is the first candidate), and says when to stop early.
 
-    losses: function that gives the validation rows' losses, shape (rows, 2), of the model as it is now; None: the last
-    mask is taken. progress: called after each step.
+    judge: gives what the validation rows say of the model as it is now; None: the last mask is taken. progress: called
+    after each step.
     """
 
     def __init__(
         self,
         optimizer: Learner,
         settings: TrainSettings,
-        losses: Callable[[], Losses] | None,
+        judge: Judge | None,
         progress: Progress | None = None,
     ) -> None:
-        self.optimizer, self.settings, self.losses, self.progress = optimizer, settings, losses, progress
+        self.optimizer, self.settings, self.judge, self.progress = optimizer, settings, judge, progress
         self.history: list[Entry] = []
         self.step, self.loss = 0, math.inf
-        self.initial: Losses | None = None  # of the initial mask
-        self.rows: Losses | None = None  # of the best one
+        self.initial: Judged | None = None  # of the initial mask
+        self.found: Judged | None = None  # of the best one
+        self.share: float | None = None  # of right answers at the last validation
+        self.key: tuple[float, ...] = (math.inf,)  # the lowest so far
         self.mask: dict[str, Tensor] | None = None
         self.scores: dict[str, Tensor] | None = None
         self.since = 0  # validations since the best
@@ -85,34 +89,38 @@ class Best:
 
     def consider(self, step: int) -> float | None:
         """Validate the mask at the final share kept, and keep it if it is the best so far."""
-        rows = None
-        if self.losses is not None:
+        found = None
+        if self.judge is not None:
             with self.optimizer.masked_by(self.optimizer.mask()):
-                rows = self.losses()
-            self.initial = rows if step == 0 else self.initial
-        loss = mean_loss(rows) if rows is not None else -float(step)  # nothing to validate on: the last mask is taken
-        if loss < self.loss:
-            self.step, self.loss, self.rows, self.since = step, loss, rows, 0
+                found = judged(self.judge())
+            self.share = found.share
+            if step == 0:
+                self.initial = found
+        key = found.key if found is not None else (-float(step),)  # nothing to validate on: the last mask is taken
+        self.since = 0 if key < self.key else self.since + 1
+        if key < self.key or self.settings.keep_last:
+            self.step, self.loss, self.key = step, found.loss if found else -float(step), min(key, self.key)
+            self.found = found
             self.mask = self.optimizer.mask()
             self.scores = self.optimizer.scores() if self.settings.scores else None
-        else:
-            self.since += 1
         self.stopped_early = bool(self.settings.patience and self.since >= self.settings.patience)
-        return loss if rows is not None else None
+        return found.loss if found is not None else None
 
     def report(self, what: str, entry: Entry) -> None:
         if self.progress:
-            facts = {k: entry.get(k) for k in ("loss", "validation", "density", "flipped", "lr", "grad_norm")}
+            facts = {k: entry.get(k) for k in REPORTED}
             self.progress(Step(what, entry["step"], self.settings.steps, "steps", facts))
 
     def state_dict(self) -> dict[str, Any]:
-        state = {k: getattr(self, k) for k in ("history", "step", "loss", "mask", "scores", "since")}
-        arrays = {"rows": self.rows, "initial": self.initial}  # as tensors, which load without running code
-        return state | {k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()}
+        state = {k: getattr(self, k) for k in ("history", "step", "loss", "key", "mask", "scores", "since")}
+        return state | {k: None if v is None else v.tensors() for k, v in self._judged().items()}
+
+    def _judged(self) -> dict[str, Judged | None]:
+        return {"initial": self.initial, "found": self.found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
-            setattr(self, key, value.numpy() if key in ("rows", "initial") and value is not None else value)
+            setattr(self, key, Judged.of(value) if key in self._judged() and value is not None else value)
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -223,6 +231,8 @@ class Loop:
         loss = self.best.consider(self.step)
         with stops.deferred():
             self.best.history[-1]["validation"] = loss
+            if self.best.share is not None:
+                self.best.history[-1]["exact"] = self.best.share
             self._due = False
 
     def _gradients(self, batches: Sequence[Batch]) -> float:

@@ -74,7 +74,8 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
     for name, shape in covered:
         width = sizes[name] * (2 + bool(settings.base)) + 4 + moments
         if settings.control:  # masks that nobody trained; then the weights' originals, moments and validated states
-            width += max(sizes[name] + 12, 6 * sizes[name])
+            # (below 32 bits a float32 copy, its gradient and two states of it, beside originals and moments)
+            width += 6 * sizes[name] if sizes[name] >= 4 else sizes[name] + 8 + 16
         training += math.prod(shape) * width
         host += math.prod(shape) * (6 + 8 * settings.scores)
     item = max((sizes[name] for name, _ in covered), default=4)

@@ -23,9 +23,9 @@ from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput, worded
-from mftmerge.evaluate.pairing import paired
+from mftmerge.evaluate.pairing import Values
 from mftmerge.files import replacing
-from mftmerge.loss import Losses, mean_loss, row_losses
+from mftmerge.loss import Losses
 from mftmerge.machine import lacks_bfloat16
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
@@ -39,6 +39,8 @@ from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.place import Place
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.stops import Interrupted
+from mftmerge.train.validation import Judged, Validation
+from mftmerge.train.verdict import advice, compared, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,14 +55,16 @@ class TrainResult:
 
     mask: the best one. history: an entry a step (step, loss, lr, flipped, density, validation where it was done).
     losses: validation losses of each row, float64 (rows, 2), under "base", "initial", "mask" and, with `control`,
-    "weights", "random", "magnitude". comparison: differences from the base with standard errors. gained: the trained
-    mask has a lower validation loss than the base model and than the initial mask.
+    "weights", "random", "magnitude". marks: likewise, of the answers, with another metric than the loss. comparison:
+    differences from the base with standard errors. gained: the trained mask has a lower validation loss (or more right
+    answers) than the base model and than the initial mask.
     """
 
     mask: Mask
     history: list[dict[str, Any]]
     comparison: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Losses] = field(default_factory=dict)
+    marks: dict[str, Values] = field(default_factory=dict)
     best_step: int = 0
     gained: bool = False
     stopped_early: bool = False
@@ -187,10 +191,6 @@ class _Run:
         directory = Path(tempfile.gettempdir()) if self.settings.prefix == "disk" else None
         return PrefixCache(self.model, self.layers[0], directory=directory)
 
-    def losses(self) -> Losses:
-        """Losses of the validation rows under the weights that are in the model now: shape (rows, 2)."""
-        return row_losses(self.model, self.valid)
-
     def train(self, directory: Path, *, save: bool, resume: Path | None) -> TrainResult:
         """Train, validate, and put the model back as it was."""
         start = time.monotonic()
@@ -212,11 +212,12 @@ class _Run:
                 self.model.gradient_checkpointing_disable()
 
     def _train(self, directory: Path, save: bool, resume: Path | None, start: float) -> TrainResult:
-        losses = {"base": self.losses()} if self.valid else {}
+        judge = Validation(self.model, self.valid, self.tokenizer, self.settings, self.cache)
+        found = {"base": judge()} if self.valid else {}
         dropped = inputs.dropped_values(self.model, self.targets, self.settings)
         first = inputs.initial_scores(self.model, self.targets, self.rows, self.settings, dropped)
         optimizer = self._optimizer(first, dropped)
-        best = Best(optimizer, self.settings, self.losses if self.valid else None, self.progress)
+        best = Best(optimizer, self.settings, judge if self.valid else None, self.progress)
         try:
             self._announce(first)
             if save and self.settings.steps:
@@ -226,26 +227,29 @@ class _Run:
             if resume is None:
                 best.consider(0)
                 if self.valid:
-                    best.history.append({"step": 0, "validation": best.loss, "density": float(optimizer.keep)})
+                    entry = {"step": 0, "validation": best.loss, "exact": best.share, "density": float(optimizer.keep)}
+                    best.history.append({k: v for k, v in entry.items() if v is not None})
             if self.settings.steps:
                 self._loop(optimizer, best, directory if save else None, resume)
         finally:
             optimizer.restore()
         if self.valid:
-            losses |= {"initial": best.initial, "mask": best.rows}  # type: ignore[dict-item]
+            assert best.initial is not None
+            assert best.found is not None
+            found |= {"initial": best.initial, "mask": best.found}
         if self.settings.control and self.valid:
             self.say("training the matched control: the same steps on the weights")
-            losses |= run_controls(
+            found |= run_controls(
                 self.model,
                 self.targets,
                 self.batched,
                 self.settings,
-                self.losses,
+                judge,
                 dropped=dropped,
                 pad=inputs.pad_id(self.tokenizer),
                 progress=self.progress,
             )
-        return self._result(best, losses, first, time.monotonic() - start)
+        return self._result(best, found, first, time.monotonic() - start)
 
     def _loop(self, optimizer: MaskOptimizer, best: Best, place: Path | None, resume: Path | None) -> None:
         loop = Loop(
@@ -317,21 +321,26 @@ class _Run:
 
     # -- after the run ------------------------------------------------------------------------------------------------
 
-    def _result(
-        self, best: Best, losses: dict[str, Losses], first: Mapping[str, Tensor], seconds: float
-    ) -> TrainResult:
-        comparison: dict[str, Any] = {}
-        for name in losses:
-            comparison[name] = {"loss": mean_loss(losses[name])}
-            if name != "base":
-                d = paired(losses[name], losses["base"])
-                comparison[name] |= {"difference": d.mean, "standard_error": d.standard_error, "rows": d.n}
-        gained = bool(comparison) and best.step > 0 and comparison["mask"]["difference"] < 0
+    def _result(self, best: Best, found: dict[str, Judged], first: Mapping[str, Tensor], seconds: float) -> TrainResult:
+        comparison = {name: compared(judged, found["base"], name) for name, judged in found.items()}
+        gained = bool(found) and best.step > 0 and found["mask"].key < min(found["base"].key, found["initial"].key)
         mask = self._mask(best, first, comparison, gained)
         if self.valid:
-            self.say(_verdict(comparison, best.step, gained))
+            said = verdict(comparison, best.step, gained, kept_last=self.settings.keep_last)
+            if not gained and self.settings.steps:
+                said += f"; {advice(best.history, self.settings)}"
+            self.say(said)
         return TrainResult(
-            mask, best.history, comparison, losses, best.step, gained, best.stopped_early, seconds, self.settings
+            mask,
+            best.history,
+            comparison,
+            {name: judged.losses for name, judged in found.items()},
+            {name: judged.marks for name, judged in found.items() if judged.marks is not None},
+            best.step,
+            gained,
+            best.stopped_early,
+            seconds,
+            self.settings,
         )
 
     def _mask(self, best: Best, first: Mapping[str, Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
@@ -373,16 +382,3 @@ class _Run:
             return Checkpoint.open(path if path and path.is_dir() else resolve(self.reference))
         except BadInput:
             return None
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def _verdict(comparison: Mapping[str, Any], step: int, gained: bool) -> str:
-    d = comparison["mask"]
-    change = f"{d['difference']:+.4f} +- {d['standard_error']:.4f} nats against the base ({d['rows']} validation rows)"
-    if gained:
-        return f"best mask: step {step}, {change}"
-    if step == 0:
-        return f"nothing was gained: no step was better than the initial mask, which is kept ({change})"
-    return f"nothing was gained: the best mask (step {step}) is no better than the base ({change})"

@@ -67,7 +67,9 @@ class TrainSettings(Settings):
     batch_size: int = Field(8, ge=1, description="rows in a forward pass, on each device")
     accumulate: int = Field(1, ge=1, description="forward passes in a step")
     lr: float | None = Field(
-        None, gt=0, description="learning rate of the scores; by default 2 * 0.0125 / steps, at most 0.001"
+        None,
+        gt=0,
+        description="learning rate of the scores; by default 2 * 0.0125 / steps, at most 0.001",
     )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps over which the learning rate rises")
     reference_schedule: bool = Field(False, description="rise from rate 0 in int(warmup * steps), as published")
@@ -84,10 +86,18 @@ class TrainSettings(Settings):
 
     # Validation
     eval_share: float = Field(0.1, ge=0, lt=1, description="share of rows held out when there is no eval data")
-    eval_rows: int = Field(64, ge=1, description="validation rows at most")
+    eval_rows: int = Field(256, ge=1, description="validation rows at most")
     eval_every: int | None = Field(None, ge=1, description="steps between validations; a sixth of the steps by default")
+    metric: str = Field(
+        "loss", description="what states are chosen by: loss, or exact:RULE with a rule of eval --exact"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="length of an answer, with another metric than the loss")
+    keep_last: bool = Field(False, description="write the last mask, whatever validation says of it")
     patience: int | None = Field(None, ge=1, description="validations without gain after which training stops")
     control: bool = Field(False, description="also run the matched control and the random and magnitude masks")
+    control_lr: list[float] = Field(
+        [1e-4, 3e-4, 1e-3], min_length=1, description="rates of the control's weights; the best by validation counts"
+    )
 
     # The machine
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -109,6 +119,20 @@ class TrainSettings(Settings):
         match = re.fullmatch(r"(\d+):(\d+)", value or "1:2")
         if not match or not 0 < int(match[1]) < int(match[2]):
             raise ValueError("give N:M with 0 < N < M, such as 2:4")
+        return value
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        if value != "loss" and not value.startswith("exact:"):
+            raise ValueError("give loss, exact:number, exact:text or exact:re:PATTERN")
+        return value
+
+    @field_validator("control_lr")
+    @classmethod
+    def _rates(cls, value: list[float]) -> list[float]:
+        if min(value) <= 0:
+            raise ValueError("learning rates are above 0")
         return value
 
     @model_validator(mode="before")
@@ -136,7 +160,13 @@ class TrainSettings(Settings):
 
     @property
     def learning_rate(self) -> float:
+        """As given, or the default."""
         return self.lr if self.lr is not None else min(LR_CAP, 2 * TRAVEL / max(1, self.steps))
+
+    @property
+    def exact(self) -> str | None:
+        """The rule for exact match of answers, where they choose."""
+        return None if self.metric == "loss" else self.metric.removeprefix("exact:")
 
     @property
     def travel(self) -> float:

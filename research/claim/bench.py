@@ -150,7 +150,7 @@ class Bench:
                 Loop(self.model, self.train, optimizer, best, settings, pad=pad_id(self.tokenizer)).run()
         finally:
             optimizer.restore()
-        facts = vars(cell) | {"steps": steps, "course": best.course, "seed": self.seed}
+        facts = {"cell": vars(cell), "steps": steps, "course": best.course, "seed": self.seed}
         facts |= {"flipped": [h.get("flipped") for h in best.history][:12]}
         for how in states:
             _, step, state = best.found[how]

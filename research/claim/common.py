@@ -39,7 +39,7 @@ class Domain:
 
 
 DOMAINS = {
-    "wikisql": Domain("wikisql", 120, 16, 96, 48, "text", rows=1200, validation=300, test=1500),
+    "wikisql": Domain("wikisql", 80, 16, 96, 48, "text", rows=1200, validation=300, test=1500),
     "gsm8k": Domain("gsm8k", 48, 8, 176, 160, "number", rows=1000, validation=200, test=600),
     "python": Domain("python", 48, 8, 128, 96, "text", rows=1000, validation=150, test=180),
 }

@@ -35,7 +35,7 @@ from research.claim.common import (
 
 RATES = (1e-4, 3e-4)
 PROBE = 10  # steps of the short runs that choose among RATES
-VALIDATED = 96  # rows that choose the state
+VALIDATED = 64  # rows that choose the state
 SAVED_EVERY = 20
 
 
@@ -68,7 +68,7 @@ class FineTuning:
         for _ in range(step):
             next(feed)
         warm = max(1, round(0.05 * steps))
-        every = math.ceil(steps / 6)
+        every = math.ceil(steps / 4)
         while step < steps + over:
             began = time.perf_counter()
             share = min(1.0, (step + 1) / warm) * min(1.0, (steps - step) / (steps - warm)) if step < steps else 0.5

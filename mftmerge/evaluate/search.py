@@ -1,0 +1,154 @@
+"""Search for a combination: operation, density and weights, proposed by optuna and guided by predictions.
+
+A proposal is a candidate as `mftmerge choose --try` takes it, so that what is found is a command. Where predictions can
+be had (`prediction`), optuna first looks for what they favour, which costs no forward pass, and the best of that is
+measured first; then it goes on from what was measured. All measurements go to a journal, a line each: a search that was
+stopped proposes the same candidates again and takes from the journal what it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mftmerge.errors import BadInput
+from mftmerge.evaluate.candidates import Candidate
+from mftmerge.evaluate.prediction import Slope
+from mftmerge.evaluate.searchsettings import SearchSettings
+from mftmerge.mask import Mask
+from mftmerge.progress import Progress, Step
+
+Shares = dict[str, float]  # domain -> share of the own mask's gain
+FIRST = 0.4  # of the evaluations, for what the predictions favour
+WEIGHTS = (0.35, 2.5)  # of a mask's evidence
+
+
+def search(
+    masks: Mapping[str, Mask],
+    measure: Callable[[Candidate, Mask], Shares],
+    settings: SearchSettings,
+    *,
+    scores: bool,
+    slopes: Mapping[str, Slope] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Mask]:
+    """Candidates that were measured, text -> mask, in order.
+
+    measure: builds nothing, gives the shares under a combined mask. scores: whether the masks can be added by their
+    scores; else votes are searched. slopes: of every judged domain, for predictions.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    say = progress or (lambda step: None)
+    density = _own_density(list(masks.values()))
+    made: dict[str, Mask] = {}
+    digests: set[str] = set()
+
+    def build(candidate: Candidate) -> Mask:
+        return candidate.combine(list(masks.values()), [f"{d}.mask" for d in masks])
+
+    guesses: list[tuple[float, dict[str, Any]]] = []
+    if settings.guided and slopes:
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.search_seed))
+        for number in range(settings.proposals):
+            say(Step("predicting", number, settings.proposals))
+            trial = study.ask()
+            kept = build(_proposal(trial, list(masks), density, scores))
+            value = min(slope.share(kept) for slope in slopes.values())
+            study.tell(trial, value)
+            guesses.append((value, trial.params))
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.search_seed))
+    for params in _best(guesses, round(FIRST * settings.search)):
+        study.enqueue_trial(params)
+    started, asked = time.monotonic(), 0
+    while len(made) < settings.search and asked < 10 * settings.search:
+        if settings.minutes is not None and time.monotonic() - started > 60 * settings.minutes:
+            break
+        trial, asked = study.ask(), asked + 1
+        candidate = _proposal(trial, list(masks), density, scores)
+        kept = build(candidate)
+        if candidate.text in made or kept.digest in digests:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the same mask again: nothing to learn from it
+            continue
+        say(Step("searching", len(made), settings.search, "runs", detail=candidate.text))
+        study.tell(trial, min(measure(candidate, kept).values()))
+        made[candidate.text] = kept
+        digests.add(kept.digest)
+    return made
+
+
+def _own_density(masks: Sequence[Mask]) -> float:
+    return float(np.mean([mask.density() for mask in masks]))
+
+
+def _proposal(trial: Any, domains: Sequence[str], density: float, scores: bool) -> Candidate:
+    """A candidate from a trial's parameters; weights are relative, and scaled to a mean of 1."""
+    kept = density + (1 - density) * trial.suggest_float("room", 0.0, 0.7)
+    weights = [trial.suggest_float(f"weight {domain}", *WEIGHTS, log=True) for domain in domains]
+    mean = sum(weights) / len(weights)
+    text = ":".join(f"{w / mean:.2f}" for w in weights)
+    if not scores:
+        return Candidate.parse(f"vote@{kept:.4f},weights={text}")
+    elect = ",elect" if trial.suggest_categorical("elect", [False, True]) else ""
+    return Candidate.parse(f"score@{kept:.4f}{elect},weights={text}")
+
+
+def _best(guesses: list[tuple[float, dict[str, Any]]], count: int) -> Iterator[dict[str, Any]]:
+    """The parameters that the predictions favour, best first, apart from each other by more than a hair."""
+    taken: list[dict[str, Any]] = []
+    for _, params in sorted(guesses, key=lambda guess: -guess[0]):
+        if len(taken) == count:
+            return
+        if all(_distance(params, other) > 0.05 for other in taken):
+            taken.append(params)
+            yield params
+
+
+def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    return max(abs(float(a[name]) - float(b[name])) for name in a)
+
+
+class SearchJournal:
+    """What a search measured: digest of a mask -> (domain, metric) -> losses or marks; a line cut off is dropped."""
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        """path: None keeps nothing. identity: of model, rows and settings; another search's journal is BadInput."""
+        self.path, self.known = path, dict[str, dict[tuple[str, str], Any]]()
+        if path is None:
+            return
+        head = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        if not path.exists():
+            path.write_text(json.dumps({"search": head}) + "\n", encoding="utf-8")
+            return
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            mine = first["search"] == head
+            for line in lines:
+                cells = {(c["domain"], c["metric"]): np.array(c["values"], np.float64) for c in line["cells"]}
+                self.known[line["mask"]] = cells
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{path}: not the journal of a search ({e}); remove it") from None
+        if not mine:
+            raise BadInput(f"{path}: holds a search with another model, other rows or settings; remove it")
+        os.truncate(path, len(whole))
+
+    def add(self, mask: Mask, cells: Mapping[tuple[str, str], Any]) -> None:
+        """Put the cells of a mask on record."""
+        self.known[mask.digest] = dict(cells)
+        if self.path is None:
+            return
+        entries = [{"domain": d, "metric": m, "values": v.tolist()} for (d, m), v in cells.items()]
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"mask": mask.digest, "cells": entries}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())

@@ -1,0 +1,94 @@
+"""The tables of docs/claim.md, from the results in this folder.
+
+`python -m research.claim.page` writes them between the page's markers; with `--collect OUT NAME` it first takes what
+`cells.py` left in OUT into results/NAME.json: every test row's loss and mark, of every state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mftmerge.evaluate import pairing
+from mftmerge.evaluate.pairing import Values
+from mftmerge.evaluate.results import markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
+BEGIN, END = "<!-- generated: claim -->\n", "<!-- end -->"
+CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by validation answers"}
+
+
+def collect(out: Path, name: str) -> None:
+    """Put one run's files into one."""
+    states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
+    kept = {n: {k: s[k] for k in ("loss", "exact", "step", "course") if k in s} for n, s in states.items()}
+    signal = json.loads((out / "signal.json").read_text()) if (out / "signal.json").exists() else {}
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"signal": signal, "states": kept}, separators=(",", ":"))
+    (RESULTS / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n")
+
+
+def tables() -> str:
+    """One table a results file."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        if "base" in found["states"]:
+            parts += [f"### {path.stem}", "", *_table(found["states"]), ""]
+    return "\n".join(parts)
+
+
+def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
+    marks = np.array(state["exact"], np.float64)
+    return np.array(state["loss"], np.float64), np.stack([marks, np.ones_like(marks)], 1)
+
+
+def _table(states: dict[str, Any]) -> list[str]:
+    base_loss, base_marks = _arrays(states["base"])
+    rows, widest = [], 0.0
+    order = sorted(states, key=lambda n: (n != "base", n))
+    for name in order:
+        losses, marks = _arrays(states[name])
+        cell, _, how = name.rpartition(" ")
+        title, kept = (cell, CHOSEN[how]) if how in CHOSEN else (name, "")
+        if kept and how != "last":
+            step = states[name]["step"]
+            kept += f": step {step}" if step else ": the initial state"
+        share = f"{pairing.mean(marks):.1%}"
+        if name == "base":
+            low, high = pairing.wilson(marks[:, 0].sum(), len(marks))
+            rows.append(["the base", "", f"{pairing.mean(losses):.4f}", f"{share} [{low:.1%}, {high:.1%}]", "", ""])
+            continue
+        loss, exact = pairing.paired(losses, base_loss), pairing.paired(marks, base_marks)
+        low, high = pairing.newcombe(marks, base_marks)
+        widest = max(widest, pairing.visible(exact))
+        points = f"{100 * exact.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
+        rows.append([title, kept, change, share, points, f"{pairing.mcnemar(marks, base_marks):.2f}"])
+    head = ["state", "kept", "loss, minus the base's", "exact match", "points over the base, 95 %", "McNemar's p"]
+    said = f"{len(base_loss)} test rows; of these, differences below {100 * widest:.1f} points would mostly be missed."
+    return [*markdown_table(head, rows), "", said]
+
+
+def page(text: str) -> str:
+    """The page with its tables made again."""
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + tables() + END + rest.split(END, 1)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--collect", nargs=2, metavar=("OUT", "NAME"))
+    given = parser.parse_args()
+    if given.collect:
+        collect(Path(given.collect[0]), given.collect[1])
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

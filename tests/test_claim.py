@@ -1,0 +1,61 @@
+"""The page on the claim holds what its program writes from the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mftmerge.train.targets import Target  # noqa: E402
+from research.claim import page  # noqa: E402
+from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
+
+
+def test_the_page_is_what_the_program_writes() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.page(text) == text
+
+
+def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
+    out = tmp_path / "cells"
+    out.mkdir()
+    losses = [[float(i), 10] for i in range(1, 5)]
+    (out / "signal.json").write_text("{}")
+    (out / "base.json").write_text(json.dumps({"loss": losses, "exact": [1, 0, 0, 1]}))
+    (out / "mask last.json").write_text(
+        json.dumps({"loss": [[s - 1, n] for s, n in losses], "exact": [1, 1, 1, 1], "step": 4, "course": []})
+    )
+    page.collect(out, "toy")
+    text = page.tables()
+    assert "| the base |  | 0.2500 | 50.0%" in text
+    assert "| mask | last step | -0.1000 ± 0.0000 | 100.0% | +50.0 [" in text
+    assert "| 0.50 |" in text  # two rows differ, both in one direction: 2 / 2^2
+
+
+def test_lora_moves_weights_by_its_product_alone() -> None:
+    """Against torch's own gradients of A and B, over three steps."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 5))
+    optimizer = LoraOptimizer([Target("w", weight, layer=0)], lr=0.01, rank=2, clip=1e9)
+    a, b = (p.detach().clone().requires_grad_() for p in optimizer.pairs["w"])
+    start, x = weight.detach().clone(), torch.randn(3, 5)
+    other = torch.optim.AdamW([a, b], lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        weight.grad = None
+        (x @ weight.T).square().sum().backward()
+        optimizer.step()
+        other.zero_grad()
+        (x @ (start + SCALE * b @ a).T).square().sum().backward()
+        other.step()
+    np.testing.assert_allclose(weight.detach(), (start + SCALE * b @ a).detach(), rtol=1e-4, atol=1e-5)
+    assert optimizer.bytes() == 2 * (2 * 5 + 2 * 6)
+    optimizer.restore()
+    assert torch.equal(weight, start)
