@@ -17,6 +17,7 @@ from mftmerge.errors import BadInput
 from mftmerge.learn.rebase import AS_IT_IS, KEEP_ALL, rebase_mask
 from mftmerge.loss import token_losses
 from mftmerge.mask import Mask, MaskInfo
+from mftmerge.recipe.load import load_recipe
 
 NAME = "model.layers.3.mlp.up_proj.weight"
 
@@ -118,3 +119,17 @@ def test_bad_input_is_said_in_one_line(
     given = {"model": kitchen / "count", "data": domain_rows("count"), "out": None} | make(kitchen)
     with pytest.raises(BadInput, match=message):
         rebase_mask(tmp_path / "old.mask", given["model"], given["data"], given["out"])  # type: ignore[arg-type]
+
+
+def test_build_points_to_it_when_the_model_is_not_the_masks(kitchen: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(kitchen / "base")
+    prints = {NAME: checkpoint.fingerprint(NAME)}
+    Mask.from_bools({NAME: np.ones(checkpoint.entry(NAME).shape, bool)}, MaskInfo(fingerprints=prints)).save(
+        tmp_path / "old.mask"
+    )
+    for name, moved in (("base", False), ("count", True)):
+        recipe = tmp_path / f"{name}.yml"
+        recipe.write_text(f"merge_method: masked\nmodels: [{{model: {kitchen / name}, mask: old.mask}}]\n")
+        said = [w for w in load_recipe(recipe).warnings if "`mftmerge rebase` fits the mask to it" in w]
+        assert bool(said) == moved
+        assert not said or f"{NAME} differs" in said[0]

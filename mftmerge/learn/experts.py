@@ -13,17 +13,16 @@ from mftmerge.learn.merging import Merging, Part
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.loading import chosen_dtype, load_causal_lm
-from mftmerge.recipe.load import Recipe
 
 FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes stay far below, other models are at 1.4
 
 
-def load(merging: Merging, settings: LearnSettings, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
+def load(merging: Merging, settings: LearnSettings) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
     """The live model, which holds what the merge gives where no expert differs, and the parts where one does.
 
     Raises BadInput for an expert that is no fine-tune of the base.
     """
-    dtypes = {e.element.name for e in recipe.tensors(merging.document) if e.element.floating}
+    dtypes = {e.element.name for e in merging.recipe.tensors(merging.document) if e.element.floating}
     widest = max((getattr(torch, d) for d in dtypes if d), key=lambda d: d.itemsize, default=torch.float32)
     path = merging.directory(merging.base)
     asked = chosen_dtype(path, settings.dtype)

@@ -19,7 +19,7 @@ class RebaseSettings(Settings):
     batch_size: int = Field(8, ge=1, description="rows in a step")
     lr: float = Field(0.05, gt=0, description="learning rate of the scores, which are ranks")
     shares: list[float] = Field(
-        [0.03, 0.1, 0.3, 1.0], description="how much of what may be dropped is tried, the best first"
+        [0.003, 0.01, 0.03, 0.1, 0.3, 1.0], description="how much of what may be dropped is tried, the best first"
     )
     errors: float = Field(1.0, ge=0, description="standard errors that a gain on the validation rows must exceed")
     seed: int = Field(42, ge=0, description="seed of which rows are used and held out, and of their order")

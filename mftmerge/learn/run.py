@@ -194,7 +194,7 @@ class _Run:
         if settings.check_memory:
             needed = memory.estimate(self.merging, changed, self.domains, self.settings)
             require(needed, str(recipe.path), self.settings.of_loop(), layers=False)
-        self.model, self.parts, self.holders = load(self.merging, self.settings, recipe)
+        self.model, self.parts, self.holders = load(self.merging, self.settings)
 
     def identity(self) -> dict[str, Any]:
         """All that decides the masks, for a run that is to be continued."""

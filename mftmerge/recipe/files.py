@@ -19,6 +19,7 @@ from mftmerge.recipe.locate import WEIGHTS, MaskBook, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference, SliceInput
 
 if TYPE_CHECKING:
+    from mftmerge.mask import Mask
     from mftmerge.recipe.result import Result
 
 
@@ -186,6 +187,7 @@ class FileChecks:
                 raise BadInput(f"keeps changes from {other}: write on: delta, or on: weights to set what it drops to 0")
             if model is not None and applied:
                 names = match(mask, model, whose)
+                self._moved(where, mask, names, model, whose)
                 base = use.base or (self.document.base_model and self.document.base_model.model)
                 if use.on == "delta" and base and (foundation := self.checkpoint(base)) is not None:
                     require_base_tensors(names, model, foundation, f"base {base}")
@@ -196,6 +198,16 @@ class FileChecks:
         if use.on == "weights" and self.document.merge_method in TASK_VECTOR_METHODS and on_input:
             message = f"mask {label} sets weights of {whose} to 0, so that its task vector is minus the base there; "
             self.warnings.append((where, message + "{file: ..., on: delta} returns them to the base instead"))
+
+    def _moved(self, where: Location, mask: Mask, names: Mapping[str, str], model: Checkpoint, whose: str) -> None:
+        """Warn of a model that is not the one its mask was made for, by the smallest tensor that the mask covers."""
+        if whose in self.stages or "+" in whose or model.path.is_relative_to(self.work):  # the weights are not there
+            return
+        known = {n: mask.info.fingerprints[m] for n, m in names.items() if m in mask.info.fingerprints}
+        least = min(known, key=lambda n: model.entry(n).size, default=None)
+        if least is not None and model.fingerprint(least) != known[least]:
+            text = f"{whose} is not the model that its mask was made for ({least} differs); "
+            self.warnings.append((where, text + "`mftmerge rebase` fits the mask to it"))
 
     def _same_shapes(self, where: Location, inputs: tuple[ModelInput, ...]) -> Iterator[tuple[Location, str]]:
         items: list[tuple[int, ModelInput | BaseInput]] = list(enumerate(inputs))
