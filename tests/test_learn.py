@@ -18,6 +18,7 @@ import yaml
 from helpers.experts import domain_rows, make_experts, open_recipe
 from helpers.tiny_models import tiny_checkpoint
 from recipe_kitchen import assert_equal, stock, values
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mftmerge.checkpoint import Checkpoint
@@ -98,6 +99,22 @@ def test_the_built_model_is_the_validated_one(
     report = export(plain, tmp_path / "exported")
     run = yaml.safe_load(report.config.read_text())
     assert_equal(values(stock(run, tmp_path / "stock")), values(tmp_path / "built"))
+
+
+def test_tied_tensors_that_are_stored_twice_have_one_mask(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "kitchen"
+    shutil.copytree(kitchen("qwen2", layers=()), folder)
+    for name in ("base", "count", "letters", "say"):
+        path = folder / name / "model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    result, validated = learnt(open_recipe(folder), tmp_path / "work", eval_share=0)
+    mask = result.masks["count"]
+    np.testing.assert_array_equal(mask.kept("lm_head.weight"), mask.kept("model.embed_tokens.weight"))
+    build(written(result, tmp_path / "out"), tmp_path / "built")
+    found = values(tmp_path / "built")
+    np.testing.assert_array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], validated["model.embed_tokens.weight"])
 
 
 def test_each_selected_weight_is_one_parents_bits(kitchen: Callable[..., Path], tmp_path: Path) -> None:

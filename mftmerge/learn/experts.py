@@ -45,7 +45,11 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
     learnt: dict[str, Part] = {}
     waiting: dict[str, dict[str, Part]] = defaultdict(dict)  # by parameter, until all that it holds is read
     distances = torch.zeros(len(merging.experts) + 1, dtype=torch.float64)  # squares: of task vectors, and the base
+    copies: list[Part] = []
     for part in merging.parts():
+        if part.name in holders.copies:
+            copies.append(part)
+            continue
         holder = holders.holder(part.name)
         if part.base.is_floating_point() and part.base.ndim > 1:  # norms are alike in all models
             distances[-1] += part.base.double().square().sum()
@@ -60,6 +64,10 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
         else:
             merged = holders.join(holder, {name: p.merged(None) for name, p in group.items()})
             holders.parameters[holder].data.copy_(merged)
+    for copy in copies:
+        first = learnt.get(holders.copies[copy.name])
+        if any(not torch.equal(copy.values[m].to(device), t) for m, t in (first.values.items() if first else ())):
+            raise BadInput(f"{copy.name}: the live model ties it to {first.name if first else ''}, the files do not")
     for name, distance in zip(merging.names, distances[:-1].tolist(), strict=True):
         if distance > FAR**2 * float(distances[-1]):
             raise BadInput(f"{name}: is no fine-tune of this base (it is further from it than the base is from 0)")

@@ -18,6 +18,7 @@ class Holders:
     """Which parameter of a live model holds which of the checkpoint's tensors `stored`.
 
     `of`: parameter name -> the tensors it holds. A parameter that is one tensor under its own name is passed through.
+    `copies`: of tied parameters that are stored under two names, the other name -> the one that `of` has.
     """
 
     def __init__(self, model: PreTrainedModel, stored: Iterable[str]) -> None:
@@ -35,6 +36,10 @@ class Holders:
             if len(held) == 1 and torch.equal(*held.values(), numbers):
                 self._plain[name] = next(iter(held))
         self._holder = {tensor: name for name, held in self.of.items() for tensor in held}
+        names = {id(p): name for name, p in self.parameters.items()}
+        every = {n: names[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        second = {n: self.of[p][0] for n, p in every.items() if n in self.stored and n not in self._holder}
+        self.copies: dict[str, str] = second
 
     def holder(self, tensor: str) -> str:
         """The parameter that holds a tensor of the checkpoint. Raises BadInput where none does."""

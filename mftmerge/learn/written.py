@@ -94,6 +94,7 @@ def _arrays(holders: Holders, tensors: Mapping[str, Tensor], names: Set[str] | N
         for parameter in dict.fromkeys(holders.holder(n) for n in tensors):
             whole = holders.join(parameter, {n: tensors[n] for n in holders.of[parameter]})
             found |= naming.to_checkpoint(holders.model, {parameter: whole}, names=names)
+    found |= {copy: found[first] for copy, first in holders.copies.items() if first in found}
     return {n: t.contiguous().numpy() for n, t in found.items()}
 
 
