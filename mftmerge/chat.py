@@ -8,6 +8,7 @@ another content is put in its place. Offsets of the tokenizer turn characters in
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -68,29 +69,30 @@ class Chat:
             if learnt == every and re.search(r"{%-?\s*generation", str(template)):
                 return self._by_marks(plain)
             spans = [span or self._by_change(text, plain, i) for span, i in zip(spans, learnt, strict=True)]
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(coded["input_ids"]), list(coded["offset_mapping"])
-        found = [span for span in spans if span is not None]
-        labels = labelled(ids, places, found)
+        # Where the template ends a turn by the next one's role alone, the last one's end has to be taught.
+        unended = learnt[-1:] == [len(plain) - 1] and self._open(plain)
+        text = text.rstrip() if unended else text
+        ids, places = coded(self.tokenizer, text, add_special_tokens=False)
+        labels = labelled(ids, places, [span for span in spans if span is not None])
         end = self.tokenizer.eos_token_id
-        if found and found[-1][1] == len(text) and isinstance(end, int) and ids[-1:] != [end] and self._open(plain):
-            ids, labels = [*ids, end], [*labels, end]  # the template ends a turn by the next one's role: teach to stop
+        if unended and isinstance(end, int) and ids[-1:] != [end]:
+            ids, labels = [*ids, end], [*labels, end]
         return {"input_ids": ids, "labels": labels}
 
-    # -- the two ways to find a turn ----------------------------------------------------------------------------------
+    # -- the ways to find a turn --------------------------------------------------------------------------------------
 
     def _between(self, text: str, messages: Sequence[Message], i: int) -> Span | None:
         """Turn `i` between the generation prompt and its end, where the text begins with both."""
         if not i:
             return None
-        before = self._render(messages[:i], add_generation_prompt=True)
-        through = self._render(messages[: i + 1]).rstrip()  # a line break after the end of turn is not learnt
-        if not (text.startswith(before) and text.startswith(through) and len(before) <= len(through)):
+        before = self._part(messages[:i], add_generation_prompt=True)
+        through = self._part(messages[: i + 1]).rstrip()  # a line break after the end of turn is not learnt
+        if not (before and text.startswith(before) and text.startswith(through) and len(before) <= len(through)):
             return None
-        if through == text.rstrip() and self._open(messages[: i + 1]):
-            return len(before), len(text)
         if self._open(messages[: i + 1]):  # the turn ends where the next role begins: that token says stop
-            return len(before), _after_mark(text, len(through))
+            return len(before), len(text) if through == text.rstrip() else _after_mark(text, len(through))
+        if through == text.rstrip() and before == self._part(messages[:i]):
+            return len(before), _closed(before, through, messages[i]["content"])
         return len(before), len(through)
 
     def _by_change(self, text: str, messages: Sequence[Message], i: int) -> Span:
@@ -99,25 +101,38 @@ class Chat:
         head, found, tail = other.partition(SENTINEL)
         content = len(head), len(text) - len(tail)
         if not found or content[1] < content[0] or not (text.startswith(head) and text.endswith(tail)):
+            span = self._by_agreement(text, messages, i) if messages[i].get("tool_calls") else None
+            if span is not None:
+                return span
             raise BadInput(
                 f"{self.where}: the chat template rewrites earlier turns so that message {i + 1} cannot be found in "
                 "its text; add {% generation %} marks to the template, or give that answer as a row of its own"
             )
         # What lies between the generation prompt and the content is the assistant's to write, such as an empty block
         # for reasoning. A prompt that goes on otherwise than the text, such as one that opens that block, says nothing.
-        prompt = self._render(messages[:i], add_generation_prompt=True) if i else ""
+        prompt = self._part(messages[:i], add_generation_prompt=True) if i else ""
         start = len(prompt) if prompt and len(prompt) <= content[0] and text.startswith(prompt) else content[0]
-        alone = self._render([*messages[:i], self._other(messages[i])]).partition(SENTINEL)[2].rstrip()
+        alone = self._part([*messages[:i], self._other(messages[i])]).partition(SENTINEL)[2].rstrip()
         if alone and text.startswith(alone, content[1]):
             return start, content[1] + len(alone)
         return start, _after_mark(text, content[1])  # the token that follows ends the turn
 
+    def _by_agreement(self, text: str, messages: Sequence[Message], i: int) -> Span | None:
+        """Turn `i`, whose calls and their results are one turn in the text, up to where the results begin."""
+        before = self._part(messages[:i], add_generation_prompt=True)
+        end = _agreement(text, self._part(messages[: i + 1]))
+        end = next((m.start() for m in MARK.finditer(text) if m.start() < end < m.end()), end)
+        names = [str((c.get("function") or c).get("name")) for c in messages[i]["tool_calls"]]
+        if not before or not text.startswith(before) or not all(n in text[len(before) : end] for n in names):
+            return None
+        return len(before), _after_mark(text, end)  # the token that opens the results says stop
+
     def _by_marks(self, messages: Sequence[Message]) -> Tokens:
         """By the marks of the template itself: `{% generation %}`."""
         wanted: Any = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        coded: Any = self.tokenizer.apply_chat_template(list(messages), **wanted, **self.more)
-        ids = list(coded["input_ids"])
-        masks = coded["assistant_masks"]
+        marked: Any = self.tokenizer.apply_chat_template(list(messages), **wanted, **self.more)
+        ids = list(marked["input_ids"])
+        masks = marked["assistant_masks"]
         return {"input_ids": ids, "labels": [t if m else IGNORE for t, m in zip(ids, masks, strict=True)]}
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -129,8 +144,15 @@ class Chat:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise BadInput(f"{self.where}: the chat template refuses it: {reason[:200]}") from None
 
+    def _part(self, messages: Sequence[Message], **more: Any) -> str:
+        """The text of a part of the conversation, "" where the template takes the whole only."""
+        try:
+            return self._render(messages, **more)
+        except BadInput:
+            return ""
+
     def _called(self, messages: list[Message]) -> list[Message]:
-        """Messages with the arguments of tool calls in the form that the template takes: an object, or its JSON text.
+        """Messages with tool calls in the form that the template takes: arguments as an object or as its JSON text.
 
         Raises BadInput where the template shows no calls at all: nothing would be learnt of them.
         """
@@ -138,8 +160,9 @@ class Chat:
         if not calls:
             return messages
         refused: BadInput | None = None
-        for form in (_as_it_is, _parsed, json.dumps):
-            changed = [_with_arguments(m, form) for m in messages]
+        forms = (_as_it_is, _parsed, json.dumps)
+        for form, empty in itertools.product(forms, ("", [{"type": "text", "text": ""}])):
+            changed = [_with_arguments(m, form, empty) for m in messages]
             try:
                 text = self._render(changed)
             except BadInput as e:
@@ -186,7 +209,7 @@ class Chat:
 
     def _open(self, messages: Sequence[Message]) -> bool:
         """Whether the template writes nothing after the last turn's content: the next role ends it."""
-        rendered = self._render([*messages[:-1], self._other(messages[-1])])
+        rendered = self._part([*messages[:-1], self._other(messages[-1])])
         return rendered.rstrip().endswith(SENTINEL)
 
     @staticmethod
@@ -206,6 +229,29 @@ def _after_mark(text: str, at: int) -> int:
     return match.end() if match else min(at + 1, len(text))
 
 
+def _closed(before: str, through: str, content: Any) -> int:
+    """Where a last turn ends: before the generation prompt where the template writes one in any case.
+
+    before: the text up to the turn, with that prompt if so. through: the text with the turn, at its end.
+    """
+    said = content.strip() if isinstance(content, str) else ""
+    at = through.find(said, len(before))
+    if not said or at < 0 or through[len(before) : at].strip():
+        return len(through)  # a role stands between: there was no prompt
+    at += len(said)
+    tail, old = through[at:], before.rstrip()
+    kept = tail[: len(tail) - _agreement(tail[::-1], old[::-1])].rstrip()
+    if kept:
+        return at + len(kept)
+    mark = MARK.search(tail)  # turns of users end alike
+    return at + mark.end() if mark else len(through)
+
+
+def _agreement(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _as_it_is(arguments: Any) -> Any:
     return arguments
 
@@ -217,10 +263,11 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _with_arguments(message: Message, form: Callable[[Any], Any]) -> Message:
-    """The message with another form of its calls' arguments."""
+def _with_arguments(message: Message, form: Callable[[Any], Any], empty: Any) -> Message:
+    """The message with another form of its calls' arguments, and of a content that says nothing."""
     if not message.get("tool_calls"):
         return message
+    message = message if message["content"] else {**message, "content": empty}
     calls = []
     for call in message["tool_calls"]:
         function = dict(call.get("function") or {})
@@ -228,6 +275,16 @@ def _with_arguments(message: Message, form: Callable[[Any], Any]) -> Message:
             function["arguments"] = form(function["arguments"])
         calls.append({**call, "function": function} if "function" in call else call)
     return {**message, "tool_calls": calls}
+
+
+def coded(tokenizer: PreTrainedTokenizerBase, text: str, **more: Any) -> tuple[list[int], list[Span]]:
+    """A text's token ids, and where in it each stands. Raises BadInput for a tokenizer that cannot say that."""
+    try:
+        found = tokenizer(text, return_offsets_mapping=True, **more)
+    except NotImplementedError:
+        kind = type(tokenizer).__name__
+        raise BadInput(f"{kind} cannot say where its tokens stand in a text; use a fast tokenizer") from None
+    return list(found["input_ids"]), list(found["offset_mapping"])
 
 
 def labelled(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mftmerge.chat import IGNORE, Chat, Tokens, labelled
+from mftmerge.chat import IGNORE, Chat, Tokens, coded, labelled
 from mftmerge.errors import BadInput
 from mftmerge.rowfiles import raw_rows
 
@@ -31,33 +31,60 @@ Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-def load_rows(source: Any, *, split: str | None = None, skip_bad: bool = False) -> list[Row]:
+class _Placed(Row):  # type: ignore[misc,valid-type]
+    """A row that was read, with its place for messages."""
+
+    where: str
+
+
+def load_rows(
+    source: Any, *, split: str | None = None, skip_bad: bool = False, columns: Mapping[str, str] | None = None
+) -> list[Row]:
     """Read and check rows.
 
     source: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; texts also as .gz), a directory or glob of them, one
     that `save_to_disk` wrote, a range of any of these (`rows.jsonl[0:100]`), a dataset's id on the hub, a dataset or
     data frame in memory, a list of rows, or a list of any of these (joined in order). split: of what has several,
-    "train" by default. skip_bad: leave out rows that cannot be used, with one warning that counts them.
+    "train" by default. skip_bad: leave out rows that cannot be used, with one warning that counts them. columns: the
+    source's name of a field where it is another (`{"prompt": "question", "completion": "answer"}`).
 
     Raises BadInput for a missing file, an unreadable line, or a row with no assistant text, naming file and line.
     """
     rows, bad = list[Row](), list[str]()
-    for where, row in raw_rows(source, split):
+    for where, raw in raw_rows(source, split):
         try:
-            rows.append(_checked(row, where))
+            row = _Placed(_checked(_renamed(raw, columns or {}, where), where))
+            row.where = where
+            rows.append(row)
         except BadInput as e:
             if not skip_bad:
                 raise
             bad.append(str(e))
-    if bad:
-        log.warning("%d of %d rows are skipped; the first: %s", len(bad), len(bad) + len(rows), bad[0])
+    _say_skipped(bad, len(bad) + len(rows))
     if not rows:
         raise BadInput(f"{source if isinstance(source, str | Path) else 'the data'}: no rows to use in it")
     return rows
 
 
+def _say_skipped(bad: Sequence[str], count: int) -> None:
+    if bad:
+        log.warning("%d of %d rows are skipped; the first: %s", len(bad), count, bad[0])
+
+
+def _renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
+    """The row with its columns under the names that are expected here."""
+    if not isinstance(row, Mapping) or not columns:
+        return row
+    if absent := [theirs for theirs in columns.values() if theirs not in row]:
+        raise BadInput(f"{where}: there is no column {absent[0]!r}; this row has {', '.join(map(str, row))}")
+    rest = {k: v for k, v in row.items() if k not in columns and k not in columns.values()}
+    return rest | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
 def _checked(row: Any, where: str) -> Row:
     """The row in one of the three shapes, if it can be brought into one and has something to learn from."""
+    if isinstance(row, BadInput):  # what could not be read as a row
+        raise row
     if not isinstance(row, Mapping):
         raise BadInput(f"{where}: a row must be an object with messages, prompt and completion, or text")
     row = _known_shape(dict(row), where)
@@ -138,23 +165,34 @@ def _check_messages(messages: Any, where: str) -> None:
             raise BadInput(f"{where}: message {number}: content must be text or a list of parts")
 
 
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+def tokenize(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, *, skip_bad: bool = False
+) -> list[Tokens]:
     """Token ids and labels of rows, cut on the right to `max_length` tokens; -100 outside the assistant's part.
 
     The end-of-turn token after the assistant's text is learnt too. Rows in which nothing to learn is left after cutting
-    are left out, with one warning. Raises BadInput when no row is left or a chat template is needed and missing.
+    are left out, with one warning. skip_bad: also those that the chat template refuses. Raises BadInput when no row is
+    left or a chat template is needed and missing.
     """
-    out = []
+    out, bad = list[Tokens](), list[str]()
     for number, row in enumerate(rows, 1):
-        tokens = _tokenize_one(row, tokenizer, f"row {number}")
+        try:
+            tokens = _tokenize_one(row, tokenizer, getattr(row, "where", f"row {number}"))
+        except BadInput as e:
+            if not skip_bad:
+                raise
+            bad.append(str(e))
+            continue
         ids, labels = tokens["input_ids"][:max_length], tokens["labels"][:max_length]
         # Position 0 predicts nothing: its label is never used, by any causal language model's loss.
         if any(label != IGNORE for label in labels[1:]):
             out.append({"input_ids": ids, "labels": labels})
-    if len(out) < len(rows):
-        log.warning(
-            "%d of %d rows left out: no assistant token within %d tokens", len(rows) - len(out), len(rows), max_length
-        )
+    _say_skipped(bad, len(rows))
+    if not out and bad:
+        raise BadInput(f"no row can be used; {bad[0]}")
+    if len(out) + len(bad) < len(rows):
+        left = len(rows) - len(out) - len(bad)
+        log.warning("%d of %d rows left out: no assistant token within %d tokens", left, len(rows), max_length)
     if not out:
         raise BadInput(
             f"no row has an assistant token within max length {max_length}; raise --max-length or check the rows"
@@ -179,9 +217,8 @@ def _tokenize_one(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> T
 
 def _joined(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Plain text: special tokens as the tokenizer adds them, the end token at the end, loss on the completion."""
-    coded = tokenizer(prompt + completion, return_offsets_mapping=True)
-    ids = list(coded["input_ids"])
-    labels = labelled(ids, coded["offset_mapping"], [(len(prompt), len(prompt) + len(completion))])
+    ids, places = coded(tokenizer, prompt + completion)
+    labels = labelled(ids, places, [(len(prompt), len(prompt) + len(completion))])
     end = tokenizer.eos_token_id
     if end is not None and (not ids or ids[-1] != end):
         ids.append(end)

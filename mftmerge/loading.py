@@ -57,6 +57,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreT
 
 def check_directory(path: Path) -> None:
     """Raise BadInput unless the configuration is a JSON object and the safetensors files in the directory are sound."""
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise BadInput(
+            f"{path}: an adapter (PEFT), not a model; merge it into its base first (merge_and_unload, save_pretrained)"
+        )
     if not (path / "config.json").exists():
         raise BadInput(f"{path}: no config.json in it; give the directory of a transformers model")
     read_config(path)

@@ -7,6 +7,7 @@ is a label, and the softmax in float32 whatever the model's dtype.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from mftmerge.data import IGNORE, Tokens
-from mftmerge.errors import MftmergeError
+from mftmerge.errors import BadInput, MftmergeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,6 +118,35 @@ def row_losses(
             "check the model's weights, or load it in float32"
         )
     return result
+
+
+def fitted(rows: Sequence[Tokens], model: PreTrainedModel) -> tuple[list[Tokens], int]:
+    """Rows cut to the positions that the model has, and how many were longer.
+
+    Raises BadInput for a token that its embeddings do not have: on a GPU that would end the process.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    size = math.inf if weight is None else weight.shape[0]
+    for number, row in enumerate(rows, 1):
+        if max(row["input_ids"]) >= size:
+            raise BadInput(
+                f"row {number}: token number {max(row['input_ids'])} is not in the model, whose embeddings have {size} "
+                "tokens; "
+                "use the model's own tokenizer, or enlarge the model (resize_token_embeddings)"
+            )
+    room = positions(model)
+    kept = rows if room is None else [{k: v[:room] for k, v in row.items()} for row in rows]
+    kept = [row for row in kept if any(label != IGNORE for label in row["labels"][1:])]
+    longer = 0 if room is None else sum(len(row["input_ids"]) > room for row in rows)
+    if rows and not kept:
+        raise BadInput(f"no row has an assistant token within the model's {room} positions; check the rows")
+    return list(kept), longer
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model was made for; None where nothing limits them."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def mean_loss(losses: Losses) -> float:

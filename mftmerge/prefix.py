@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -180,12 +181,19 @@ class PrefixCache:
         return _key(ids) + bytes([torch.is_autocast_enabled(self.model.device.type)])
 
     def _draws(self, ids: list[int]) -> bool:
-        """Whether the lower layers draw random numbers in training (dropout): then every pass must run them."""
+        """Whether the lower layers are others in training: they draw random numbers (dropout, layers that are left out
+        at random), or compute something else. Then every pass must run them."""
         if self._noisy is None:
-            devices = [self.model.device] if self.model.device.type == "cuda" else []
+            device = self.model.device
+            devices = [device] if device.type == "cuda" else []
+            before = random.getstate()
             with torch.random.fork_rng(devices):
-                once = [self._compute(ids, training=True) for _ in range(2)]
-            self._noisy = not torch.equal(*once)
+                states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                training = self._compute(ids, training=True)
+                after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+            drawn = random.getstate() != before or not all(map(torch.equal, states, after))
+            random.setstate(before)
+            self._noisy = drawn or not torch.equal(training, self._compute(ids))
         return self._noisy
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from typing import IO, Any
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer
 
-Placed = Iterator[tuple[str, Any]]  # (place, row)
+Placed = Iterator[tuple[str, Any]]  # (place, row, or the BadInput that says why it cannot be read as one)
 
 TEXTS, TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv", ".parquet", ".arrow")
 ENDINGS = (*TEXTS, *TABLES, *(f"{e}.gz" for e in (*TEXTS, ".csv", ".tsv")))
@@ -30,7 +30,7 @@ SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` of datasets l
 
 
 def raw_rows(source: Any, split: str | None = None) -> Placed:
-    """The rows of a source, unchecked, with their places.
+    """The rows of a source, unchecked, with their places; in the place of a line that is no row, what is wrong with it.
 
     source: a path (a file, a directory of them or one that `save_to_disk` wrote, a glob), a hub id, a data frame, a
     dataset, or an iterable of rows and sources. split: of what has several, "train" by default.
@@ -38,7 +38,9 @@ def raw_rows(source: Any, split: str | None = None) -> Placed:
     """
     if isinstance(source, str | Path):
         yield from _named(str(source), split)
-    elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas data frame
+    elif hasattr(source, "to_pylist") or hasattr(source, "to_dicts"):  # a table of pyarrow, a data frame of polars
+        yield from _table("row", source.to_pylist() if hasattr(source, "to_pylist") else source.to_dicts())
+    elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame of pandas
         yield from _table("row", source.to_dict("records"))
     elif hasattr(source, "column_names"):  # one of datasets' kinds, streaming ones among them
         yield from _table("row", _one_split(source, split, "the dataset"))
@@ -151,9 +153,17 @@ def _lines(path: Path) -> Placed:
         for number, line in enumerate(f, 1):
             if line.strip():
                 found = True
-                yield f"{path}:{number}", _json(line, f"{path}:{number}")
+                yield f"{path}:{number}", _line(line, f"{path}:{number}")
     if not found:
         raise BadInput(f"{path}: no rows in this file")
+
+
+def _line(text: str, where: str) -> Any:
+    """A row, or what is wrong with it."""
+    try:
+        return _json(text, where)
+    except BadInput as e:
+        return e
 
 
 def _csv(path: Path, delimiter: str) -> Placed:
@@ -163,10 +173,10 @@ def _csv(path: Path, delimiter: str) -> Placed:
         try:
             reader = csv.DictReader(f, delimiter=delimiter, strict=True)
             for row in reader:
-                found = True
-                if None in row or None in row.values():
-                    raise BadInput(f"{path}:{reader.line_num}: has another number of columns than the first line")
-                yield f"{path}:{reader.line_num}", {k: _cell(k, v) for k, v in row.items()}
+                found, where = True, f"{path}:{reader.line_num}"
+                whole = None not in row and None not in row.values()
+                cut = BadInput(f"{where}: has another number of columns than the first line")
+                yield where, {k: _cell(k, v) for k, v in row.items()} if whole else cut
         except csv.Error as e:
             raise BadInput(f"{path}: not readable as {path.suffix} ({e})") from None
     if not found:

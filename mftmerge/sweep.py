@@ -110,14 +110,18 @@ def run_sweep(
     inputs = (plan.model, plan.train, plan.validation, plan.test, plan.settings)
     protect(Path(out) / "masks", inputs)
     protect(Path(out) / RESULTS, inputs, directory=False)
-    raw = {"train": rows_of.load_rows(plan.train), "validation": rows_of.load_rows(plan.validation)}
-    raw |= {f"test {name}": rows_of.load_rows(source) for name, source in plan.test.items()}
-    rows_of.require_disjoint(raw)
     shared = TrainSettings.make(plan.settings)
+    sources = {"train": plan.train, "validation": plan.validation}
+    sources |= {f"test {name}": source for name, source in plan.test.items()}
+    raw = {name: rows_of.load_rows(source, **shared.reading) for name, source in sources.items()}
+    rows_of.require_disjoint(raw)
     say("loading the model")
     trusted = shared.trust_remote_code or None
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=trusted)
-    tokens = {name: rows_of.tokenize(rows, tokenizer, shared.max_length) for name, rows in raw.items()}
+    tokens = {
+        name: rows_of.tokenize(rows, tokenizer, shared.max_length, skip_bad=shared.skip_bad_rows)
+        for name, rows in raw.items()
+    }
     out = Path(out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     results = Results(out / RESULTS)
@@ -207,7 +211,12 @@ def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, Any]:
     shared = TrainSettings.make(plan.settings)
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=shared.trust_remote_code or None)
     sources = {"train": plan.train, "validation": plan.validation}
-    tokens = {n: rows_of.tokenize(rows_of.load_rows(s), tokenizer, shared.max_length) for n, s in sources.items()}
+    tokens = {
+        n: rows_of.tokenize(
+            rows_of.load_rows(s, **shared.reading), tokenizer, shared.max_length, skip_bad=shared.skip_bad_rows
+        )
+        for n, s in sources.items()
+    }
     return train_one(run, model, tokenizer, tokens, out, None)
 
 

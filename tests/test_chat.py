@@ -118,6 +118,21 @@ PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
         (BASIC.replace("<end>", "") + PROMPT, "Aone<user>Atwo<|im_end|>"),
         # the last turn ends otherwise
         (BASIC.replace("<end>", "{{ '<return>' if loop.last else '<end>' }}") + PROMPT, "Aone<end>Atwo<return>"),
+        # the same with white space after it, which is nothing to learn
+        (BASIC.replace("<end>", " \n\n") + PROMPT, "Aone Atwo<|im_end|>"),
+        # a generation prompt is written in any case, after a turn's own end or after one like the user's
+        (BASIC + "<assistant>", "Aone<end>Atwo<end>"),
+        (
+            BASIC.replace("<end>", "{{ '<stop>' if m.role == 'assistant' else '<end>' }}") + "<assistant>",
+            "Aone<stop>Atwo<stop>",
+        ),
+        # no generation prompt, no roles
+        ("{% for m in messages %}{{ m.content }}<end>{% endfor %}", "Aone<end>Atwo<end>"),
+        # only whole conversations are taken
+        (
+            "{% if messages|length < 4 %}{{ raise_exception('too short') }}{% endif %}" + BASIC + PROMPT,
+            "Aone<end>Atwo<end>",
+        ),
         # contents are trimmed
         (BASIC.replace("m.content", "m.content | trim") + PROMPT, "Aone<end>Atwo<end>"),
     ],
@@ -174,6 +189,37 @@ def test_an_answer_that_is_only_a_call() -> None:
         assert learnt(template, {"messages": [USER, call]})[1] == "CALL add<end>"
     with pytest.raises(BadInput, match="row 1: the chat template does not show tool calls"):
         learnt(BASIC, {"messages": [USER, CALL]})
+
+
+def test_calls_and_their_results_in_one_turn() -> None:
+    """As Gemma 4: what the tool says stands inside the assistant's turn, which goes on with the answer."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<result>{{ m.content }}</result>{% else %}"
+        "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}<{{ m.role }}>{% endif %}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}{{ m.content }}"
+        "{% if not m.tool_calls %}<end>{% endif %}{% endif %}{% endfor %}" + PROMPT
+    )
+    found = learnt(template, {"messages": [USER, CALL, RESULT, SECOND[1]]})[1]
+    assert found == "<call>add</call><result>Atwo<end>"  # the token that opens the result says stop
+
+
+def test_a_template_that_looks_into_an_empty_content() -> None:
+    """As Command A: `content[0]` of a turn that is only a call."""
+    template = BASIC.replace(
+        "{{ m.content }}", "{{ m.content[0].text or m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    )
+    assert "add" in learnt(template + PROMPT, {"messages": [USER, CALL]})[1]
+
+
+def test_a_tokenizer_without_offsets_is_named() -> None:
+    class Slow:
+        eos_token_id, chat_template = 2, None
+
+        def __call__(self, *_: object, **__: object) -> None:
+            raise NotImplementedError("no offsets")
+
+    with pytest.raises(BadInput, match=r"Slow cannot say where its tokens stand .*; use a fast tokenizer"):
+        data.tokenize([{"text": "a"}], Slow(), 8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,59 @@ def test_bad_rows_are_skipped_when_asked(tmp_path: Path, caplog: pytest.LogCaptu
     assert "2 of 7 rows are skipped; the first: row 6: no assistant text" in caplog.text
     with pytest.raises(BadInput, match="no rows to use"):
         data.load_rows(rows[5:], skip_bad=True)
+
+
+def test_bad_lines_are_skipped_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no JSON, what has another number of columns, what a chat template refuses; each named by its place."""
+    from mftmerge.quickstart.tiny import tiny_tokenizer
+
+    (tmp_path / "a.jsonl").write_text(LINES + "\n{broken\n")
+    (tmp_path / "a.csv").write_text("prompt,completion\nq,a\nq\n")
+    for name, message, good in (("a.jsonl", "a.jsonl:6: not JSON", 5), ("a.csv", "a.csv:3: has another number", 1)):
+        with pytest.raises(BadInput, match=message):
+            data.load_rows(tmp_path / name)
+        assert len(data.load_rows(tmp_path / name, skip_bad=True)) == good
+        assert message in caplog.text
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages|length != 2 %}{{ raise_exception('two turns only') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps({"messages": turns * n}) for n in (1, 2, 1)))
+    rows = data.load_rows(tmp_path / "talk.jsonl")
+    with pytest.raises(BadInput, match=r"talk\.jsonl:2: the chat template refuses it: two turns only"):
+        data.tokenize(rows, tokenizer, 100)
+    assert len(data.tokenize(rows, tokenizer, 100, skip_bad=True)) == 2
+    assert "1 of 3 rows are skipped; the first: " in caplog.text
+    with pytest.raises(BadInput, match=r"no row can be used; .*talk\.jsonl:2"):
+        data.tokenize(rows[1:2], tokenizer, 100, skip_bad=True)
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer,prompt\nq,a,not this\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    assert data.load_rows(path, columns=columns) == [{"prompt": "q", "completion": "a"}]
+    with pytest.raises(BadInput, match=r"a\.csv:2: there is no column 'reply'; this row has question, answer, prompt"):
+        data.load_rows(path, columns={"completion": "reply"})
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert data.load_rows([{"dialog": talk}], columns={"messages": "dialog"}) == [{"messages": talk}]
+
+
+def test_tables_in_memory() -> None:
+    import pyarrow as pa
+
+    class Polars:
+        """The part of a polars data frame that is used: `to_dict` gives columns, `to_dicts` rows."""
+
+        columns = ("prompt", "completion")
+
+        def to_dict(self, as_series: bool = True) -> dict[str, Any]:
+            raise AssertionError(as_series)
+
+        def to_dicts(self) -> list[dict[str, Any]]:
+            return ROWS
+
+    assert data.load_rows(pa.Table.from_pylist(ROWS)) == ROWS
+    assert data.load_rows(Polars()) == ROWS

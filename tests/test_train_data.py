@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,73 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_digest_follows_the_tokens(tokenizer: Any) -> None:
     one, two = (data.tokenize([{"text": t}], tokenizer, 64) for t in ("a b", "a c"))
     assert data.digest(one) == data.digest(list(one)) != data.digest(two)
+
+
+def test_what_the_model_cannot_read_is_known_before_it_runs(tiny: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from mftmerge.train.run import train_mask
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("gpt2"))
+    model.config.n_positions = 16
+    notes: list[str] = []
+    common: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "steps": 1, "batch_size": 2, "eval_share": 0}
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (8, 30)]
+    train_mask(model, rows, note=notes.append, **common)
+    assert notes[0] == "1 of 2 rows are cut: the model has 16 positions"
+    late = [{"input_ids": [5] * 40, "labels": [data.IGNORE] * 39 + [5]}]
+    with pytest.raises(BadInput, match="no row has an assistant token within the model's 16 positions"):
+        train_mask(model, late, **common)
+    rows[1]["input_ids"][3] = 512
+    with pytest.raises(BadInput, match="row 2: token number 512 is not in the model, whose embeddings have"):
+        train_mask(model, rows, **common)
+
+
+def test_models_in_wrappers(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Compiled and data parallel: what is inside. With adapters or quantised: refused before anything runs."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mftmerge.train.run import train_mask
+
+    common: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "steps": 1, "batch_size": 2, "eval_share": 0}
+    rows = [{"prompt": f"{i}", "completion": f"{i + 1}"} for i in range(4)]
+
+    def plain() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny("llama"))
+
+    expected = train_mask(plain(), rows, **common).mask.digest
+    for wrapped in (torch.compile(plain()), torch.nn.DataParallel(plain())):
+        assert train_mask(wrapped, rows, **common).mask.digest == expected
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted, quantised = plain(), plain()
+    adapted.add_adapter(lora)
+    quantised.is_quantized = True
+    for model, message in (
+        (peft.get_peft_model(plain(), lora), "merge them first"),
+        (adapted, "merge them first"),
+        (quantised, "the model is quantised"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            train_mask(model, rows, **common)
+    peft.get_peft_model(plain(), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BadInput, match=r"an adapter .*merge it into its base first"):
+        train_mask(tmp_path / "adapter", rows, **common)
+
+
+def test_rows_in_memory_are_written_down_in_words(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    import pandas as pd
+    import yaml
+    from datasets import Dataset, DatasetDict
+
+    from mftmerge.train.run import train_mask
+
+    rows = [{"prompt": f"{i}", "completion": f"{i + 1}"} for i in range(4)]
+    dataset = Dataset.from_list(rows)
+    kinds = {"list": rows, "IterableDataset": dataset.to_iterable_dataset(), "DataFrame": pd.DataFrame(rows)}
+    kinds |= {"DatasetDict": DatasetDict(train=dataset), "generator": (row for row in rows)}
+    for kind, given in kinds.items():
+        out = tmp_path / f"{kind}.mask"
+        train_mask(tiny("llama"), given, out, steps=0, eval_share=0)
+        assert yaml.safe_load(Path(f"{out}.yaml").read_text())["data"] == f"rows of a {kind} in memory"

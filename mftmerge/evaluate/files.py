@@ -16,6 +16,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
+from mftmerge.loss import fitted, positions
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
 
@@ -177,8 +178,8 @@ def tokenised(
     domains: Mapping[str, list[rows_of.Row]], model: Any, tokenizer: Any, max_length: int
 ) -> dict[str, list[rows_of.Tokens]]:
     """Each domain's rows as tokens, cut off at `max_length` or at what the model has positions for."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    return {d: rows_of.tokenize(rows, tokenizer, min(max_length, room)) for d, rows in domains.items()}
+    length = min(max_length, positions(model) or max_length)
+    return {d: fitted(rows_of.tokenize(rows, tokenizer, length), model)[0] for d, rows in domains.items()}
 
 
 def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> generation.Marker | None:

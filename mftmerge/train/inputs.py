@@ -19,8 +19,8 @@ from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer
-from mftmerge.loss import token_losses
-from mftmerge.naming import decoder_layers
+from mftmerge.loss import fitted, positions, token_losses
+from mftmerge.naming import decoder_layers, unwrapped
 from mftmerge.train import batches, memory, scores, sharding
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import Target, is_attention
@@ -48,6 +48,8 @@ def load_model(
     shard: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
+    if not isinstance(model, str | Path):
+        model = unwrapped(_without_adapters(model))
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
         path = resolve(model)
@@ -56,6 +58,7 @@ def load_model(
             memory.require(memory.estimate(path, settings), reference, settings)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded = load_causal_lm(path, dtype=dtype, trust_remote_code=settings.trust_remote_code or None)
+        _without_adapters(loaded)
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
@@ -69,6 +72,18 @@ def load_model(
             raise BadInput("the model does not say where its tokenizer is; give tokenizer")
         tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code or None)
     return loaded, tokenizer, reference
+
+
+def _without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if it computes with weights of its own. Raises BadInput, with the way to such a model."""
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise BadInput(
+            "the model has adapters (PEFT), and a mask is over weights: merge them first (model.merge_and_unload()), "
+            "or give the model without them"
+        )
+    if getattr(model, "is_quantized", False):
+        raise BadInput("the model is quantised, and a mask is over weights: give it in float32, float16 or bfloat16")
+    return model
 
 
 def with_dtype(settings: TrainSettings, model: object, *, shard: bool) -> TrainSettings:
@@ -86,25 +101,38 @@ def named(data: Any) -> Any:
     """What the settings file says about the data: names of files, not rows."""
     if isinstance(data, str | Path):
         return str(data)
-    return [str(d) for d in data] if all(isinstance(d, str | Path) for d in data) else f"{len(data)} rows"
+    if isinstance(data, list | tuple) and all(isinstance(d, str | Path) for d in data):
+        return [str(d) for d in data]
+    return f"rows of a {type(data).__name__} in memory"
 
 
 def read_rows(
-    data: Any, eval_data: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings
+    data: Any,
+    eval_data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainSettings,
+    model: PreTrainedModel,
+    say: Callable[[str], None],
 ) -> tuple[list[Tokens], list[Tokens]]:
-    """Tokenised rows to train on and to validate on."""
+    """Tokenised rows to train on and to validate on, which the model can read; said where some are cut for that."""
 
     def tokens(source: Any) -> list[Tokens]:
         if is_tokenised(source):
-            return list(source)
+            return fitting(source)
         several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
         if several and source and all(isinstance(s, str | Path) for s in source):
             read = rows_of.mix(
-                [rows_of.load_rows(s, skip_bad=settings.skip_bad_rows) for s in source], settings.weights, settings.seed
+                [rows_of.load_rows(s, **settings.reading) for s in source], settings.weights, settings.seed
             )
         else:
-            read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows)
-        return rows_of.tokenize(read, tokenizer, settings.max_length)
+            read = rows_of.load_rows(source, **settings.reading)
+        return fitting(rows_of.tokenize(read, tokenizer, settings.max_length, skip_bad=settings.skip_bad_rows))
+
+    def fitting(rows: Sequence[Tokens]) -> list[Tokens]:
+        kept, longer = fitted(rows, model)
+        if longer:
+            say(f"{longer} of {len(rows)} rows are cut: the model has {positions(model)} positions")
+        return kept
 
     rows = tokens(data)
     if eval_data is not None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,6 +29,7 @@ from mftmerge.data import IGNORE
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.loss import token_losses
 from mftmerge.progress import Progress, Step
+from mftmerge.train import selection
 from mftmerge.train.batches import Batch, labelled_rows, loader, row_numbers, row_shares
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.sharding import Shard
@@ -87,12 +89,20 @@ class Best:
         self.since = 0  # validations since the best
         self.stopped_early = False
 
+    def measure(self) -> Judged | None:
+        """What the validation rows say of the mask at the final share kept."""
+        if self.judge is None:
+            return None
+        with self.optimizer.masked_by(self.optimizer.mask()):
+            return judged(self.judge())
+
     def consider(self, step: int) -> float | None:
-        """Validate the mask at the final share kept, and keep it if it is the best so far."""
-        found = None
-        if self.judge is not None:
-            with self.optimizer.masked_by(self.optimizer.mask()):
-                found = judged(self.judge())
+        """Validate the mask, and keep it if it is the best so far; gives the mean loss."""
+        return self.keep(step, self.measure())
+
+    def keep(self, step: int, found: Judged | None) -> float | None:
+        """Keep the mask, which was found to be worth this, if it is the best so far; gives its mean loss."""
+        if found is not None:
             self.share = found.share
             if step == 0:
                 self.initial = found
@@ -112,7 +122,8 @@ class Best:
             self.progress(Step(what, entry["step"], self.settings.steps, "steps", facts))
 
     def state_dict(self) -> dict[str, Any]:
-        state = {k: getattr(self, k) for k in ("history", "step", "loss", "key", "mask", "scores", "since")}
+        state = {k: getattr(self, k) for k in ("history", "step", "loss", "key", "scores", "since", "stopped_early")}
+        state["mask"] = self.mask and {n: selection.packed(t) for n, t in self.mask.items()}
         return state | {k: None if v is None else v.tensors() for k, v in self._judged().items()}
 
     def _judged(self) -> dict[str, Judged | None]:
@@ -121,6 +132,7 @@ class Best:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             setattr(self, key, Judged.of(value) if key in self._judged() and value is not None else value)
+        self.mask = state["mask"] and {n: selection.unpacked(*packed) for n, packed in state["mask"].items()}
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -152,6 +164,9 @@ class Loop:
         self.sharded = Shard.of(optimizer.targets[0].parameter).group is not None
         # Of every rank's random states one draw decides the order of rows: the one that transformers' Trainer makes.
         set_seed(settings.seed)
+        # accelerate has one state for the whole program: whoever else uses it, before or after, finds it as it was.
+        self._others = dict(AcceleratorState._shared_state), dict(GradientState._shared_state)
+        AcceleratorState._shared_state.clear()
         self.accelerator = Accelerator(
             cpu=model.device.type == "cpu",
             mixed_precision="no",  # no autocast: weights have their own dtype
@@ -184,6 +199,8 @@ class Loop:
             self._load(resume)
             set_random_state(self._random)
         self.model.train()
+        if not self.step and self.best.history:  # what was measured before the first step
+            self._log(self.best.history[-1])
         with Stops(wait=self.accelerator.num_processes > 1) as stops:
             try:
                 self._steps(stops)
@@ -193,12 +210,15 @@ class Loop:
             except MftmergeError as e:
                 self._save()
                 where = "; the state before it is saved (--resume)" if self.place else ""
-                raise MftmergeError(f"{e}{where}") from None
+                raise type(e)(f"{e}{where}") from None
             finally:
                 for t in self.optimizer.targets:
                     t.parameter.grad = None
                 for tracker in self.accelerator.trackers:  # not `end_training`: it ends the process group too
                     tracker.finish()
+                AcceleratorState._shared_state.clear()
+                AcceleratorState._shared_state.update(self._others[0])
+                GradientState._shared_state.update(self._others[1])
 
     def _steps(self, stops: Stops) -> None:
         if self._due:
@@ -220,17 +240,20 @@ class Loop:
             if self._due:
                 self._validate(stops)
             self.best.report(self.name, entry)
-            self.accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=self.step)
+            self._log(entry)
             if self._all_stop(stops):
                 raise Interrupted(stops.number or signal.SIGINT)
             if self.step % (self.settings.save_every or self.settings.every) == 0 or self.step == self.settings.steps:
                 with stops.deferred():
                     self._save()
 
+    def _log(self, entry: Entry) -> None:
+        self.accelerator.log({k: v for k, v in entry.items() if k != "step" and v is not None}, step=entry["step"])
+
     def _validate(self, stops: Stops) -> None:
-        loss = self.best.consider(self.step)
-        with stops.deferred():
-            self.best.history[-1]["validation"] = loss
+        found = self.best.measure()
+        with stops.deferred():  # a stop in the middle would leave what one mask is worth beside another
+            self.best.history[-1]["validation"] = self.best.keep(self.step, found)
             if self.best.share is not None:
                 self.best.history[-1]["exact"] = self.best.share
             self._due = False
@@ -250,6 +273,11 @@ class Loop:
                 )
                 if rows is not None:
                     losses = losses * row_shares(rows[wanted])
+                if not losses.requires_grad:
+                    raise BadInput(
+                        f"{type(self.model).__name__}: its layers hand no gradient on where those below are frozen "
+                        "(reversible layers, reentrant gradient checkpointing), so no mask can be trained"
+                    )
                 # DDP and FSDP average gradients over ranks, and the count is of all ranks.
                 loss = losses.sum() * ranks / count
                 self.accelerator.backward(loss)

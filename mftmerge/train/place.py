@@ -37,11 +37,6 @@ class Place:
         self.directory = self.out.with_name(f"{self.out.name}.run")
         for beside in (self.directory, self.out.with_name(f"{self.out.name}.yaml")):
             protect(beside, inputs, directory=False)
-        if last_checkpoint(self.directory) and not (overwrite or resume):
-            raise BadInput(
-                f"{self.directory}: holds the checkpoints of a run that was stopped; "
-                "--resume continues it, --overwrite starts again"
-            )
 
     @contextmanager
     def open(self) -> Iterator[Path]:
@@ -58,6 +53,11 @@ class Place:
         with (path / LOCK).open("a") if is_main() else open(os.devnull) as lock:
             if is_main():
                 self._lock(lock.fileno())
+                if last_checkpoint(path) and not (self.overwrite or self.resume):
+                    raise BadInput(
+                        f"{path}: holds the checkpoints of a run that was stopped; "
+                        "--resume continues it, --overwrite starts again"
+                    )
                 if not self.resume:
                     _remove_own(path, but=LOCK)
             try:

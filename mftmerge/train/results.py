@@ -1,4 +1,4 @@
-"""A training run shown in a notebook: what was gained, and the course of the losses."""
+"""What a training run gained, as a table with a curve in a notebook."""
 
 from __future__ import annotations
 

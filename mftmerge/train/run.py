@@ -34,7 +34,7 @@ from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress
 from mftmerge.train import inputs, results, scores, sharding, targets
 from mftmerge.train.control import run_controls
-from mftmerge.train.loop import Best, Loop
+from mftmerge.train.loop import Best, Loop, random_state, set_random_state
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.place import Place
 from mftmerge.train.settings import TrainSettings
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Note = Callable[[str], None]
+ASIDE = {"check_memory", "control", "log_to", "preset", "save_every", "trust_remote_code"}  # do not decide the mask
 
 
 @dataclass
@@ -121,7 +122,7 @@ def train_mask(
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
         chosen = inputs.with_dtype(chosen, model, shard=shard)
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
-        rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen)
+        rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen, loaded, say)
         packs, chosen = inputs.packed(loaded, rows, tokenizer, chosen, say)
         chosen = inputs.with_steps(chosen, len(packs or rows))
         run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)
@@ -171,18 +172,28 @@ class _Run:
         self.batched: Sequence[Any] = rows  # what a step takes: rows, or packs of them
         self.targets = inputs.with_keep(targets.find(model, settings.layers, settings.modules), settings)
         self.layers = sorted({t.layer for t in self.targets})
+        self.dropped = inputs.dropped_values(model, self.targets, settings)
         self.cache = cache or self._new_cache()
         if self.cache is not None:
-            self.cache.add([*rows, *valid])
+            self.cache.add([*([] if settings.packing else rows), *valid])  # a pack is none of the rows
             if not self.cache.fits(rows[0]):
                 say(f"states of the layers below cannot be cached for this model ({self.cache.why}): all layers run")
                 self.cache = None
 
     def identity(self) -> dict[str, Any]:
         """All that decides the mask, for a run that is to be continued."""
-        weights = targets.digest(self.targets)
-        digests = {"data": rows_of.digest(self.rows), "eval_data": rows_of.digest(self.valid), "weights": weights}
-        return {"model": self.reference, **self.settings.model_dump(), **digests}
+        settings, start = self.settings, self.settings.start
+        digests = {
+            "data": rows_of.digest(self.rows),
+            "eval_data": rows_of.digest(self.valid),
+            "model": targets.digest(self.model.named_parameters()),
+        }
+        if self.dropped is not None:
+            digests["base"] = targets.digest(self.dropped.items())
+        if start is not None:
+            first = scores.of_mask(start, self.model, self.targets, signed=scores.is_signed(settings.init))
+            digests["start"] = scores.digest(first)
+        return settings.model_dump(exclude=ASIDE) | digests
 
     def _new_cache(self) -> PrefixCache | None:
         sharded = sharding.Shard.of(self.targets[0].parameter).group is not None  # skipped layers would not gather
@@ -195,7 +206,8 @@ class _Run:
         """Train, validate, and put the model back as it was."""
         start = time.monotonic()
         flags = targets.freeze_others(self.model, self.targets)
-        training, checkpointing = self.model.training, self.model.is_gradient_checkpointing
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        training, drawn = self.model.training, random_state()
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
@@ -208,22 +220,22 @@ class _Run:
                 p.requires_grad_(flags[name])
                 p.grad = None
             self.model.train(training)
+            set_random_state(drawn)  # the caller's generators too are as they were
             if self.settings.gradient_checkpointing and not checkpointing:
                 self.model.gradient_checkpointing_disable()
 
     def _train(self, directory: Path, save: bool, resume: Path | None, start: float) -> TrainResult:
         judge = Validation(self.model, self.valid, self.tokenizer, self.settings, self.cache)
         found = {"base": judge()} if self.valid else {}
-        dropped = inputs.dropped_values(self.model, self.targets, self.settings)
+        dropped = self.dropped
         first = inputs.initial_scores(self.model, self.targets, self.rows, self.settings, dropped)
         optimizer = self._optimizer(first, dropped)
         best = Best(optimizer, self.settings, judge if self.valid else None, self.progress)
         try:
             self._announce(first)
             if save and self.settings.steps:
-                # The old checkpoint goes when the new one is complete, so that for a moment there are two.
-                size = 2 * sum(t.parameter.numel() for t in self.targets) * self.settings.checkpoint_bytes
-                self.say(f"checkpoints take up to {size / 2**20:.0f} MiB of disk ({directory})")
+                size = sum(t.parameter.numel() for t in self.targets) * self.settings.checkpoint_bytes / 2**20
+                self.say(f"a checkpoint takes {size:.0f} MiB of disk, two while one is replaced ({directory})")
             if resume is None:
                 best.consider(0)
                 if self.valid:
@@ -312,8 +324,10 @@ class _Run:
             f"learning rate {s.learning_rate:.2g}: scores can travel {s.travel:.4f}, the cut is at {cut:.4f}{ratio}"
         )
         if self.cache is not None:
-            size = self.cache.nbytes([*self.rows, *self.valid])
-            self.say(f"layers below {self.layers[0]} run once a row; their states take up to {size / 2**20:.0f} MiB")
+            known = self.valid if self.settings.packing else [*self.rows, *self.valid]
+            what = "validation row" if self.settings.packing else "row"
+            size = self.cache.nbytes(known) / 2**20
+            self.say(f"layers below {self.layers[0]} run once a {what}; their states take up to {size:.0f} MiB")
         if self.model.device.type == "cpu" and self.model.dtype == torch.bfloat16 and lacks_bfloat16():
             self.say("this processor has no bfloat16 arithmetic: --dtype float32 is faster, and takes more memory")
         if not self.valid:

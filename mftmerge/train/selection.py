@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,3 +111,17 @@ def _device(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.d
     if group is not None:
         return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     return parts[0].device if parts else torch.device("cpu")
+
+
+def packed(mask: Tensor) -> tuple[Tensor, list[int] | None]:
+    """As a checkpoint has it: booleans eight to the byte, with their shape; whatever else is learnt as it is."""
+    if mask.dtype != torch.bool:
+        return mask, None
+    return torch.from_numpy(np.packbits(mask.numpy())), list(mask.shape)
+
+
+def unpacked(values: Tensor, shape: list[int] | None) -> Tensor:
+    """What `packed` was given."""
+    if shape is None:
+        return values
+    return torch.from_numpy(np.unpackbits(values.numpy(), count=math.prod(shape)).astype(bool)).view(shape)

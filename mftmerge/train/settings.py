@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 1,
         "accumulate": 128,
         "max_length": 4096,
+        "dtype": "bfloat16",
     }
 }
 
@@ -80,6 +82,9 @@ class TrainSettings(Settings):
 
     # The data
     max_length: int = Field(1024, ge=2, description="tokens of a row; longer rows are cut on the right")
+    columns: dict[str, str] | None = Field(
+        None, description="the data's names of fields, such as prompt=question, where they are others"
+    )
     skip_bad_rows: bool = Field(False, description="leave out rows that cannot be used, and count them")
     packing: bool = Field(False, description="pack rows into full sequences")
     weights: list[float] | None = Field(None, description="shares of several data files in the mixture")
@@ -144,6 +149,8 @@ class TrainSettings(Settings):
         preset = PRESETS.get(str(given.get("preset")), {})
         if given.get("epochs") is not None and "steps" in given:
             raise ValueError("steps and epochs say the same; give one of them")
+        if "accumulate" in preset:  # the published batch is that of all processes together
+            preset = preset | {"accumulate": max(1, preset["accumulate"] // int(os.environ.get("WORLD_SIZE", "1")))}
         return {k: v for k, v in preset.items() if k != "epochs" or "steps" not in given} | given
 
     @model_validator(mode="after")
@@ -157,6 +164,11 @@ class TrainSettings(Settings):
         return self
 
     # -- what follows from the settings -------------------------------------------------------------------------------
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How rows are read, as arguments of `data.load_rows`."""
+        return {"skip_bad": self.skip_bad_rows, "columns": self.columns}
 
     @property
     def learning_rate(self) -> float:
@@ -180,7 +192,7 @@ class TrainSettings(Settings):
     @property
     def checkpoint_bytes(self) -> float:
         """Bytes of a checkpoint for each masked weight: score, moments, the best mask, and its scores if stored."""
-        return 4 + (8 if self.adam_bits == 32 else 2 + 8 / 256) + 1 + 4 * self.scores
+        return 4 + (8 if self.adam_bits == 32 else 2 + 8 / 256) + 1 / 8 + 4 * self.scores
 
     @property
     def every(self) -> int:

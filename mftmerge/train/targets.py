@@ -7,11 +7,11 @@ state decay of recurrent layers (A_log) and whatever chooses experts or streams 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 
 from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput
@@ -160,11 +160,11 @@ def freeze_others(model: nn.Module, targets: list[Target]) -> dict[str, bool]:
     return flags
 
 
-def digest(targets: list[Target]) -> str:
-    """Hash of the targets' weights, of this rank's rows: whether two runs train over the same model."""
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of named tensors, of this rank's rows: whether two runs train over the same model."""
     h = xxhash.xxh3_128()
-    for t in targets:
-        local = Shard.local(t.parameter.detach()).cpu().contiguous()
-        h.update(f"{t.name}\0{local.dtype}\0{tuple(local.shape)}\0".encode())
+    for name, tensor in tensors:
+        local = Shard.local(tensor.detach()).cpu().contiguous()
+        h.update(f"{name}\0{local.dtype}\0{tuple(local.shape)}\0".encode())
         h.update(integer_view(local).numpy().data)
     return h.hexdigest()
