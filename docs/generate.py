@@ -2,7 +2,7 @@
 
     python docs/generate.py
 
-It writes docs/recipe-reference.md and recipes/recipe.schema.json whole, and the tables between
+It writes docs/recipe-reference.md, docs/api.md and recipes/recipe.schema.json whole, and the tables between
 `<!-- generated: NAME -->` and `<!-- end -->` in the pages of `TABLES`. A test fails where the files differ.
 """
 
@@ -73,6 +73,7 @@ def pages() -> dict[str, str]:
     """Path in the repository -> the text that the file should have."""
     found = {
         "docs/recipe-reference.md": recipe_reference(),
+        "docs/api.md": api_page(),
         "recipes/recipe.schema.json": json.dumps(schema.json_schema(), indent=2) + "\n",
     }
     for path, tables in TABLES.items():
@@ -81,6 +82,16 @@ def pages() -> dict[str, str]:
             text = put(text, name, table(), path)
         found[path] = text
     return found
+
+
+def api_page() -> str:
+    """docs/api.md, see docs/api.py."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from api import page
+    finally:
+        sys.path.pop(0)
+    return page()
 
 
 def put(text: str, name: str, table: str, path: str) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
     from mftmerge.evaluate.results import GridResult as GridResult
     from mftmerge.inspection import inspect as inspect
+    from mftmerge.job import run_job as run_job
     from mftmerge.learn.rebase import rebase_mask as rebase_mask
     from mftmerge.learn.run import LearnResult as LearnResult
     from mftmerge.learn.run import learn_merge as learn_merge
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.mask import Parent as Parent
     from mftmerge.operations import operation as operation
     from mftmerge.overlap import compare as compare
+    from mftmerge.push import push as push_to_hub  # noqa: F401
     from mftmerge.recipe.build import build as build_recipe  # noqa: F401
     from mftmerge.recipe.export import export as export_recipe  # noqa: F401
     from mftmerge.recipe.extend import merge_method as merge_method

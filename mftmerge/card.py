@@ -31,7 +31,7 @@ def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model:
     or a directory's name); original: that model's own README.md, if it has one.
     """
     front, body = split_front_matter(original or "")
-    tree = family_tree(f"mask {digest[:12]}{_origin(mask.info)}", mask.info, inert, public_name)
+    tree = mask_tree(mask, digest)
     base_model = [model] if model.count("/") == 1 else None
     lines = [
         front_matter(front, ("mftmerge", "mask-fine-tuning"), base_model),
@@ -44,6 +44,11 @@ def model_card(title: str, mask: Mask, digest: str, facts: Sequence[str], model:
     if body.strip():
         lines += [f"## Card of `{inert(model)}`", body.strip()]
     return "\n\n".join(lines) + "\n"
+
+
+def mask_tree(mask: Mask, digest: str) -> list[str]:
+    """The mask and its ancestors as lines that are fit for a card, local paths without their directories."""
+    return family_tree(f"mask {digest[:12]}{_origin(mask.info)}", mask.info, inert, public_name)
 
 
 def front_matter(front: Mapping[str, Any], tags: Sequence[str], base_model: Sequence[str] | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config, resolve
 from mftmerge.dtypes import BY_CODE
 from mftmerge.errors import BadInput
 from mftmerge.machine import lacks_bfloat16
@@ -20,11 +20,27 @@ if TYPE_CHECKING:
 Loaded = TypeVar("Loaded")
 
 
+def parts(reference: str | Path) -> tuple[Path, Path | None]:
+    """The model's directory, and the adapter's where it is written as `model+adapter` (directories or hub ids)."""
+    model, plus, adapter = str(reference).rpartition("+")
+    if not plus or Path(reference).expanduser().exists():
+        return resolve(reference), None
+    found = resolve(adapter)
+    if not (found / "adapter_config.json").exists():
+        raise BadInput(f"{adapter}: no adapter_config.json in it; after the + stands a LoRA adapter")
+    return resolve(model), found
+
+
 def load_causal_lm(
-    path: Path, *, dtype: torch.dtype | Literal["auto"] = "auto", trust_remote_code: bool | None = None
+    path: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    trust_remote_code: bool | None = None,
 ) -> PreTrainedModel:
     """The causal language model in a checkpoint directory, on the CPU. dtype: "auto" (as stored) or torch's.
 
+    adapter: directory of a LoRA adapter that is merged into it, in that type.
     trust_remote_code: whether Python code that comes with the checkpoint may run; otherwise a model that needs it is
     refused, and nobody is asked. None: as MFTMERGE_TRUST_REMOTE_CODE=1 in the environment says, else not.
     Raises BadInput where the directory is no sound checkpoint, where its configuration is none that transformers
@@ -42,7 +58,18 @@ def load_causal_lm(
     model, report = _guarded(path, "as a causal language model", load)
     if missing := sorted(report["missing_keys"]):
         raise BadInput(f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); is the model of another kind?")
-    return model
+    return model if adapter is None else _merged(model, adapter)
+
+
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise BadInput(f"{adapter}: this adapter does not fit the model ({reason.strip()[:200]})") from None
+    return merged
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:

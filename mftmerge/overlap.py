@@ -229,7 +229,8 @@ def picture(comparison: Comparison) -> Figure:
     for i, pair in enumerate(pairs):
         at, colour = [place[n] for n in pair.by_layer], f"C{i % 10}"
         every = pair.by_layer.values()
-        right.plot(at, [o.jaccard for o in every], "o-", color=colour, label=shown(f"{pair.a}, {pair.b}"), markersize=3)
+        label, mark = shown(f"{pair.a}, {pair.b}"), plots.MARKERS[i % len(plots.MARKERS)]
+        right.plot(at, [o.jaccard for o in every], f"{mark}-", color=colour, label=label, markersize=4)
         right.plot(at, [o.jaccard_independent for o in every], "--", color=colour, linewidth=0.8)
         if pair.total.jaccard_from_start is not None:
             right.plot(at, [o.jaccard_from_start for o in every], ":", color=colour)
@@ -287,6 +288,20 @@ def untrained(mask: Mask) -> Mask | None:
         scores = np.abs(scores) if rule == "abs" else scores
         packed[name] = bits.pack(cut.keep_top(scores, mask.size(name) - mask.count(name)))
     return Mask(packed, {n: mask.shape(n) for n in mask.names})
+
+
+def exchanged(mask: Mask, start: Mask) -> dict[str, int]:
+    """Tensor -> number of weights that `mask` drops and `start`, the mask before training, keeps."""
+    return {
+        name: sum(bits.count(~a & b) for a, b in zip(mask.pieces(name), start.pieces(name), strict=True))
+        for name in mask.names
+    }
+
+
+def learnt_picture(mask: Mask) -> Figure:
+    """What training changed, by layer and module; where the mask before it is not known, the densities."""
+    found, start = mask.inspect(), untrained(mask)
+    return plots.density_by_layer(found) if start is None else plots.exchanged_by_layer(found, exchanged(mask, start))
 
 
 def _draw(mask: Mask, training: dict[str, Any]) -> Callable[[str], Scores] | None:

@@ -13,7 +13,7 @@ from mftmerge.cli import main
 from mftmerge.cli.main import COMMANDS, app
 
 OTHERS = {"mergekit-yaml"}  # mergekit's own command, with its own options
-ELSEWHERE = {"quickstart", "choose"}  # they need more than these inputs; their --json is tested where they run
+ELSEWHERE = {"quickstart", "choose", "chat"}  # they need more than these inputs; their --json is tested where they run
 
 # What a reader of the document will look for.
 KEYS = {
@@ -30,6 +30,9 @@ KEYS = {
     "import-recipe": {"out", "recipe", "notes"},
     "sweep": {"out", "runs", "chosen", "test"},
     "report": {"masks"},
+    "init": {"out"},
+    "run": {"cells", "models", "reference"},
+    "push": {"repository", "files", "card"},
 }
 
 

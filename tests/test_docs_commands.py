@@ -45,8 +45,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path
     from mftmerge.quickstart.domains import write_domains
 
     here = tmp_path_factory.mktemp("docs")
-    for name in ("M", "B", "fft", "PATH_OR_ID", "models/base", "models/math", "models/code"):
+    for name in ("M", "B", "fft", "PATH_OR_ID", "models/base"):
         shutil.copytree(tiny("llama"), here / name)
+    for seed, name in enumerate(("models/math", "models/code"), 1):  # fine-tunes differ from their base
+        shutil.copytree(tiny("llama", seed=seed), here / name)
     make_experts(here, names=("math", "sql"))
     shutil.copytree(tiny("llama", seed=1), here / "TUNED")
     (merge,) = re.findall(r"^```yaml\n(merge_method.*?)^```", PAGES["learning.md"], re.DOTALL | re.MULTILINE)

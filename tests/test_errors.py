@@ -89,6 +89,8 @@ ACCEPTED = {
     "apply": WEIGHTS_ALONE,
     "import": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
     "diff-mask": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
+    "patch": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
+    "patch-apply": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
     "train": {"empty"},
 }
 
@@ -138,6 +140,8 @@ VALUES = {
         --keep 2 | --keep nan | --keep x | --keep -1 | --method nothing | --method tall | --lambda nan --method
         tall | --lambda x | --only ( | --only nothing | --others absent/model/path | --merged x
     """,
+    "chat": "--max-new-tokens 0 | --dtype x | --device nothing | --mask absent.mask | --mask base=absent.mask",
+    "push": "--dry-run=maybe",
     "quickstart": "--seed x | --tiny --model m",
     "inspect": "--plot nowhere/x.png | --plot x.nothing",
     "compare": "--plot nowhere/x.png | --plot x.nothing",
@@ -170,7 +174,7 @@ def test_places_that_cannot_be_written(inputs: Inputs, refused: Refused, command
         refused(command_line(command, inputs.here, inputs.place, **{slot: str(place)}), (1, 2))
 
 
-@pytest.mark.parametrize(("command", "slot"), [o for o in OUTPUTS if o[0] not in ("mergekit-yaml", "sweep")])
+@pytest.mark.parametrize(("command", "slot"), [o for o in OUTPUTS if o[0] not in ("mergekit-yaml", "sweep", "run")])
 def test_outputs_that_are_there_stay(inputs: Inputs, refused: Refused, command: str, slot: str) -> None:
     existing = inputs.here / ("b.mask" if slot.endswith(".mask") else "train.yml" if "." in slot else "tuned")
     assert existing.name in refused(command_line(command, inputs.here, inputs.place, **{slot: str(existing)}))

@@ -184,3 +184,25 @@ def test_diff_mask_does_not_import_torch(tiny: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, "diff-mask", *paths, "--keep", "0.1", "-o", str(tmp_path / "x.mask")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["0", "False"], done.stdout + done.stderr
+
+
+def test_the_picture_shows_what_training_changed() -> None:
+    """Of the dropped weights, those that were kept before; the density is the same everywhere and shows nothing."""
+    from mftmerge.overlap import exchanged, learnt_picture
+
+    scores = np.arange(100, dtype=np.float32).reshape(10, 10)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    moved = scores.copy()
+    moved[0, :3], moved[0, 3] = 1000, 500  # three of the ten that were lowest; one more only in the picture's noise
+    after = {names[0]: moved, names[1]: scores}
+    kept = {n: a >= np.sort(a.ravel())[10] for n, a in after.items()}
+    info = MaskInfo(0.9, training={"init": "magnitude", "selection": "signed"})
+    mask = Mask.from_bools(kept, info, after, dict.fromkeys(names, scores))
+    start = untrained(mask)
+    assert start is not None
+    assert exchanged(mask, start) == {names[0]: 4, names[1]: 0}
+    figure = learnt_picture(mask)
+    image = figure.axes[1].images[0]
+    assert image.get_clim() == (0, 1)
+    assert np.allclose(np.asarray(image.get_array()), [[0.4, 0.0]])
+    assert "20.0%" in figure.axes[0].get_title()

@@ -55,16 +55,39 @@ def run(command: str, cwd: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
+        stdin=subprocess.DEVNULL,
         timeout=300,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+def lines(script: str) -> list[str]:
+    return [line for line in script.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.mark.slow
+def test_the_first_five_lines_and_a_job_from_one_file(workplace: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for here in (first, second):
+        shutil.copytree(workplace, here)
+    top = README.split("\n## ", 1)[0]
+    (script,) = re.findall(r"```sh\n(.*?)```", top, re.DOTALL)
+    assert len(lines(script)) == 5
+    for command in lines(script):
+        run(command, first)
+    assert (first / "my-better-model/model.safetensors").is_file()
+    (script,) = blocks("sh", "Your model and data, in one file")
+    for command in lines(script):
+        run(command, second)
+    made = {p.name for p in (second / "job").iterdir()}
+    assert {"code.mask", "math.mask", "results.json", "report.html"} <= made
+
+
 @pytest.mark.slow
 def test_the_commands_and_then_the_python(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (script,) = blocks("sh", "The same by hand, on your model and data")
-    commands = [line for line in script.replace("\\\n", " ").splitlines() if line.strip()]
+    commands = lines(script)
     assert len(commands) >= 9
     outputs = {command.split()[1]: run(command, workplace) for command in commands}
     assert "density" in outputs["inspect"]

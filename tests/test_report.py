@@ -198,6 +198,40 @@ def test_gains_with_errors_and_verdicts(here: Path) -> None:
     assert "1 worse" in page.text
 
 
+def test_it_opens_with_what_the_combinations_keep(tmp_path: Path) -> None:
+    rng, weights = np.random.default_rng(7), np.full(40, 10.0)
+    gains = {"code": {"code": 4, "math": -1, "both": 3}, "math": {"code": 0, "math": 8, "both": 6}}
+    noise = {d: rng.normal(0, 0.1, 40) for d in gains}
+    cells = {("fft", d, "loss"): np.stack([20 + noise[d], weights], axis=1) for d in gains}
+    models: dict[str, Any] = {"fft": {"mask": None}}
+    for number, (row, operation) in enumerate((("code", None), ("math", None), ("both", "vote"), ("worse", "union"))):
+        models[row] = {"mask": str(number), "density": 0.9, "operation": operation}
+        for d in gains:
+            shift = gains[d].get(row, -2)
+            cells[row, d, "loss"] = np.stack([20 + noise[d] - shift + rng.normal(0, 0.1, 40), weights], axis=1)
+    result = GridResult(models, {d: {"rows": 40, "digest": d} for d in gains}, cells, "fft")
+    result.to_json(tmp_path / "results.json")
+    _, page = made(tmp_path)
+    first = page.source.index("<section")
+    assert 'id="conclusion"' in page.source[first : page.source.index(">", first)]
+    share = result.share("both", "code", "code")[0]
+    assert f"both keeps {100 * share:.0f} % of code's" in page.text
+    assert page.text.index("both keeps") < page.text.index("share of each own gain")
+    row = page.row("both", f"{100 * share:.0f} %")
+    assert "75 %" in row
+    cells["code", "code", "loss"] = cells["fft", "code", "loss"]  # a mask that gains nothing has nothing to keep
+    result.to_json(tmp_path / "results.json", overwrite=True)
+    assert 'id="conclusion"' not in made(tmp_path)[1].source
+
+
+def test_densities_that_are_equal_take_a_line_and_no_table(tmp_path: Path) -> None:
+    even = Mask.from_bools({f"model.layers.{i}.mlp.up_proj.weight": np.arange(200) >= 20 for i in range(4)})
+    even.save(tmp_path / "even.mask")
+    _, page = made(tmp_path)
+    assert "The same density in every matrix, within 0.001: even 0.9000" in page.text
+    assert "Density by layer" not in page.text
+
+
 def test_sweeps_and_settings(here: Path) -> None:
     _, page = made(here)
     assert page.row("lr 0.5", "2.1000").split(" | ")[1:] == ["2", "2.1000", "0.1414", "2.5000", "chosen"]
@@ -378,7 +412,7 @@ def test_the_picture_of_the_readme_is_what_its_program_draws() -> None:
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = (1280, 400)  # a laptop and a telephone
+WIDTHS = (1400, 400)  # a laptop and a telephone
 MEASURE = """<script>
 addEventListener("load", () => {
   const outside = [...document.body.querySelectorAll("*")].filter(e =>
@@ -409,7 +443,7 @@ def test_a_browser_lays_it_out_without_overflow(here: Path, tmp_path: Path, dark
     probe, picture = tmp_path / "probe.html", tmp_path / "page.png"
     probe.write_text(f"<!DOCTYPE html><body>{''.join(frames)}</body>", encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1720,1500", f"--screenshot={picture}"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1840,1500", f"--screenshot={picture}"]
     options += ["--blink-settings=preferredColorScheme=0"] if dark else []
     command = [str(CHROMIUM), *options, "--dump-dom", probe.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -421,7 +455,7 @@ def test_a_browser_lays_it_out_without_overflow(here: Path, tmp_path: Path, dark
         assert found["outside"] == []
         assert found["narrow"] == []
         assert found["drawn"] == page.source.count("<svg") > 0
-    for left, right in ((8, 1288), (1300, 1690)):
+    for left, right in ((8, 1408), (1420, 1810)):
         pixels = imread(picture)[8:, left:right, :3]
         assert (pixels.mean() < 0.35) == dark
         assert len(np.unique((pixels.reshape(-1, 3) * 15).astype(int), axis=0)) > 20, "text, lines and shades"

@@ -19,7 +19,9 @@ COLUMNS = 8  # layers beside each other in the table
 def command(
     mask: MaskFile,
     as_json: AsJson = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of the density by layer and module.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture of what training changed, by layer and module.")
+    ] = None,
 ) -> None:
     """Show a mask's size, density by layer and module, provenance and family tree; checks every bit on the way.
 
@@ -41,7 +43,10 @@ def command(
         plots.check(plot, [mask])
     found = inspection.inspect(mask)
     if plot is not None:
-        plots.save(plots.density_by_layer(found), plot)
+        from mftmerge.mask import Mask
+        from mftmerge.overlap import learnt_picture
+
+        plots.save(learnt_picture(Mask.load(mask)), plot)
     if as_json:
         print_json(found.to_json())
         return

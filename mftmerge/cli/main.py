@@ -52,6 +52,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "patch": ("patch", "Write what changes between a model under two masks, or between two checkpoints."),
     "patch-apply": ("patch_apply", "Apply such a patch to a checkpoint, bit for bit, or undo it."),
     "serve": ("serve", "Serve a model under several masks at once, over OpenAI's protocol."),
+    "init": ("init", "Write a file that says a whole job: train, choose, evaluate, report."),
+    "run": ("run", "Do a whole job from such a file; goes on where it stopped."),
+    "chat": ("chat", "Talk to a model and its masks: their answers beside each other."),
+    "push": ("push", "Upload a mask or a checkpoint to the Hugging Face Hub, with a card."),
     "report": ("report", "One self-contained HTML page for a set of masks and results."),
 }
 

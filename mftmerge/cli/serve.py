@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mftmerge.cli.options import options
-from mftmerge.cli.reporting import say
+from mftmerge.cli.reporting import quiet, say
 from mftmerge.serve.settings import ServeSettings
 
 
@@ -28,6 +28,8 @@ def command(
     """
     from mftmerge.serve.run import serve
     from mftmerge.serve.service import Service
+
+    quiet()
 
     def announce(line: str) -> None:
         say(line)

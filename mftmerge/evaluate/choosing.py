@@ -9,13 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mftmerge import notebook, plots
-from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import files, pairing, prediction
+from mftmerge.evaluate import files, prediction
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.candidates import Candidate, defaults
 from mftmerge.evaluate.generation import EXACT, Marker
@@ -209,10 +206,9 @@ def choose_combination(
     files.require_delta_bases(opened, base)  # what cannot be had is said before the model is loaded
     if progress:
         progress(Step("loading the model", 0, 0))
-    directory = resolve(model)
-    remarks = [(domain, files.base_remark(mask, directory)) for domain, mask in opened.items()]
+    remarks = [(domain, files.base_remark(mask, model)) for domain, mask in opened.items()]
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
-    live, tokenizer = files.load_model(directory, dtype=dtype, device=device)
+    live, tokenizer = files.load_model(model, dtype=dtype, device=device)
     tokens = files.tokenised(rows, live, tokenizer, max_length)
     options = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     scorers = {d: Marker(rows[d], tokenizer, exact=rule, **options) for d, rule in (exact or {}).items()}
@@ -368,10 +364,7 @@ def _better(grid: GridResult, row: str, domain: str) -> bool:
 
 
 def _share(grid: GridResult, row: str, domain: str) -> tuple[float, float]:
-    metric = _metric(grid, domain)  # the ratio is the same for what should fall and for what should rise
-    base, own = grid.values(BASE, domain, metric)[:, 0], grid.values(_own(domain), domain, metric)[:, 0]
-    kept = np.stack([base - grid.values(row, domain, metric)[:, 0], base - own], axis=1)
-    return pairing.mean(kept), pairing.standard_error(kept)
+    return grid.share(row, _own(domain), domain, _metric(grid, domain), reference=BASE)
 
 
 def _lowest(grid: GridResult, row: str, judged: Sequence[str]) -> float:

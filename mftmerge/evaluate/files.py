@@ -11,11 +11,12 @@ from typing import Any
 
 from mftmerge import data as rows_of
 from mftmerge import matching
-from mftmerge.checkpoint import Checkpoint, resolve
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
+from mftmerge.loading import parts
 from mftmerge.loss import fitted, positions
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
@@ -126,9 +127,8 @@ def _one_model(
 ) -> GridResult:
     if progress:
         progress(Step(f"loading {name}", 0, 0))
-    directory = resolve(path)
-    remarks = {row: base_remark(mask, directory) for row, mask in masks.items()}
-    model, tokenizer = load_model(directory, dtype=dtype, device=device)
+    remarks = {row: base_remark(mask, path) for row, mask in masks.items()}
+    model, tokenizer = load_model(path, dtype=dtype, device=device)
     tokens = tokenised(domains, model, tokenizer, max_length)
     scorers = {d: _scorer(d, rows, tokenizer, measures) for d, rows in domains.items()}
     others: dict[str, Callable[[Any], Any]] = {}
@@ -163,9 +163,9 @@ def load_model(
 
     from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer
 
-    path = resolve(path)
+    path, adapter = parts(path)
     dtype = chosen_dtype(path, dtype, device=device)
-    model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    model = load_causal_lm(path, adapter=adapter, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -216,8 +216,14 @@ def dropped_remark(mask: Mask, base: str | None) -> str | None:
     return f"dropped weights have their values in {other}" if base or mask.info.on == "delta" else None
 
 
-def base_remark(mask: Mask, directory: Path) -> str | None:
-    """Whether the model is the mask's own base, in words; None where the mask does not say what it was made for."""
+def base_remark(mask: Mask, model: str | Path) -> str | None:
+    """Whether the model is the mask's own base, in words; None where the mask does not say what it was made for.
+
+    With an adapter (`model+adapter`) there is no checkpoint to compare with, and so nothing to say.
+    """
+    directory, adapter = parts(model)
+    if adapter is not None:
+        return None
     with contextlib.suppress(BadInput):  # what does not match here is reported when the mask meets the live model
         checkpoint = Checkpoint.open(directory)
         names = matching.match(mask, checkpoint, str(directory))

@@ -101,6 +101,18 @@ class GridResult:
             return pairing.bootstrap(*pair, resamples=self.resamples)
         return pairing.newcombe(*pair) if metric != LOSS and pairing.are_marks(*pair) else None
 
+    def share(
+        self, row: str, own: str, domain: str, metric: str = LOSS, *, reference: str | None = None
+    ) -> tuple[float, float]:
+        """The share of what `own` gains over the reference on a domain that `row` gains, and its standard error.
+
+        Both gains are sums over the same rows, so the share is a ratio of them and has that estimator's error by
+        linearisation, see `pairing.paired`. It is the same for what should fall and for what should rise.
+        """
+        base, best = (self.values(name, domain, metric)[:, 0] for name in (reference or self.reference, own))
+        kept = np.stack([base - self.values(row, domain, metric)[:, 0], base - best], axis=1)
+        return pairing.mean(kept), pairing.standard_error(kept)
+
     def words(self) -> list[str]:
         """One sentence for every place where a row did not clearly gain on the reference."""
         return [

@@ -86,6 +86,19 @@ def whisker(mean: float, error: float, span: float, style: str) -> Html:
     return _drawing(f"whisker {style}", drawn)
 
 
+def bar(share: float) -> Html:
+    """A bar of a share from 0 to 1, with a line at 1."""
+    reach = (PLAIN_WIDTH - 8) / 1.2
+    width = reach * max(0.0, min(1.2, share))
+    top, bottom = 3, PLAIN_HEIGHT - 3
+    middle = (top + bottom) / 2
+    drawn = (
+        el("line", cls="amount", x1=2, x2=f"{2 + width:.1f}", y1=middle, y2=middle),
+        el("line", cls="axis", x1=f"{2 + reach:.1f}", x2=f"{2 + reach:.1f}", y1=0, y2=PLAIN_HEIGHT),
+    )
+    return _drawing("whisker", drawn)
+
+
 def curve(points: Sequence[tuple[float, float]]) -> Html:
     """A line through (step, loss) points, lower losses lower down."""
     if len(points) < 2:

@@ -16,19 +16,22 @@ def density_section(found: Collection) -> Section | None:
     """Density of each mask by layer and by module, and of each matrix where they differ."""
     if not found.masks:
         return None
-    layers = {m.name: {_layer(k): s for k, s in m.found.by_layer().items()} for m in found.masks}
-    modules = {m.name: m.found.by_module() for m in found.masks}
-    parts = [
-        _densities("Density by layer, over all its covered matrices", layers, found.masks, "layer"),
-        _densities("Density by module, over all layers", modules, found.masks, "module"),
-        note("The share of weights kept; the stronger the colour, the more is pruned."),
-    ]
     even = [m for m in found.masks if _is_even(m)]
-    for mask in found.masks:
-        if mask not in even:
-            parts.append(details(join([el("b", mask.name), ": density of each module in each layer"]), _matrix(mask)))
-    if even:
-        parts.append(note(f"The same density in every matrix, within {EVEN}: ", ", ".join(m.name for m in even), "."))
+    uneven = [m for m in found.masks if m not in even]
+    parts = []
+    if even:  # by construction: nothing to look at
+        listed = ", ".join(f"{m.name} {m.found.total.density:.4f}" for m in even)
+        parts.append(el("p", f"The same density in every matrix, within {EVEN}: ", listed, "."))
+    if uneven:
+        layers = {m.name: {_layer(k): s for k, s in m.found.by_layer().items()} for m in uneven}
+        modules = {m.name: m.found.by_module() for m in uneven}
+        parts += [
+            _densities("Density by layer, over all its covered matrices", layers, uneven, "layer"),
+            _densities("Density by module, over all layers", modules, uneven, "module"),
+            note("The share of weights kept; the stronger the colour, the more is pruned."),
+        ]
+    for mask in uneven:
+        parts.append(details(join([el("b", mask.name), ": density of each module in each layer"]), _matrix(mask)))
     return Section("density", "Density", join(parts))
 
 

@@ -66,9 +66,9 @@ def _result(found: Collection, here: ResultHere, several: bool) -> Html:
         rows = result.domains[domain].get("rows")
         unit = "nats per token, lower is better" if metric == LOSS else "share of rows, higher is better"
         title = join([el("b", domain), el("span", f"{unit}{f'; {rows} rows' if rows is not None else ''}", cls="sub")])
-        heads[0].append(Cell(title, "group", span=4))
+        heads[0].append(Cell(title, "group", span=3))
         value = Cell("loss" if metric == LOSS else metric, "n first")
-        heads[1] += [value, "difference ± error", Cell("± 2 errors", "pic"), Cell("verdict", "word")]
+        heads[1] += [value, "difference ± error", Cell("verdict, ± 2 errors", "pic")]
     body = [[_model(row, facts, names), _density(facts), *_cells(result, row)] for row, facts in result.models.items()]
     parts: list[Any] = [el("h3", here.path) if several else None, _counts(result)]
     parts.append(table(f"{here.path}: each model on each domain, against {result.reference}", heads, body, "grid"))
@@ -110,11 +110,11 @@ def _cells(result: GridResult, row: str) -> list[Cell]:
     cells: list[Cell] = []
     for domain, metric in result.metrics:
         if (row, domain, metric) not in result.cells:
-            cells.append(Cell("not measured", "even n first", span=4))
+            cells.append(Cell("not measured", "even n first", span=3))
             continue
         value = Cell(measured(result.mean(row, domain, metric), metric), "n first")
         if row == result.reference:
-            cells += [value, Cell("reference", "even", span=3)]
+            cells += [value, Cell("reference", "even", span=2)]
             continue
         difference, word = result.difference(row, domain, metric), result.verdict(row, domain, metric)
         span = _span(result, domain, metric)
@@ -124,8 +124,10 @@ def _cells(result: GridResult, row: str) -> list[Cell]:
         cells += [
             value,
             Cell(shown, f"n {style}", strength),
-            Cell(whisker(difference.mean, min(difference.standard_error, 1e9), span, style), "pic"),
-            Cell(word, f"word {style}"),
+            Cell(
+                join([el("span", word), whisker(difference.mean, min(difference.standard_error, 1e9), span, style)]),
+                f"pic word {style}",
+            ),
         ]
     return cells
 

@@ -17,6 +17,7 @@ from mftmerge.maskheader import info_json
 from mftmerge.names import layer_of
 from mftmerge.overlap import Comparison
 from mftmerge.report.collect import Collection, MaskHere, ResultHere, collect
+from mftmerge.report.conclusion import conclusion_section
 from mftmerge.report.density import density_section
 from mftmerge.report.family import family_section
 from mftmerge.report.gains import results_sections
@@ -88,8 +89,9 @@ def write_report(
 def page(found: Collection, compared: list[Comparison]) -> str:
     """The whole page. The same files give the same page."""
     wanted = [
-        masks_section(found),
+        conclusion_section(found),
         *results_sections(found),
+        masks_section(found),
         density_section(found),
         overlap_section(found, compared),
         family_section(found),

@@ -28,6 +28,7 @@ class Service:
         path = resolve(model)
         self.name = settings.name or Path(model.rstrip("/")).name.partition("@")[0]
         self._require_name(self.name)
+        masks = {name: Mask.load(file) for name, file in settings.mask.items()}  # before the model, which takes longer
         self._checkpoint = Checkpoint.open(path)
         self.tokenizer = loading.load_tokenizer(path)
         dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -40,7 +41,6 @@ class Service:
         self.room = int(getattr(config, "max_position_embeddings", None) or LONG)
         self.vocabulary = int(config.vocab_size)
         self.notes: list[str] = []
-        masks = {name: Mask.load(file) for name, file in settings.mask.items()}
         attachment = Attachment(live, {n for mask in masks.values() for n in mask.names})
         for name, mask in masks.items():
             self._require_name(name)

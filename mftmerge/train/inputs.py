@@ -18,7 +18,7 @@ from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
-from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer
+from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer, parts
 from mftmerge.loss import fitted, positions, token_losses
 from mftmerge.naming import decoder_layers, unwrapped
 from mftmerge.train import batches, memory, scores, sharding
@@ -52,12 +52,14 @@ def load_model(
         model = unwrapped(_without_adapters(model))
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
-        path = resolve(model)
+        path, adapter = parts(model)
         check_directory(path)
         if settings.check_memory and not shard:  # a rank needs less than one process would
             memory.require(memory.estimate(path, settings), reference, settings)
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        loaded = load_causal_lm(path, dtype=dtype, trust_remote_code=settings.trust_remote_code or None)
+        loaded = load_causal_lm(
+            path, adapter=adapter, dtype=dtype, trust_remote_code=settings.trust_remote_code or None
+        )
         _without_adapters(loaded)
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
@@ -90,7 +92,7 @@ def with_dtype(settings: TrainSettings, model: object, *, shard: bool) -> TrainS
     """The settings with the dtype that "auto" means here, so that a run's file says it and gives the mask again."""
     if not isinstance(model, str | Path) or shard:
         return settings
-    return settings.model_copy(update={"dtype": chosen_dtype(resolve(model), settings.dtype)})
+    return settings.model_copy(update={"dtype": chosen_dtype(parts(model)[0], settings.dtype)})
 
 
 def is_tokenised(data: Any) -> bool:
@@ -106,6 +108,20 @@ def named(data: Any) -> Any:
     return f"rows of a {type(data).__name__} in memory"
 
 
+def raw_rows(source: Any, settings: TrainSettings) -> Any:
+    """The rows of files, mixed where there are several; those that are tokenised already, and None, as they are.
+
+    Before the model is loaded, so that a row that cannot be used is said at once.
+    """
+    if source is None or is_tokenised(source):
+        return source
+    several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
+    if several and source and all(isinstance(s, str | Path) for s in source):
+        read = [rows_of.load_rows(s, **settings.reading) for s in source]
+        return rows_of.mix(read, settings.weights, settings.seed)
+    return rows_of.load_rows(source, **settings.reading)
+
+
 def read_rows(
     data: Any,
     eval_data: Any,
@@ -114,24 +130,18 @@ def read_rows(
     model: PreTrainedModel,
     say: Callable[[str], None],
 ) -> tuple[list[Tokens], list[Tokens]]:
-    """Tokenised rows to train on and to validate on, which the model can read; said where some are cut for that."""
+    """Tokenised rows to train on and to validate on, from what `raw_rows` gave, which the model can read.
+
+    say: is told where some are cut for that.
+    """
 
     def tokens(source: Any) -> list[Tokens]:
-        if is_tokenised(source):
-            return fitting(source)
-        several = isinstance(source, Sequence) and not isinstance(source, str | Path | Mapping)
-        if several and source and all(isinstance(s, str | Path) for s in source):
-            read = rows_of.mix(
-                [rows_of.load_rows(s, **settings.reading) for s in source], settings.weights, settings.seed
-            )
-        else:
-            read = rows_of.load_rows(source, **settings.reading)
-        return fitting(rows_of.tokenize(read, tokenizer, settings.max_length, skip_bad=settings.skip_bad_rows))
-
-    def fitting(rows: Sequence[Tokens]) -> list[Tokens]:
-        kept, longer = fitted(rows, model)
+        read = source
+        if not is_tokenised(source):
+            read = rows_of.tokenize(source, tokenizer, settings.max_length, skip_bad=settings.skip_bad_rows)
+        kept, longer = fitted(read, model)
         if longer:
-            say(f"{longer} of {len(rows)} rows are cut: the model has {positions(model)} positions")
+            say(f"{longer} of {len(read)} rows are cut: the model has {positions(model)} positions")
         return kept
 
     rows = tokens(data)

@@ -120,9 +120,10 @@ def train_mask(
 
     shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
     with place.open() as directory, patch_environment(ACCELERATE_USE_FSDP="false"):
+        raw, raw_valid = inputs.raw_rows(data, chosen), inputs.raw_rows(eval_data, chosen)
         chosen = inputs.with_dtype(chosen, model, shard=shard)
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
-        rows, valid = inputs.read_rows(data, eval_data, tokenizer, chosen, loaded, say)
+        rows, valid = inputs.read_rows(raw, raw_valid, tokenizer, chosen, loaded, say)
         packs, chosen = inputs.packed(loaded, rows, tokenizer, chosen, say)
         chosen = inputs.with_steps(chosen, len(packs or rows))
         run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)

@@ -34,10 +34,14 @@ WORKING = {
     "patch": "--model {model:model} --to {a.mask:mask} -o {new.patch.safetensors:out}",
     "patch-apply": "{ab.patch.safetensors:patch} --model {model:model} -o {new:out}",
     "serve": "--model {model:model} --mask a={a.mask:mask} --check",
+    "init": "{new.yml:out}",
+    "run": "{job.yml:job} -o {new:out}",
+    "chat": "--model {model:model} --mask {a.mask:mask} --prompt hello --max-new-tokens 2",
+    "push": "{a.mask:mask} me/code-mask --base org/base --dry-run",
     "report": "{results:results} -o {new.html:out}",
 }
 SLOT = re.compile(r"\{([^:}]+):(\w+)\}")
-INPUTS = ("mask", "rows", "recipe", "settings", "sweep", "foreign", "model", "results", "patch")
+INPUTS = ("mask", "rows", "recipe", "settings", "sweep", "foreign", "model", "results", "patch", "job")
 
 RECIPE = "merge_method: linear\nmodels:\n- model: {model}\n  parameters: {{weight: 1.0}}\n"
 SWEEP = """model: {model}
@@ -47,6 +51,12 @@ test: {{near: "rows.jsonl[8:10]"}}
 settings: {{steps: 1, batch_size: 2}}
 grid: {{lr: [0.001]}}
 seeds: [0]
+"""
+
+JOB = """model: {model}
+domains:
+  near: {{train: "rows.jsonl[0:6]", validation: "rows.jsonl[6:8]", test: "rows.jsonl[8:10]"}}
+train: {{steps: 1, batch_size: 2}}
 """
 
 
@@ -79,6 +89,7 @@ def make_inputs(here: Path, tiny: Callable[..., Path]) -> Path:
     (here / "plain.yml").write_text(RECIPE.format(model=here / "model"))
     (here / "recipe.yml").write_text(RECIPE.format(model=here / "model") + "mask: a.mask\n")
     (here / "sweep.yml").write_text(SWEEP.format(model=here / "model"))
+    (here / "job.yml").write_text(JOB.format(model=here / "model"))
     from safetensors.numpy import save_file
 
     from mftmerge.patch import mask_patch
@@ -115,6 +126,7 @@ def broken(here: Path) -> dict[str, dict[str, str]]:
         "recipe": ".yml",
         "settings": ".yml",
         "sweep": ".yml",
+        "job": ".yml",
         "foreign": ".safetensors",
         "model": "",
         "results": "",
@@ -130,7 +142,7 @@ def broken(here: Path) -> dict[str, dict[str, str]]:
         add(kind, "Latin 1", "grün: böse\n".encode("latin-1"), ending)
     _masks(here, add)
     _rows(add)
-    for kind in ("recipe", "settings", "sweep"):
+    for kind in ("recipe", "settings", "sweep", "job"):
         _yaml(kind, add)
     _models(here, found["model"])
     return found

@@ -1,0 +1,211 @@
+"""A whole job from one file: a mask a domain, the combination that serves all, its test, a page.
+
+`mftmerge init` writes such a file, `mftmerge run` does what it says. A job that was stopped goes on where it was: a
+step is done again only where its settings, its data or the model have changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from pydantic import Field
+
+from mftmerge.errors import BadInput, worded
+from mftmerge.files import replacing
+from mftmerge.progress import Progress
+from mftmerge.settings import Settings
+from mftmerge.yamltext import read_document
+
+if TYPE_CHECKING:
+    from mftmerge.evaluate.results import GridResult
+
+STATE = "job.json"
+TEMPLATE = """\
+# A job of mftmerge: `mftmerge run {name}` does all of it, and goes on where it stopped.
+# Rows are JSON lines with prompt and completion, or messages, or text (docs/training.md). Paths are relative to here.
+
+model: {model}          # a fine-tuned model: directory or hub id, or model+adapter
+out: {out}              # masks, results.json and report.html go here
+
+domains:                # one mask is learnt for each; validation rows choose, test rows judge, none may be in two files
+{domains}
+train:                  # settings of `mftmerge train`; all of them: docs/training.md
+  steps: 60
+  scores: true          # so that masks can be combined by their evidence
+  # control: true       # also train the weights for as many steps, to compare with
+
+# choose: [score, score@0.93, "vote,threshold=2"]   # combinations to try in place of the usual ones
+"""
+
+
+class Domain(Settings):
+    """The rows of one domain."""
+
+    train: str = Field(description="rows to learn from")
+    validation: str = Field(description="rows that the best step and the combination are chosen on")
+    test: str = Field(description="rows that the result is judged on")
+
+
+class Job(Settings):
+    """A job file."""
+
+    model: str = Field(description="the fine-tuned model: directory, hub id, or model+adapter")
+    out: str = Field("job", description="directory for masks, results and the page")
+    domains: dict[str, Domain] = Field(min_length=1, description="name -> its rows")
+    train: dict[str, Any] = Field(default_factory=dict, description="settings of training, as in train --config")
+    choose: list[str] | None = Field(None, description="combinations to try, as choose --try takes them")
+
+
+def template(name: str, model: str, domains: list[str], out: str) -> str:
+    """A job file to begin with, commented."""
+    lines = "".join(
+        f"  {d}:\n    train: {d}.jsonl\n    validation: {d}-val.jsonl\n    test: {d}-test.jsonl\n" for d in domains
+    )
+    return TEMPLATE.format(name=name, model=model, out=out, domains=lines)
+
+
+def load_job(path: str | Path) -> Job:
+    """Read a job file; paths in it are relative to it. Raises BadInput, also for files that are not there."""
+    path = Path(path)
+    given = read_document(path)
+    if not isinstance(given, dict):
+        raise BadInput(f"{path}: a job is a mapping with model and domains; `mftmerge init` writes one")
+    try:
+        job = Job.make(given)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+
+    def near(text: str) -> str:
+        return str(path.parent / text) if (path.parent / text.partition("[")[0]).exists() else text
+
+    domains = {
+        name: Domain(train=near(d.train), validation=near(d.validation), test=near(d.test))
+        for name, d in job.domains.items()
+    }
+    model = "+".join(map(near, job.model.split("+")))
+    return job.model_copy(update={"model": model, "domains": domains, "out": str(path.parent / job.out)})
+
+
+def run_job(
+    job: Job | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> GridResult:
+    """Do what a job file (or its entries) says, and give the test's table.
+
+    In `out`: `DOMAIN.mask` for each, `general.mask` (with more than one domain), `results.json`, `report.html`.
+    note: called with each step and what a user should read. Raises BadInput before anything is trained.
+    """
+    if not isinstance(job, Job):
+        job = Job.make(job) if isinstance(job, Mapping) else load_job(job)
+    from mftmerge.data import load_rows, require_disjoint
+
+    rows = {
+        f"{name} {part}": load_rows(getattr(domain, part))
+        for name, domain in job.domains.items()
+        for part in ("train", "validation", "test")
+    }
+    require_disjoint(rows)  # all rows are read before a model is
+    return _Run(job, progress, note or (lambda line: None)).all()
+
+
+class _Run:
+    def __init__(self, job: Job, progress: Progress | None, note: Callable[[str], None]) -> None:
+        self.job, self.progress, self.note = job, progress, note
+        self.out = Path(job.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / STATE
+        self.state: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def all(self) -> GridResult:
+        from mftmerge.evaluate.files import evaluate_files
+        from mftmerge.evaluate.results import GridResult
+        from mftmerge.report.page import write_report
+
+        job, results = self.job, self.out / "results.json"
+        masks = {name: self._learn(name, domain) for name, domain in job.domains.items()}
+        if len(masks) > 1:
+            masks["general"] = self._choose(masks)
+        tests = {name: domain.test for name, domain in job.domains.items()}
+        facts = [job.model, _digests(tests), {name: _digest(path) for name, path in masks.items()}]
+        if self._due("evaluating on test rows", results, facts):
+            name = Path(job.model).name
+            found = evaluate_files({name: job.model}, masks, tests, progress=self.progress)
+            found.to_json(results, overwrite=True)
+            self._done(results, facts)
+        self.note(f"writing {self.out / 'report.html'}")
+        write_report(self.out, overwrite=True)
+        return GridResult.from_json(results)
+
+    def _learn(self, name: str, domain: Domain) -> Path:
+        from mftmerge.train.run import train_mask
+
+        path = self.out / f"{name}.mask"
+        facts = [self.job.model, self.job.train, _digests({"train": domain.train, "validation": domain.validation})]
+        if self._due(f"learning {path}", path, facts):
+            begun = self.state.get(f"{path.name} begun") == _identity(facts)
+            self.state[f"{path.name} begun"] = _identity(facts)
+            self._save()
+            train_mask(
+                self.job.model,
+                domain.train,
+                path,
+                settings=self.job.train,
+                eval_data=domain.validation,
+                resume=begun and Path(f"{path}.run").exists(),
+                overwrite=True,
+                progress=self.progress,
+                note=self.note,
+            )
+            self._done(path, facts)
+        return path
+
+    def _choose(self, masks: Mapping[str, Path]) -> Path:
+        from mftmerge.evaluate.choosing import choose_combination
+
+        path = self.out / "general.mask"
+        rows = {name: domain.validation for name, domain in self.job.domains.items()}
+        facts = [self.job.model, self.job.choose, _digests(rows), {name: _digest(m) for name, m in masks.items()}]
+        if self._due("choosing a combination on validation rows", path, facts):
+            choice = choose_combination(
+                self.job.model, masks, rows, path, candidates=self.job.choose, overwrite=True, progress=self.progress
+            )
+            self.note(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}")
+            for line in choice.notes:
+                self.note(f"note: {line}")
+            self._done(path, facts)
+        return path
+
+    def _due(self, what: str, out: Path, facts: Any) -> bool:
+        """Whether a step is to be done; said either way."""
+        due = not out.exists() or self.state.get(out.name) != _identity(facts)
+        self.note(worded(what if due else f"{out} is there already, of the same settings and data"))
+        return due
+
+    def _done(self, out: Path, facts: Any) -> None:
+        self.state[out.name] = _identity(facts)
+        self.state.pop(f"{out.name} begun", None)
+        self._save()
+
+    def _save(self) -> None:
+        with replacing(self.out / STATE) as temporary:
+            temporary.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+
+
+def _identity(facts: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(path: str | Path) -> str:
+    """Of a file's bytes; of what is no file (a hub id), its name."""
+    file = Path(str(path).partition("[")[0])
+    return xxhash.xxh3_128(file.read_bytes()).hexdigest() if file.is_file() else str(path)
+
+
+def _digests(files: Mapping[str, str]) -> dict[str, list[str]]:
+    return {name: [path, _digest(path)] for name, path in files.items()}

@@ -1,0 +1,90 @@
+"""What the results come to, before everything else: how much of each domain's own gain a combination keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mftmerge.evaluate.results import LOSS, GridResult
+from mftmerge.report.blocks import Cell, Section, bar, note, table
+from mftmerge.report.collect import Collection, ResultHere
+from mftmerge.report.html import Html, el, join
+
+LEGEND = (
+    "Kept: what a row gains over the reference on a domain, of what its own mask gains there, ± one standard "
+    "error; 100 % is all of it, below 0 is worse than the reference. A domain counts where that gain is beyond two "
+    "standard errors. Best is the row whose worst served domain keeps most."
+)
+MOST = 12  # rows of the table
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A row of results: domain -> (share kept, standard error)."""
+
+    row: str
+    shares: dict[str, tuple[float, float]]
+
+    @property
+    def lowest(self) -> float:
+        return min(share for share, _ in self.shares.values())
+
+
+def conclusion_section(found: Collection) -> Section | None:
+    """The share of each own gain that is kept, for the results that have masks of several domains; else none."""
+    parts = [part for here in found.results if (part := _result(here)) is not None]
+    return Section("conclusion", "What the combinations keep", join(parts)) if parts else None
+
+
+def own_masks(result: GridResult) -> dict[str, str]:
+    """Domain -> the row of its own mask: the one named after it, else the learnt one with the lowest loss there."""
+    found = {}
+    learnt = [r for r, f in result.models.items() if f.get("mask") and not f.get("operation") and r != result.reference]
+    for domain in result.domains:
+        named = [r for r in learnt if domain in (r, r.rpartition("+")[2], r.removesuffix(" mask"))]
+        measured = [r for r in named or learnt if (r, domain, LOSS) in result.cells]
+        if measured and (result.reference, domain, LOSS) in result.cells:
+            own = min(measured, key=lambda row: result.mean(row, domain))
+            if result.verdict(own, domain) == "gain":
+                found[domain] = own
+    return found if len(set(found.values())) > 1 else {}
+
+
+def kept(result: GridResult) -> list[Kept]:
+    """Of every other row that was measured on all domains that count, best first."""
+    own = own_masks(result)
+    rows = [
+        Kept(row, {domain: result.share(row, own[domain], domain) for domain in own})
+        for row in result.models
+        if row != result.reference and row not in own.values() and all((row, d, LOSS) in result.cells for d in own)
+    ]
+    return sorted((r for r in rows if own and math.isfinite(r.lowest)), key=lambda r: -r.lowest)
+
+
+def _result(here: ResultHere) -> Html | None:
+    result, rows = here.result, kept(here.result)
+    if not rows:
+        return None
+    own = own_masks(result)
+    best = rows[0]
+    said = ", ".join(f"{100 * share:.0f} % of {domain}'s" for domain, (share, _) in best.shares.items())
+    gains = "; ".join(
+        f"{domain} {result.difference(row, domain).mean:+.3f}".replace("-", "\u2212") for domain, row in own.items()
+    )
+    lead = el("p", el("b", best.row), f" keeps {said} own gain (nats per token: {gains}).", cls="lead")
+    heads = [["", *(Cell(domain, "pic") for domain in own), "lowest"]]
+    body = [[_name(r.row), *(_share(*r.shares[d]) for d in own), f"{100 * r.lowest:.0f} %"] for r in rows[:MOST]]
+    left = note(f"{len(rows) - MOST} further rows are below.") if len(rows) > MOST else None
+    return join(
+        [lead, table(f"{here.path}: share of each own gain that is kept", heads, body, "grid"), left, note(LEGEND)]
+    )
+
+
+def _name(row: str) -> Any:
+    return el("span", row)
+
+
+def _share(share: float, error: float) -> Cell:
+    words = f"{100 * share:.0f} % ± {100 * error:.0f}" if math.isfinite(error) else f"{100 * share:.0f} %"
+    return Cell(join([bar(share), el("span", words.replace("-", "\u2212"), cls="num")]), "pic share")
