@@ -18,6 +18,7 @@ from mftmerge.evaluate.pairing import Values
 from mftmerge.evaluate.results import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
+AGREEMENT = RESULTS / "agreement.json"
 PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
 BEGIN, END = "<!-- generated: claim -->\n", "<!-- end -->"
 CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by validation answers"}
@@ -35,12 +36,23 @@ def collect(out: Path, name: str) -> None:
 
 def tables() -> str:
     """One table a results file."""
-    parts = []
-    for path in sorted(RESULTS.glob("*.json")):
+    parts = _agreement(json.loads(AGREEMENT.read_text())) if AGREEMENT.exists() else []
+    for path in sorted(set(RESULTS.glob("*.json")) - {AGREEMENT}):
         found = json.loads(path.read_text())
         if "base" in found["states"]:
             parts += [f"### {path.stem}", "", *_table(found["states"]), ""]
     return "\n".join(parts)
+
+
+def _agreement(found: dict[str, Any]) -> list[str]:
+    """How far batches agree, by base."""
+    head = [
+        "base",
+        "same sign in two halves of the rows",
+        "share of a batch's squared gradient that all have in common",
+    ]
+    rows = [[name, f"{f['agreement']:.3f}", f"{f['share']:.2f}"] for name, f in found.items()]
+    return [*markdown_table(head, rows), ""]
 
 
 def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
