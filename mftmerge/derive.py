@@ -235,7 +235,7 @@ def import_mask(
         note(f"{renamed} of {len(packed)} names were completed with '.weight'")
     if not base and note:
         note(worded("names and shapes were not checked; give --model to check them against a checkpoint"))
-    info = MaskInfo(base=model and str(model), fingerprints=prints, training={"imported": source.name})
+    info = MaskInfo(base=None if model is None else str(model), fingerprints=prints, training={"imported": source.name})
     if delta_base is not None:
         under = Checkpoint.open(resolve(delta_base))
         for name, shape in shapes.items():

@@ -106,7 +106,7 @@ class _Pair:
 
     @classmethod
     def read(cls, name: str, checkpoint: Checkpoint, other: Checkpoint | None) -> _Pair:
-        prints = checkpoint.fingerprint(name), other and other.fingerprint(name)
+        prints = checkpoint.fingerprint(name), None if other is None else other.fingerprint(name)
         values = other.read(name).reshape(-1) if other is not None else None
         return cls(checkpoint.entry(name), checkpoint.read(name).reshape(-1), values, prints)
 
@@ -164,8 +164,8 @@ def _put_flips(patch: Patch, pair: _Pair, source: Bools, target: Bools) -> None:
 
 
 def _put(patch: Patch, entry: TensorEntry, old: Integers, new: Integers, change: dict[str, Any]) -> None:
-    prints = {"before": _print(entry, old), "after": _print(entry, new)}
-    patch.header.tensors[entry.name] = Change(dtype=entry.dtype, shape=list(entry.shape), **prints, **change)
+    change = {"before": _print(entry, old), "after": _print(entry, new)} | change
+    patch.header.tensors[entry.name] = Change(dtype=entry.dtype, shape=list(entry.shape), **change)
 
 
 def _ordered(values: Integers, width: int) -> rice.Numbers:

@@ -72,7 +72,7 @@ class Change(Strict):
 class Header(Strict):
     """Everything that a patch says beside the streams. source, target: what it leads from and to, in words."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1  # FORMAT
     source: str
     target: str
     tensors: dict[str, Change]

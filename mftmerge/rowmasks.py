@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -180,7 +180,7 @@ class _Covered:
             where = torch.cat(places[key])
             product = rowproduct.row_product(x[where].view(-1, x.shape[-1]), self.weight, bits, values[key])
             if self.module.bias is not None:
-                product += self.module.bias
+                product += cast(torch.Tensor, self.module.bias)
             result[where] = product.view(len(where), *result.shape[1:]).to(result.dtype)
         return result
 

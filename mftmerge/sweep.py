@@ -304,8 +304,8 @@ def _test(
     masks = {f"seed {line['seed']}": Mask.load(out / line["mask"]) for line in own}
     rows = {name: tokens[f"test {name}"] for name in plan.test}
     shared = TrainSettings.make(plan.settings)
-    options = {"exact": shared.exact, "max_new_tokens": shared.max_new_tokens}
-    scorers = {n: Marker(r, tokenizer, **options) for n, r in rows.items()} if shared.exact else None
+    rule, most = shared.exact, shared.max_new_tokens
+    scorers = {n: Marker(r, tokenizer, exact=rule, max_new_tokens=most) for n, r in rows.items()} if rule else None
     result = grids.grid(model, masks, rows, scorers=scorers)
     if len(masks) > 1:
         result.models["mean"] = {"mask": None, "of": list(masks)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
@@ -65,10 +66,11 @@ class Talk:
         if self.switcher is not None:
             self.switcher.switch(None if name == BASE else name)
         failed: list[BaseException] = []
+        generate: Any = self.model.generate  # torch's modules have attributes of any kind
 
         def work() -> None:
             try:
-                self.model.generate(
+                generate(
                     **tokens,
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,

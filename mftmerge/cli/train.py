@@ -156,6 +156,6 @@ def _learn(
         made = {n: {"digest": m.digest, "density": m.density()} for n, m in result.masks.items()}
         print_json({"out": str(out), "masks": made, **{name: getattr(result, name) for name in names}})
         return
-    made = ", ".join(f"{n}.mask (density {m.density():.2f})" for n, m in result.masks.items())
-    say(f"wrote {out}: {made} and recipe.yml in {result.seconds:.0f} s")
+    masks = ", ".join(f"{n}.mask (density {m.density():.2f})" for n, m in result.masks.items())
+    say(f"wrote {out}: {masks} and recipe.yml in {result.seconds:.0f} s")
     say(f"next: mftmerge build {out / 'recipe.yml'} -o MERGED")

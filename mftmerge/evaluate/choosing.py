@@ -127,7 +127,7 @@ class Choice:
         """A matplotlib figure: of each combination, the share of every domain's own gain that it keeps."""
         figure = plots.new_figure(7.0, 1.2 + 0.32 * len(self.candidates))
         axes = figure.subplots()
-        names = list(reversed(self.candidates))
+        names = list(self.candidates)[::-1]
         for number, domain in enumerate(self.judged):
             shares = [self.share(name, domain) for name in names]
             places = [i + 0.12 * (number - (len(self.judged) - 1) / 2) for i in range(len(names))]
@@ -210,8 +210,10 @@ def choose_combination(
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
     live, tokenizer = files.load_model(model, dtype=dtype, device=device)
     tokens = files.tokenised(rows, live, tokenizer, max_length)
-    options = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    scorers = {d: Marker(rows[d], tokenizer, exact=rule, **options) for d, rule in (exact or {}).items()}
+    scorers = {
+        d: Marker(rows[d], tokenizer, exact=rule, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+        for d, rule in (exact or {}).items()
+    }
     choice = choose(
         live, opened, tokens, made, batch_tokens=batch_tokens, base=base, scorers=scorers, progress=progress
     )

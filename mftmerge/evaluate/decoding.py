@@ -197,7 +197,7 @@ def _confirmed(
 ) -> list[Ids]:
     """Of each draft what the model would have written too, and its next token where it would have gone on otherwise."""
     drafts = [list(d)[: limits.new_tokens] for d in drafts]
-    rows = [{"input_ids": [*p, *d], "labels": [IGNORE] * len(p) + d} for p, d in zip(prompts, drafts, strict=True)]
+    rows = [{"input_ids": [*p, *d], "labels": [*[IGNORE] * len(p), *d]} for p, d in zip(prompts, drafts, strict=True)]
     found: list[Ids] = [[] for _ in rows]
     vocabulary = model.config.get_text_config().vocab_size
     lengths = [len(row["input_ids"]) for row in rows]

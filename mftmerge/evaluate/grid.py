@@ -87,8 +87,9 @@ def grid(
                         continue
                     result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens, told=told)
                     if scorer := (scorers or {}).get(domain):
-                        facts = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
-                        _keep_marks(result, row, domain, scorer(model, Journal(journal, facts) if journal else None))
+                        identity = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
+                        answers = Journal(journal, identity) if journal else None
+                        _keep_marks(result, row, domain, scorer(model, answers))
                         if cache:
                             cache.add(scorer.drafts)
                 for what, measure in (others or {}).items():

@@ -33,7 +33,7 @@ class Holders:
             numbers = torch.arange(p.numel(), dtype=torch.int32).view(p.shape)
             held = naming.to_checkpoint(model, {name: numbers}, names=self.stored)
             self.of[name] = tuple(held)
-            if len(held) == 1 and torch.equal(*held.values(), numbers):
+            if len(held) == 1 and torch.equal(next(iter(held.values())), numbers):
                 self._plain[name] = next(iter(held))
         self._holder = {tensor: name for name, held in self.of.items() for tensor in held}
         names = {id(p): name for name, p in self.parameters.items()}

@@ -51,7 +51,8 @@ class Learnt:
         kept = {n: code & (1 << expert) != 0 for n, code in self.codes.items()}
         if self.scores is None or self.initial is None:
             return kept, None, None
-        return kept, *({n: _finite(s[expert]) for n, s in part.items()} for part in (self.scores, self.initial))
+        scores, initial = ({n: _finite(s[expert]) for n, s in part.items()} for part in (self.scores, self.initial))
+        return kept, scores, initial
 
 
 def masks(
@@ -71,8 +72,9 @@ def masks(
     for k, (expert, number, name) in enumerate(zip(merging.experts, numbers, merging.names, strict=True)):
         checkpoint = Checkpoint.open(merging.directory(expert))
         names = None if document.merge_method == "select" else frozenset(checkpoint.names)
-        kept, scores, initial = (p and _arrays(holders, p, names) for p in learnt.of(k))
-        assert kept is not None
+        # booleans, and float32 or None
+        arrays: list[Any] = [p and _arrays(holders, p, names) for p in learnt.of(k)]
+        kept, scores, initial = arrays
         info = MaskInfo(
             keep=keep,
             base=str(anywhere(document.models[number].model, folder)),

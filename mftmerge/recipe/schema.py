@@ -55,13 +55,16 @@ class MaskExpression(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> MaskExpression:
+        self._require_expression()
+        return self
+
+    def _require_expression(self) -> None:
         if (self.file is None) == (self.op is None):
             raise ValueError("a mask needs either file: or op:")
         if self.op is not None and not self.of:
             raise ValueError(f"op: {self.op} needs of: with the masks that it combines")
         if self.op is None and (stray := sorted({"of", "set", *self.options()} & self.model_fields_set)):
             raise ValueError(f"{stray[0]}: belongs to an operation; add op:")
-        return self
 
     def options(self) -> dict[str, Any]:
         """The operation's options that are set, as `combine.combine` takes them."""
@@ -96,7 +99,7 @@ class MaskUse(MaskExpression):
     @model_validator(mode="after")
     def _check(self) -> MaskUse:
         if self.learn is None:
-            super()._check()
+            self._require_expression()
         elif stray := sorted({"file", "op", "of", "set", "base", *self.options()} & self.model_fields_set):
             raise ValueError(f"{stray[0]}: has no place beside learn:")
         return self

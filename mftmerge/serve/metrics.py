@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -29,8 +30,12 @@ class Metrics:
         )
         for place, (name, what) in enumerate((("running", "being written"), ("waiting", "that wait"))):
             gauge = Gauge(f"mftmerge_answers_{name}", f"Answers {what}.", registry=self.registry)
-            gauge.set_function(lambda place=place: engine.load[place])
+            gauge.set_function(partial(_load, engine, place))
 
     def text(self) -> Iterator[bytes]:
         """The page for Prometheus."""
         yield generate_latest(self.registry)
+
+
+def _load(engine: Engine, place: int) -> float:
+    return engine.load[place]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -16,7 +18,8 @@ class RowCache:
 
     @property
     def layers(self) -> Layers:
-        return [(layer.keys, layer.values) for layer in self.cache.layers]
+        layers: Any = self.cache.layers  # of a DynamicCache, whose type allows kinds without keys and values
+        return [(layer.keys, layer.values) for layer in layers]
 
     @classmethod
     def of(cls, layers: Layers, mask: torch.Tensor) -> RowCache:

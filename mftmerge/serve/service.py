@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Service:
         masks = {name: Mask.load(file) for name, file in settings.mask.items()}  # before the model, which takes longer
         self._checkpoint = Checkpoint.open(path)
         self.tokenizer = loading.load_tokenizer(path)
-        dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        dtype: Any = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded = loading.load_causal_lm(path, dtype=dtype)
         try:
             live = loaded.to(torch.device(settings.device))  # type: ignore[arg-type]  # transformers' `to` is untyped

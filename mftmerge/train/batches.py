@@ -99,7 +99,8 @@ def leak(model: PreTrainedModel, packs: Sequence[Pack], fill: int) -> str:
 
 def _packed(model: PreTrainedModel, several: Pack, fill: int) -> tuple[Tensor, Tensor]:
     """The token losses of a pack, and the numbers of their rows."""
-    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in joined(model, [several], fill).items()}
+    given = joined(model, [several], fill)
+    batch: dict[str, Any] = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
     numbers = row_numbers(batch)
     losses, wanted = token_losses(model, batch.pop("input_ids"), batch.pop("labels"), **batch)
     return losses, numbers[wanted]

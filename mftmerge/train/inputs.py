@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -49,7 +49,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The loaded model, its tokenizer and its reference. shard: split the parameters over the ranks (FSDP2)."""
     if not isinstance(model, str | Path):
-        model = unwrapped(_without_adapters(model))
+        model = cast(PreTrainedModel, unwrapped(_without_adapters(model)))
     reference = str(model) if isinstance(model, str | Path) else str(getattr(model, "name_or_path", "") or "")
     if isinstance(model, str | Path):
         path, adapter = parts(model)
