@@ -61,7 +61,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path
     (here / "masks").mkdir()
     for name in ("general", "code", "math", "chat", "math-and-code", "masks/math", "masks/code", "masks/instruct"):
         kept = {n: random.random(checkpoint.entry(n).shape) < 0.9 for n in checkpoint.names if "3.mlp" in n}
-        Mask.from_bools(kept).save(here / f"{name}.mask")
+        start = {n: np.zeros(k.shape, np.float32) for n, k in kept.items()} if name in ("code", "math") else None
+        evidence = start and {n: random.normal(size=k.shape).astype(np.float32) for n, k in kept.items()}
+        Mask.from_bools(kept, None, evidence, start).save(here / f"{name}.mask")
     (recipe,) = re.findall(r"^```yaml\n(merge_method.*?)^```", PAGES["recipes.md"], re.DOTALL | re.MULTILINE)
     (here / "recipe.yml").write_text(recipe)
     (here / "config.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {here / 'M'}}}]\n")
