@@ -28,7 +28,7 @@ from mftmerge.evaluate.generation import EXACT, Marker
 from mftmerge.files import replacing
 from research.combining.common import Weights, average
 from research.learning import train
-from research.learning.common import CLAIMED, Bench, Plan, claimed_rows, opened, read_rows, write_rows
+from research.learning.common import CLAIMED, Bench, Plan, Tokens, claimed_rows, opened, read_rows, write_rows
 from research.learning.merges import METHODS, Judge, merged, tuned
 
 # Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
@@ -106,12 +106,15 @@ class Seed:
 
         return self.weights(what, make)
 
-    def lesson(self, teacher: str, count: int) -> train.Lesson:
-        items = {d: self.bench.learning_items(d, self.seed, count) for d in self.bench.domains}
-        rows = {d: [i.tokens for i in found] for d, found in items.items()}
+    def rows(self, count: int) -> dict[str, list[Tokens]]:
+        """So many rows of each domain to learn from, the lower layers' states of which are there."""
+        rows = {d: [i.tokens for i in self.bench.learning_items(d, self.seed, count)] for d in self.bench.domains}
         for of_domain in rows.values():
             self.bench.warm(of_domain)
-        return train.lesson(self.bench, self.experts, rows, teacher, STEPS[count])
+        return rows
+
+    def lesson(self, teacher: str, count: int) -> train.Lesson:
+        return train.lesson(self.bench, self.experts, self.rows(count), teacher, STEPS[count])
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -194,11 +197,11 @@ class Seed:
     def masks(self, teacher: str, count: int, arithmetic: str = "sums", **settings: Any) -> None:
         """The product: `mftmerge train --recipe` from checkpoints and row files."""
         named = "masks" if arithmetic == "sums" else "selection"
-        extra = "".join(f", {k} {v}" for k, v in settings.items())
+        what = f"{named} by {teacher}, {count} rows" + "".join(f", {k} {v}" for k, v in settings.items())
 
         def make() -> tuple[Weights, dict[str, Any]]:
-            self.lesson("answers", count)  # the lower layers' states
-            recipe = self.recipe(count, arithmetic)
+            self.rows(count)
+            recipe, out = self.recipe(count, arithmetic), self.place / f"{what}.masks"
             product.PrefixCache = self.bench.new_cache  # type: ignore[assignment, misc]
             given = {
                 "teacher": teacher,
@@ -208,7 +211,9 @@ class Seed:
                 **settings,
             }
             with train.watched() as cost:
-                result = product.learn_merge(recipe, settings=given, note=print)
+                result = product.learn_merge(
+                    recipe, out, settings=given, note=print, resume=out.exists(), overwrite=True
+                )
             change = {d: {n: w - self.bench.originals[n] for n, w in e.items()} for d, e in self.experts.items()}
             found = {n: w.clone() for n, w in self.bench.originals.items()}
             density = {}
@@ -221,7 +226,7 @@ class Seed:
                     found[n] = torch.where(k, found[n] + change[domain][n], found[n])
             return found, {"density": density, "best_step": result.best_step, **cost}
 
-        self.cell(f"{named} by {teacher}, {count} rows{extra}", make)
+        self.cell(what, make)
 
     def recipe(self, count: int, arithmetic: str) -> dict[str, Any]:
         """The recipe with open masks that a user would write."""
