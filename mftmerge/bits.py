@@ -5,12 +5,15 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Packed = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
+CACHED = 1 << 16  # words that a processor's cache holds beside the program
 
 
 def nbytes(size: int) -> int:
@@ -65,20 +68,21 @@ def clear_padding(packed: Packed, size: int) -> Packed:
     return packed
 
 
-def add_up(masks: Sequence[Words], weights: Sequence[int] | None = None) -> list[Words]:
+def add_up(masks: Sequence[Any], weights: Sequence[int] | None = None) -> list[Any]:
     """Per bit position the weighted number of ones, as bit planes, least significant first.
 
     A tree of carry-save adders: full adders turn three planes of one level into a sum there and a carry one level up,
-    so n masks take about 5 n word operations. Weights are integers of at least 0 (default 1 each).
+    so n masks take about 5 n word operations. Weights are integers of at least 0 (default 1 each). masks: words, or the
+    wires of a program.
     """
-    levels: list[list[Words]] = [[]]
+    levels: list[list[Any]] = [[]]
     for mask, weight in zip(masks, weights or [1] * len(masks), strict=True):
         for level in range(weight.bit_length()):
             while len(levels) <= level:
                 levels.append([])
             if weight >> level & 1:
                 levels[level].append(mask)
-    planes: list[Words] = []
+    planes: list[Any] = []
     while len(planes) < len(levels):
         level = len(planes)
         waiting = levels[level]
@@ -94,51 +98,17 @@ def add_up(masks: Sequence[Words], weights: Sequence[int] | None = None) -> list
                 half ^= c
             waiting.append(half)
             levels[level + 1].append(carry)
-        planes.append(waiting[0] if waiting else np.zeros_like(masks[0]))
+        planes.append(waiting[0] if waiting else masks[0] ^ masks[0])
     return planes
 
 
-def split(planes: Sequence[Words], value: int) -> tuple[Words, Words]:
-    """Positions whose number (planes least significant first) is above `value`, and those where it equals it."""
-    equal, above = np.full_like(planes[0], ~np.uint64(0)), np.zeros_like(planes[0])
-    for level in range(len(planes) - 1, -1, -1):
-        if value >> level & 1:
-            equal &= planes[level]
-        else:
-            above |= equal & planes[level]
-            equal &= ~planes[level]
-    return above, equal
-
-
-def at_least(planes: Sequence[Words], needed: int, out: Words | None = None) -> Words:
-    """Positions whose number (planes least significant first) is `needed` or more, in `out` where it is given."""
-    out = np.empty_like(planes[0]) if out is None else out
-    if needed <= 0 or needed >> len(planes):
-        out.fill(~np.uint64(0) if needed <= 0 else np.uint64(0))
-        return out
+def at_least(planes: Sequence[Any], needed: int) -> Any:
+    """Positions whose number (planes least significant first) is `needed` or more; 0 < needed < 2 ** len(planes)."""
     first = (needed & -needed).bit_length() - 1
     reached = planes[first]
     for level in range(first + 1, len(planes)):
-        combine = np.bitwise_and if needed >> level & 1 else np.bitwise_or
-        reached = combine(reached, planes[level], out=out)
-    if reached is not out:
-        out[:] = reached
-    return out
-
-
-# Words voted on at a time: few enough for the cache, and for malloc not to ask the system each time.
-AT_ONCE = 1 << 13
-
-
-def vote(masks: Sequence[Words], needed: int) -> Words:
-    """Positions where at least `needed` of the masks have a one."""
-    if len(masks) <= 3:  # fewer word operations than counting
-        return weighted_vote(masks, (1,) * len(masks), needed)
-    result = np.empty_like(masks[0])
-    for start in range(0, result.size, AT_ONCE):
-        here = slice(start, start + AT_ONCE)
-        at_least(add_up([m[here] for m in masks]), needed, result[here])
-    return result
+        reached = reached & planes[level] if needed >> level & 1 else reached | planes[level]
+    return reached
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,21 +145,94 @@ def _diagram(weights: tuple[int, ...], needed: int) -> tuple[list[tuple[int, int
     return nodes, root
 
 
+# Operation, two values, and the register that its result goes to. Values from 0 are registers; -1 is the last mask.
+Step = tuple[np.ufunc, int, int, int]
 MOST_DIAGRAM_MASKS = 12  # a diagram may need 2 ** n nodes; beyond this, adding up bit planes is the safer choice
 
 
-def weighted_vote(masks: Sequence[Words], weights: Sequence[int], needed: int) -> Words:
-    """Positions where the weights (integers > 0) of the masks with a one add up to at least `needed`."""
-    if len(masks) > MOST_DIAGRAM_MASKS:
-        return at_least(add_up(masks, weights), needed)
-    nodes, root = _diagram(tuple(weights), needed)
-    result = np.full_like(masks[0], ~np.uint64(0) if root == -2 else np.uint64(0))
-    stride = max(1024, min(AT_ONCE, (1 << 15) // max(1, len(nodes))))  # so that all nodes' values stay in the cache
-    for start in range(0, result.size if root >= 0 else 0, stride):
-        here = slice(start, start + stride)
-        values: list[Words] = []
+@dataclass(frozen=True)
+class _Wire:
+    """A value of a program: the result of its step `place`. Operators write the steps down; nothing is computed."""
+
+    steps: list[tuple[np.ufunc, int, int]]
+    place: int
+
+    def _then(self, operation: np.ufunc, other: _Wire) -> _Wire:
+        self.steps.append((operation, self.place, other.place))
+        return _Wire(self.steps, len(self.steps) - 1)
+
+    def __and__(self, other: _Wire) -> _Wire:
+        return self._then(np.bitwise_and, other)
+
+    def __or__(self, other: _Wire) -> _Wire:
+        return self._then(np.bitwise_or, other)
+
+    def __xor__(self, other: _Wire) -> _Wire:
+        return self._then(np.bitwise_xor, other)
+
+
+@functools.lru_cache(maxsize=256)
+def _vote_program(weights: tuple[int, ...], needed: int) -> tuple[list[Step], int, int]:
+    """The steps of a vote, how many registers they take, and where its result is. 0 < needed <= the sum of weights."""
+    steps: list[Any] = [None] * len(weights)  # the masks stand first
+    masks = [_Wire(steps, i) for i in range(len(weights))]
+    if len(weights) <= 3 or (len(weights) <= MOST_DIAGRAM_MASKS and max(weights) > 1):  # fewer steps than counting
+        nodes, root = _diagram(weights, needed)
+        values: list[Any] = []
         for mask, low, high in nodes:  # weights are positive, so low implies high: low | (mask & high)
-            value = masks[mask][here] if high == -2 else masks[mask][here] & values[high]
+            value = masks[mask] if high == -2 else masks[mask] & values[high]
             values.append(value | values[low] if low >= 0 else value)
-        result[here] = values[root]
+        result = values[root]
+    else:
+        result = at_least(add_up(masks, weights), needed)
+    return _registers(steps, len(weights), result.place)
+
+
+def _registers(steps: list[Any], inputs: int, result: int) -> tuple[list[Step], int, int]:
+    """Only the steps that the result needs, each into a register whose value is needed no more."""
+    last = {result: len(steps)}  # value -> the last step that reads it
+    for at in range(len(steps) - 1, inputs - 1, -1):
+        if at in last:
+            for value in steps[at][1:]:
+                last.setdefault(value, at)
+    place: dict[int, int] = {i: i - inputs for i in range(inputs)}
+    free: list[int] = []
+    program, count = [], 0
+    for at in range(inputs, len(steps)):
+        if at not in last:
+            continue
+        operation, a, b = steps[at]
+        read = place[a], place[b]
+        free += sorted({place[v] for v in (a, b) if last[v] == at and place[v] >= 0}, reverse=True)
+        if not free:
+            free, count = [count], count + 1
+        place[at] = free.pop()
+        program.append((operation, *read, place[at]))
+    return program, count, place[result]
+
+
+def vote(masks: Sequence[Words], needed: int) -> Words:
+    """Positions where at least `needed` of the masks have a one."""
+    return weighted_vote(masks, (1,) * len(masks), needed)
+
+
+def weighted_vote(masks: Sequence[Words], weights: Sequence[int], needed: int) -> Words:
+    """Positions where the weights (integers > 0) of the masks with a one add up to at least `needed`.
+
+    A program of a few operations on words, run on stretches that stay in the processor's cache, in buffers of its own.
+    """
+    if not 0 < needed <= sum(weights):
+        return np.full_like(masks[0], ~np.uint64(0) if needed <= 0 else np.uint64(0))
+    steps, count, found = _vote_program(tuple(weights), needed)
+    if not steps:  # one mask decides
+        return masks[found].copy()
+    result = np.empty_like(masks[0])
+    stride = 1 << min(13, max(10, (CACHED // (len(masks) + count + 1)).bit_length() - 1))
+    registers = np.empty((count, stride), np.uint64)
+    for start in range(0, result.size, stride):
+        out = result[start : start + stride]
+        here = [*registers[:, : out.size], *(m[start : start + stride] for m in masks)]  # masks have negative places
+        here[found] = out
+        for operation, a, b, to in steps:
+            operation(here[a], here[b], out=here[to])
     return result

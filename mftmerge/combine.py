@@ -5,14 +5,16 @@ The operations are in `operations`, exact densities in `cut`, the rules of who c
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from mftmerge import bits, cut
 from mftmerge.bits import Words
@@ -62,131 +64,106 @@ class CombineReport:
         return asdict(self) | {"density": self.density}
 
 
-class _Sink(Protocol):
-    """Where the result goes: a file, or arrays in memory."""
-
-    def write(self, name: str, start: int, data: bits.Packed | bytes) -> None: ...
-    def finish(self, name: str, kept: int, check: int) -> None: ...
+Write = Callable[[str, int, bits.Packed | bytes], None]  # tensor, first byte of its packed bits, the bytes
+Job = tuple[str, int, int]  # tensor, and its weights from one index to before another
 
 
-class _Memory:
-    """A result in memory."""
+@dataclass
+class _Counts:
+    """What was counted: weights of the result and those it keeps; by mask, weights on which it differs from it."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.packed = {n: np.zeros(bits.nbytes(math.prod(s)), np.uint8) for n, s in shapes.items()}
-
-    def write(self, name: str, start: int, data: bits.Packed | bytes) -> None:
-        array = np.frombuffer(data, np.uint8)
-        self.packed[name][start : start + array.size] = array
-
-    def finish(self, name: str, kept: int, check: int) -> None:
-        """Nothing to record: the counts are taken from the bits."""
+    size: int
+    kept: int
+    changed: list[int]
 
 
-class _Run:
-    """The work of one combination, and what was counted on the way."""
+def _run(combination: Combination, write: Write, finish: Callable[[str, int, int], None], archive: bool) -> _Counts:
+    """Compute the whole result. write: called from any thread; finish: with the bits kept in a tensor and their check.
 
-    def __init__(self, combination: Combination, sink: _Sink, archive: bool = False) -> None:
-        self.combination, self.sink, self.archive = combination, sink, archive
-        self.changed = [0] * len(combination.masks)
-        self.size = self.kept = 0
+    archive: `write` gets compressed blocks, in order. Raises BadInput where an input's bits lack their check sum.
+    """
+    sizes = {name: math.prod(shape) for name, shape in combination.shapes.items()}
+    ranked, masks = combination.density is not None, combination.masks
+    step = max(1, *sizes.values()) if ranked else 8 * BLOCK  # a cut needs all of a tensor, which it reads in pieces
+    jobs = [(n, a, min(a + step, size)) for n, size in sizes.items() for a in range(0, max(1, size), step)]
+    work = functools.partial(_result, combination, write, archive)
+    effect = combination.op.effect if not ranked else None
+    done, counts, sums = _Counts(sum(sizes.values()), 0, [0] * len(masks)), _no_counts(masks), _no_sums(masks)
+    # Numpy and the system calls release the interpreter lock; each worker holds a block or less of every mask.
+    with ThreadPoolExecutor(max(1, min(cores(), 4, 16 // len(masks)))) as pool:
+        for (name, _, stop), (part, check, blobs) in in_order(pool, work, jobs, ahead=0 if ranked and archive else 8):
+            for blob in blobs:
+                write(name, 0, blob)
+            counts += part
+            sums ^= check
+            if stop < sizes[name]:
+                continue
+            for d in combination.covering(name):
+                if name in masks[d]:
+                    masks[d].verify(name, int(sums[1 + d]))
+                    done.changed[d] += abs(int(counts[0]) - masks[d].count(name)) if effect else int(counts[1 + d])
+            finish(name, int(counts[0]), int(sums[0]))
+            done.kept += int(counts[0])
+            counts, sums = _no_counts(masks), _no_sums(masks)
+    return done
 
-    def all(self) -> None:
-        """Compute the whole result, tensor after tensor."""
-        combination = self.combination
-        if combination.density is not None:
-            for name in combination.shapes:
-                self._ranked(name)
-            return
-        jobs = [(n, a) for n, s in combination.shapes.items() for a in range(0, max(1, math.prod(s)), 8 * BLOCK)]
-        total = _Total(len(combination.masks))
-        # Numpy and the system calls release the interpreter lock; each worker holds a block or less of every mask.
-        with ThreadPoolExecutor(max(1, min(cores(), 4, 16 // len(combination.masks)))) as pool:
-            for (name, start), (part, blob) in in_order(pool, self._block, jobs, ahead=8):
-                total.add(part)
-                if blob is not None:
-                    self.sink.write(name, start // 8, blob)
-                if start + 8 * BLOCK >= math.prod(combination.shapes[name]):
-                    self._finish(name, total)
-                    total = _Total(len(combination.masks))
 
-    def _block(self, job: tuple[str, int]) -> tuple[_Total, bytes | None]:
-        """One block of the result from bit `start` on: written here, or compressed for the sink."""
-        name, start = job
-        stop = min(start + 8 * BLOCK, math.prod(self.combination.shapes[name]))
-        total, parts = _Total(len(self.combination.masks)), []
+def _no_counts(masks: Sequence[Mask]) -> npt.NDArray[np.int64]:
+    return np.zeros(1 + len(masks), np.int64)
+
+
+def _no_sums(masks: Sequence[Mask]) -> npt.NDArray[np.uint64]:
+    return np.zeros(1 + len(masks), np.uint64)
+
+
+def _result(
+    combination: Combination, write: Write, archive: bool, job: Job
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64], list[bytes]]:
+    """Compute and write the result on a part of a tensor.
+
+    Returns bits kept and bits in which each mask differs, check sums of result and masks, and compressed blocks that
+    are still to be written, where several parts are computed at a time.
+    """
+    name, _, stop = job
+    ranked = combination.density is not None
+    by_bit = ranked or combination.op.effect is None  # else the numbers of kept bits tell how many changed
+    covering = combination.covering(name)
+    counts, sums, blobs = _no_counts(combination.masks), _no_sums(combination.masks), list[bytes]()
+    waiting: list[bits.Packed] = []
+    for a, b, result, masks in _pieces(combination, job):
+        counts[0] += bits.count(result)
+        sums[0] ^= np.uint64(bits.check(result))
+        for d, mask in zip(covering, masks, strict=True):
+            sums[1 + d] ^= np.uint64(bits.check(mask))
+            if by_bit:
+                counts[1 + d] += bits.count(result ^ mask)
+        packed = result.view(np.uint8)[: bits.nbytes(b - a)]
+        if not archive:
+            write(name, a // 8, packed)
+            continue
+        waiting.append(packed)
+        if b == stop or sum(p.size for p in waiting) >= BLOCK:  # pieces divide a block
+            blob = compress(np.concatenate(waiting))
+            waiting = []
+            if ranked:  # one part at a time
+                write(name, 0, blob)
+            else:
+                blobs.append(blob)
+    return counts, sums, blobs
+
+
+def _pieces(combination: Combination, job: Job) -> Iterator[tuple[int, int, Words, list[Words]]]:
+    """The result on a part of a tensor as (start, stop, words, the words of the masks that cover it)."""
+    name, start, stop = job
+    density = combination.density_of(name)
+    if density is None:
         for a in range(start, stop, 8 * PIECE):
             b = min(a + 8 * PIECE, stop)
-            result, masks = self.combination.on_range(name, a, b)
-            total.count(result, masks, by_bit=self.combination.op.effect is None)
-            packed = result.view(np.uint8)[: bits.nbytes(b - a)]
-            if self.archive:
-                parts.append(packed)
-            else:
-                self.sink.write(name, a // 8, packed)
-        return total, compress(np.concatenate(parts)) if parts else None
-
-    def _ranked(self, name: str) -> None:
-        """A tensor that is cut to an exact density."""
-        combination, size = self.combination, math.prod(self.combination.shapes[name])
-        density = combination.density_of(name)
-        assert density is not None
-        covering, total, waiting = combination.covering(name), _Total(len(combination.masks)), _Blocks(self.archive)
-        for a, b, result in combination.ranked(name, cut.drop_count(size, density)):
-            total.count(result, combination.read(name, a, b, covering), by_bit=True)
-            for start, data in waiting.add(result.view(np.uint8)[: bits.nbytes(b - a)], last=b == size):
-                self.sink.write(name, start, data)
-        self._finish(name, total)
-
-    def _finish(self, name: str, total: _Total) -> None:
-        """Check what was read of a tensor against the inputs' check sums, and record the result's."""
-        combination = self.combination
-        grew = combination.op.effect if combination.density is None else None
-        for place, d in enumerate(combination.covering(name)):
-            mask = combination.masks[d]
-            if name in mask:
-                mask.verify(name, total.checks[place])
-                self.changed[d] += abs(total.kept - mask.count(name)) if grew else total.changed[place]
-        self.sink.finish(name, total.kept, total.check)
-        self.kept += total.kept
-        self.size += math.prod(combination.shapes[name])
-
-
-class _Total:
-    """Counts and check sums of a range of the result and of the masks that it came from."""
-
-    def __init__(self, masks: int) -> None:
-        self.kept = self.check = 0
-        self.checks, self.changed = [0] * masks, [0] * masks
-
-    def count(self, result: Words, masks: Sequence[Words], by_bit: bool) -> None:
-        self.kept += bits.count(result)
-        self.check ^= bits.check(result)
-        for d, mask in enumerate(masks):
-            self.checks[d] ^= bits.check(mask)
-            self.changed[d] += bits.count(result ^ mask) if by_bit else 0
-
-    def add(self, other: _Total) -> None:
-        self.kept += other.kept
-        self.check ^= other.check
-        self.checks = [a ^ b for a, b in zip(self.checks, other.checks, strict=True)]
-        self.changed = [a + b for a, b in zip(self.changed, other.changed, strict=True)]
-
-
-class _Blocks:
-    """Gathers pieces of a tensor into compressed blocks, or passes them on as they are."""
-
-    def __init__(self, archive: bool) -> None:
-        self.archive, self.start, self.parts = archive, 0, list[bits.Packed]()
-
-    def add(self, piece: bits.Packed, last: bool) -> Iterator[tuple[int, bits.Packed | bytes]]:
-        self.parts.append(piece)
-        length = sum(p.size for p in self.parts)
-        if self.archive and not last and length < BLOCK:  # pieces divide a block
-            return
-        whole = np.concatenate(self.parts)
-        yield self.start, compress(whole) if self.archive else whole
-        self.start, self.parts = self.start + length, []
+            yield a, b, *combination.on_range(name, a, b)
+        return
+    covering = combination.covering(name)
+    for a, b, result in combination.ranked(name, cut.drop_count(stop, density)):
+        yield a, b, result, combination.read(name, a, b, covering)
 
 
 def _describe(combination: Combination) -> MaskInfo:
@@ -213,16 +190,17 @@ def _written(combination: Combination) -> dict[str, Any]:
     return options
 
 
-def _report(run: _Run, out: str | None) -> CombineReport:
-    combination = run.combination
+def _report(combination: Combination, done: _Counts, out: str) -> CombineReport:
     weights = combination.options.get("weights") or [None] * len(combination.masks)
     inputs = [
         InputReport(label, mask.digest, len(mask.names), mask.density(), changed, weight)
-        for label, mask, changed, weight in zip(combination.names, combination.masks, run.changed, weights, strict=True)
+        for label, mask, changed, weight in zip(
+            combination.names, combination.masks, done.changed, weights, strict=True
+        )
     ]
     tensors = len(combination.shapes)
     return CombineReport(
-        combination.op.name, _written(combination), inputs, tensors, run.size, run.kept, out, combination.notes
+        combination.op.name, _written(combination), inputs, tensors, done.size, done.kept, out, combination.notes
     )
 
 
@@ -243,9 +221,13 @@ def combine(
     """
     labels = names or [f"mask {i}" for i in range(1, len(masks) + 1)]
     combination = Combination(op, [Mask.of(m) for m in masks], labels, density=density, uncovered=uncovered, **options)
-    sink = _Memory(combination.shapes)
-    _Run(combination, sink).all()
-    return Mask(sink.packed, combination.shapes, _describe(combination))
+    packed = {n: np.zeros(bits.nbytes(math.prod(s)), np.uint8) for n, s in combination.shapes.items()}
+
+    def write(name: str, start: int, data: bits.Packed | bytes) -> None:
+        packed[name][start : start + len(data)] = data
+
+    _run(combination, write, lambda name, kept, check: None, archive=False)
+    return Mask(packed, combination.shapes, _describe(combination))
 
 
 def combine_files(
@@ -272,6 +254,5 @@ def combine_files(
     info = _describe(combination)
     writer = MaskWriter(out, combination.shapes, archive=archive, info=info, overwrite=overwrite)
     with writer:
-        run = _Run(combination, writer, archive)
-        run.all()
-    return _report(run, str(out))
+        done = _run(combination, writer.write, writer.finish, archive)
+    return _report(combination, done, str(out))
