@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ import pytest
 import yaml
 
 from mftmerge import card
+from mftmerge.checkpoint import Checkpoint
 from mftmerge.combine import combine, combine_files
 from mftmerge.mask import Mask, MaskInfo, Parent
 from mftmerge.maskstore import DEEPEST_FAMILY
+from mftmerge.recipe.build import build
 
 BOMB = (
     "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
@@ -98,3 +103,21 @@ def test_a_family_is_remembered_as_far_as_a_header_holds_it(tmp_path: Path) -> N
         assert "older ones are not recorded" in card.model_card("t", Mask.load(tmp_path / "y.mask"), "", [], "m", None)
     wide = combine("union", [a] * 5000)
     assert len(list((wide & wide).info.family())) == 2
+
+
+def test_a_built_models_card_is_inert_too(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Names of models and masks are one cell of its table each, and a recipe cannot leave its fence."""
+    model = tmp_path / "m|<img src=a> [x](javascript:y)"
+    shutil.copytree(tiny("llama", layers=2), model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    Mask.from_bools({name: np.ones(Checkpoint.open(model).entry(name).shape, bool)}).save(tmp_path / "a`|<b>.mask")
+    given = {"models": [{"model": str(model), "mask": {"file": "a`|<b>.mask"}, "parameters": {"weight": 1}}]}
+    text = yaml.safe_dump({"merge_method": "linear", **given, "dtype": "float32"})
+    (tmp_path / "r.yml").write_text(f"# ```\n# <script>\n{text}")
+    build(tmp_path / "r.yml", tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    before, _, fenced = page.partition("````yaml\n")
+    assert fenced.count("````") == 1
+    assert "<" not in before
+    rows = [line for line in before.splitlines() if line.startswith("| `")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [5]

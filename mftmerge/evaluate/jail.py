@@ -1,7 +1,7 @@
 """What a process does to itself before it runs code that nobody has read. A program of its own, standard library only.
 
-`python -I jail.py ROLE JOB`: JOB is JSON, see `sandbox.Job`. Namespaces of its own for users, mounts, processes, IPC,
-network and host name; a root that holds the Python installation, read-only, and a /tmp of limited size and nothing
+`python -I jail.py ROLE JOB`: JOB is JSON, see `sandbox._command`. Namespaces of its own for users, mounts, processes,
+IPC, network and host name; a root that holds the Python installation, read-only, and a /tmp of limited size and nothing
 else; no capability and no way to a new one; limits of the system; a filter on system calls that allows threads and no
 new process or program. Then it plays its role: see `playing` and `judging`.
 """

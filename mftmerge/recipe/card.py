@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
+from mftmerge.card import front_matter, inert
 from mftmerge.recipe.check import mask_uses, result_index
 from mftmerge.recipe.load import Recipe
 from mftmerge.recipe.locate import MaskBook, looks_like_hub_id
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput
 
-CARD = """---
-{metadata}---
+CARD = """{metadata}
+
 # {name}
 
 Built with mftmerge through mergekit (merge method `{method}`).
@@ -25,8 +26,8 @@ Built with mftmerge through mergekit (merge method `{method}`).
 
 The masks are in `masks/`, the recipe is in `mftmerge_recipe.yml`:
 
-```yaml
-{recipe}```
+{fence}yaml
+{recipe}{fence}
 """
 
 
@@ -101,12 +102,12 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
                 mask.save(path)
                 saved.add(mask.digest)
     hub = sorted({str(i.model) for d in recipe.documents for _, i in d.inputs() if looks_like_hub_id(i.model.path)})
-    metadata = {"library_name": "transformers", "tags": ["merge", "mergekit", "mftmerge"]}
     card = CARD.format(
-        metadata=yaml.safe_dump(metadata | ({"base_model": hub} if hub else {}), sort_keys=False),
-        name=name,
+        metadata=front_matter({"library_name": "transformers"}, ["merge", "mergekit", "mftmerge"], hub),
+        name=inert(name),
         method=final.merge_method,
         rows="\n".join(dict.fromkeys(rows)),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe.text)), default=0)),
         recipe=recipe.text if recipe.text.endswith("\n") else recipe.text + "\n",
     )
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -114,6 +115,12 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
 
 def _row(model: str, role: str, use: MaskUse | None, book: MaskBook) -> str:
     if use is None:
-        return f"| {model} | {role} | - | 1 |"
+        return f"| {_cell(model)} | {role} | - | 1 |"
     mask = book.evaluate(use.expression())
-    return f"| {model} | {role} | {book.label(use)}, on {use.on} | {mask.density():.4f} of {len(mask.names)} tensors |"
+    what = f"{_cell(book.label(use))}, on {use.on}"
+    return f"| {_cell(model)} | {role} | {what} | {mask.density():.4f} of {len(mask.names)} tensors |"
+
+
+def _cell(text: str) -> str:
+    """A name as code in a table: inert, whatever it holds."""
+    return f"`{inert(text)}`".replace("|", "\\|")
