@@ -89,7 +89,7 @@ class Chat:
         through = self._part(messages[: i + 1]).rstrip()  # a line break after the end of turn is not learnt
         if not (before and text.startswith(before) and text.startswith(through) and len(before) <= len(through)):
             return None
-        if self._open(messages[: i + 1]):  # the turn ends where the next role begins: that token says stop
+        if self._open(messages[: i + 1], through):  # the turn ends where the next role begins: that token says stop
             return len(before), len(text) if through == text.rstrip() else _after_mark(text, len(through))
         if through == text.rstrip() and before == self._part(messages[:i]):
             return len(before), _closed(before, through, messages[i]["content"])
@@ -207,10 +207,15 @@ class Chat:
         except Exception:
             return False
 
-    def _open(self, messages: Sequence[Message]) -> bool:
-        """Whether the template writes nothing after the last turn's content: the next role ends it."""
+    def _open(self, messages: Sequence[Message], through: str = "") -> bool:
+        """Whether the template writes nothing after the last turn's content: the next role ends it.
+
+        through: the text up to the turn's end; calls may leave a turn open that a content would have ended.
+        """
         rendered = self._part([*messages[:-1], self._other(messages[-1])])
-        return rendered.rstrip().endswith(SENTINEL)
+        closing = rendered.rpartition(SENTINEL)[2].strip() if SENTINEL in rendered else "?"
+        left = bool(through and messages[-1].get("tool_calls")) and closing != "?" and not through.endswith(closing)
+        return not closing or left
 
     @staticmethod
     def _other(message: Message) -> Message:
@@ -240,7 +245,9 @@ def _closed(before: str, through: str, content: Any) -> int:
         return len(through)  # a role stands between: there was no prompt
     at += len(said)
     tail, old = through[at:], before.rstrip()
-    kept = tail[: len(tail) - _agreement(tail[::-1], old[::-1])].rstrip()
+    cut = len(tail) - _agreement(tail[::-1], old[::-1])
+    cut = next((m.end() for m in MARK.finditer(tail) if m.start() < cut < m.end()), cut)  # not inside a token
+    kept = tail[:cut].rstrip()
     if kept:
         return at + len(kept)
     mark = MARK.search(tail)  # turns of users end alike

@@ -16,7 +16,7 @@ FLAGS = {
     *("overwrite", "resume", "archive", "elect", "scores", "control", "allow-different-init", "allow-lost", "cuda"),
     *("allow-crimes", "trust-remote-code", "require-base", "run-tests", "follow-links", "gradient-checkpointing"),
     *("packing", "compile", "check-memory", "skip-bad-rows", "check-base", "require-finite", "lazy-unpickle"),
-    *("reference-rounding", "reference-schedule"),
+    *("reference-rounding", "reference-schedule", "keep-last", "copy-tokenizer"),
 }
 OTHER_NAMES = {"i-trust-this-code": "trusted=True", "lambda": "strength", "try": "candidates", "bootstrap": "resamples"}
 VALUES = {"abstain", "keep", "weights", "delta", "float32", "bfloat16", "magnitude", "tall", "sign", "cpu", "cuda"}

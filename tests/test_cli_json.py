@@ -12,7 +12,7 @@ from helpers.commands import WORKING, command_line
 from mftmerge.cli import main
 from mftmerge.cli.main import COMMANDS, app
 
-OTHERS = {"mergekit-yaml"}  # mergekit's own command, with its own options
+OTHERS = {"mergekit-yaml", "serve"}  # mergekit's own command, with its own options; a server reports over HTTP
 ELSEWHERE = {"quickstart", "choose", "chat"}  # they need more than these inputs; their --json is tested where they run
 
 # What a reader of the document will look for.
@@ -33,6 +33,9 @@ KEYS = {
     "init": {"out"},
     "run": {"cells", "models", "reference"},
     "push": {"repository", "files", "card"},
+    "rebase": {"out", "digest", "candidates"},
+    "patch": {"out", "bits a weight"},
+    "patch-apply": {"out", "tensors"},
 }
 
 
