@@ -113,7 +113,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    layers, rounds, new = (6, 1, 4) if options.quick else (30, 3, 16)
+    layers, rounds, new = (6, 1, 4) if options.quick else (30, 3, 32)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model"
         make_model(path, layers)

@@ -21,7 +21,7 @@ from mftmerge.attachment import Attachment
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.maskedparameter import MaskedParameter
 
-FEW = 6  # tokens of one mask; from more on, making its weights once is quicker (benchmarks/batch_masks.py)
+FEW = 16  # tokens of one mask; from more on, making its weights once is quicker (benchmarks/batch_masks.py)
 INPUTS = ("input_ids", "inputs_embeds")
 
 

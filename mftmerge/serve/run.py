@@ -30,8 +30,8 @@ class _Server(uvicorn.Server):
             self.say(f"http://{host}:{port}/v1 serves {self.models}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.engine.stopping or sig not in (signal.SIGTERM, signal.SIGINT):
-            super().handle_exit(sig, frame)
+        if self.service.engine.stopping:  # a second SIGTERM changes nothing (`timeout` sends two); a second Ctrl-C does
+            self.should_exit = self.should_exit or sig == signal.SIGINT
             return
         self.service.engine.drain()
         threading.Thread(target=self._exit_when_idle, daemon=True).start()
@@ -68,7 +68,9 @@ def serve(service: Service, say: Callable[[str], None]) -> None:
     service.engine.start()
     try:
         server.run()
-    except SystemExit:  # uvicorn has said why
+    except SystemExit:
+        if server.started:
+            raise
         raise MftmergeError(f"cannot listen at {settings.host}:{settings.port}; choose another --port") from None
     finally:
         service.engine.close(seconds=1.0)
