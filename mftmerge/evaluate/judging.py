@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import types
+import unittest
 from typing import Any
 
-from mftmerge.evaluate.exchange import CHANGED, Channel, Gone
+from mftmerge.evaluate.exchange import ALONE, CHANGED, COMPARED, COMPUTED, CONVERTED, Channel, Gone
 
 
 class TestsChannel(Channel):
@@ -29,8 +30,6 @@ class TestsChannel(Channel):
             return ["back", number_of(value)]
         if isinstance(value, type) and value in self.classes.values():
             return ["back", next(n for n, c in self.classes.items() if c is value)]
-        if isinstance(value, collections.abc.KeysView | collections.abc.ValuesView | collections.abc.ItemsView):
-            return ["list", [self.encode(v) for v in value]]
         if isinstance(value, collections.abc.Iterator):
             return ["iterator", ["list", [self.encode(v) for v in value]]]
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
@@ -152,13 +151,41 @@ class RemoteClass(type):
 
 
 def alike(name: str) -> Any:
-    """An operator between two references; with a plain value it is Python's own for unrelated types."""
+    """An operator between two references. With a plain value nothing is compared (it is Python's own for unrelated
+    types), and what is computed is a reference that is known to be `mixed`.
+    """
+    # No difference with a plain value: in a test it is what says how far an answer is from the expected one.
+    mixing = name.strip("_") not in (*COMPARED, *(f"{r}{n}" for n in ("sub", "xor") for r in ("", "r", "i")))
 
     def operate(self: Any, other: Any) -> Any:
         if "_plain" in vars(self):  # int, str, ... or a subclass such as a named tuple
             other = vars(other)["_plain"] if isinstance(other, Remote) and "_plain" in vars(other) else other
-            return getattr(type(vars(self)["_plain"]), name)(vars(self)["_plain"], other)
-        return ask(self, name, other) if isinstance(other, Remote) else NotImplemented
+            return getattr(type(vars(self)["_plain"]), name, lambda *_: NotImplemented)(vars(self)["_plain"], other)
+        if isinstance(other, Remote):
+            return ask(self, name, other)
+        if not mixing:
+            return NotImplemented
+        made = ask(self, name, other)
+        if not isinstance(made, Remote) or "_plain" in vars(made):
+            return NotImplemented
+        vars(made)["_mixed"] = True
+        return made
+
+    return operate
+
+
+def alone(name: str) -> Any:
+    """An operator, a conversion or a function of one reference."""
+
+    def operate(self: Any, *arguments: Any) -> Any:
+        if "_plain" in vars(self) and hasattr(type(vars(self)["_plain"]), name):
+            return getattr(type(vars(self)["_plain"]), name)(vars(self)["_plain"], *arguments)
+        made = ask(self, name, *arguments)
+        if "_mixed" in vars(self):  # or a difference from what is expected could be made to look like none
+            if not isinstance(made, Remote) or "_plain" in vars(made):
+                raise TypeError(f"{name}: not of what was computed from an object of the program's and a plain value")
+            vars(made)["_mixed"] = True
+        return made
 
     return operate
 
@@ -166,15 +193,19 @@ def alike(name: str) -> Any:
 class Remote:
     """What stands in the tests' process for an object in the program's."""
 
-    for _name in ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv"):
+    for _name in (*COMPARED, *COMPUTED, *(f"r{n}" for n in COMPUTED), *(f"i{n}" for n in COMPUTED)):
         locals()[f"__{_name}__"] = alike(f"__{_name}__")
+    for _name in (*ALONE, *CONVERTED):
+        locals()[f"__{_name}__"] = alone(f"__{_name}__")
+
+    __doc__ = property(lambda self: ask(self, "get", "__doc__"))  # type: ignore[assignment]
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # a named tuple is a tuple
         return type(vars(self)["_plain"]) if "_plain" in vars(self) else type(self)
 
     def __hash__(self) -> int:
-        return hash(vars(self)["_plain"]) if "_plain" in vars(self) else number_of(self)
+        return hash(vars(self)["_plain"]) if "_plain" in vars(self) else int(ask(self, "hash"))
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return ask(self, "call", *arguments, **named)
@@ -214,7 +245,15 @@ class Remote:
     def __repr__(self) -> str:
         return str(ask(self, "repr"))
 
+    def __reversed__(self) -> Any:
+        return ask(self, "reversed")
+
+    def __format__(self, form: str) -> str:
+        return str(ask(self, "format", form))
+
     def __bool__(self) -> bool:
+        if "_mixed" in vars(self):
+            raise TypeError("bool: not of what was computed from an object of the program's and a plain value")
         return bool(ask(self, "bool"))
 
     def __enter__(self) -> Any:
@@ -231,22 +270,72 @@ class Names(dict[str, Any]):
     the program: elsewhere an `all` or `isinstance` of its own would be a way to pass.
     """
 
-    def __init__(self, channel: TestsChannel, there: dict[str, Any], tests: str) -> None:
+    def __init__(self, channel: TestsChannel, there: dict[str, Any], tests: ast.Module) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
-        self.channel = channel
-        used = {n.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)} & set(there)
-        pythons = {n for n in there if hasattr(builtins, n) or (n in sys.stdlib_module_names and not there[n])}
-        self.there = set(there) - (pythons if used - pythons - {n for n in there if there[n]} else set())
-        self.there -= {"__name__", "__builtins__", "__doc__", "__loader__", "__spec__", "__package__"}
+        self.channel, self.modules = channel, {n for n, is_module in there.items() if is_module is True}
+        self.there = set(there) - {"__name__", "__builtins__", "__doc__", "__loader__", "__spec__", "__package__"}
+        used = {n.id for n in ast.walk(tests) if isinstance(n, ast.Name)} & self.there
+        pythons = {n for n in self.there if hasattr(builtins, n) or n in sys.stdlib_module_names}
+        # What the program says is a module may be called by nobody: `__missing__` sees to it.
+        if len(used - self.modules) != 1:
+            self.there -= pythons
 
     def __missing__(self, name: str) -> Any:
-        if name in self.there:
+        if name in self.there and not (name in self.modules and name in sys.stdlib_module_names):
             with self.channel.lock:
                 self.channel.send(["name", name])
-                return self.channel.answer()
+                value = self.channel.answer()
+            if name in self.modules and not isinstance(value, types.ModuleType):
+                raise NameError(f"name {name!r} is no module")
+            return value
         if name in sys.stdlib_module_names and not hasattr(builtins, name):
             return importlib.import_module(name)
         raise KeyError(name)
+
+
+class Main(types.ModuleType):
+    """What `unittest.main()` looks for tests in."""
+
+    def __init__(self, names: Names) -> None:
+        super().__init__("__main__")
+        self.names = names
+
+    def __dir__(self) -> list[str]:
+        return list(vars(self)["names"])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return dict.__getitem__(vars(self)["names"], name)
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def run(tests: ast.Module, names: Names) -> None:
+    """Run the tests, and the cases and functions among them that wait to be called by a test runner.
+
+    Raises what the first one that fails raises, and an AssertionError where nothing would have run.
+    """
+    sys.modules["__main__"] = Main(names)
+    exec(compile(tests, "tests.py", "exec", dont_inherit=True), names, names)
+    suite = unittest.TestSuite()
+    for value in list(names.values()):
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            suite.addTests(unittest.defaultTestLoader.loadTestsFromTestCase(value))
+    result = unittest.TestResult()
+    suite.run(result)
+    if not result.wasSuccessful():
+        raise AssertionError([*result.errors, *result.failures, (0, "an expected failure passed")][0][1][-300:])
+    if all(
+        isinstance(s, DEFINITIONS) or (isinstance(s, ast.If) and "'__name__'" in ast.dump(s.test)) for s in tests.body
+    ):
+        waiting = [v for n, v in names.items() if n.startswith("test") and isinstance(v, types.FunctionType)]
+        if not waiting and not result.testsRun and tests.body:
+            raise AssertionError("the tests define what is never called")
+        for function in waiting:
+            function()
+
+
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
 def tests(job: dict[str, Any]) -> None:
@@ -257,8 +346,9 @@ def tests(job: dict[str, Any]) -> None:
     sys.stdout, sys.stdin = open(os.devnull, "w"), io.StringIO()  # noqa: SIM115
     try:
         channel.send([given["program"]])
-        names = Names(channel, channel.answer(), given["tests"])
-        exec(compile(given["tests"], "tests.py", "exec", dont_inherit=True), names, names)
+        there = channel.answer()
+        tree = ast.parse(given["tests"])
+        run(tree, Names(channel, there, tree))
         passed, reason = True, "passed"
     except Gone:
         passed, reason = False, "ended before its tests did"

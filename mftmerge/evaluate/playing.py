@@ -8,13 +8,14 @@ import inspect
 import io
 import json
 import linecache
+import math
 import operator
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
-from mftmerge.evaluate.exchange import CHANGED, Channel, Gone
+from mftmerge.evaluate.exchange import ALONE, CHANGED, COMPARED, COMPUTED, CONVERTED, Channel, Gone
 
 PLAIN: tuple[type[Any], ...] = (int, float, str, bytes, tuple, list, dict, set)
 
@@ -84,8 +85,14 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     "enter": lambda v: v.__enter__(),
     "exit": lambda v: v.__exit__(None, None, None),
     "await": drive,
-    **{f"__{n}__": lambda a, b, n=n: getattr(operator, n)(a, b) for n in ("eq", "lt", "le", "gt", "ge")},
-    **{f"__{n}__": lambda a, b, n=n: getattr(operator, n)(a, b) for n in ("add", "sub", "mul", "truediv")},
+    "hash": hash,
+    "reversed": reversed,
+    "format": format,
+    **{f"__{n}__": getattr(operator, n) for n in (*COMPARED, *ALONE)},
+    **{f"__{n}__": lambda a, b, n=n: getattr(operator, f"{n}_" if n in ("and", "or") else n)(a, b) for n in COMPUTED},
+    **{f"__r{n}__": lambda a, b, n=n: getattr(operator, f"{n}_" if n in ("and", "or") else n)(b, a) for n in COMPUTED},
+    **{f"__i{n}__": lambda a, b, n=n: getattr(operator, f"i{n}")(a, b) for n in COMPUTED},
+    **{f"__{n}__": getattr(builtins if hasattr(builtins, n) else math, n) for n in CONVERTED},
 }
 
 
