@@ -35,7 +35,7 @@ domains:                # one mask is learnt for each; validation rows choose, t
 {domains}
 train:                  # settings of `mftmerge train`; all of them: docs/training.md
   steps: 60
-  scores: true          # so that masks can be combined by their evidence
+  scores: true          # so that masks can be combined by what each has learnt; 8 bytes a weight beside its bit
   # control: true       # also train the weights for as many steps, to compare with
 
 # choose: [score, score@0.93, "vote,threshold=2"]   # combinations to try in place of the usual ones

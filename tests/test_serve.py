@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import random
@@ -156,6 +157,21 @@ def test_the_example_in_the_documentation(server: Running, capsys: pytest.Captur
         program = program.replace(theirs, ours)
     exec(compile(program, "serving.md", "exec"), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] in ("a ", "b ")] == ["a", "b"]
+
+
+def test_the_five_lines_in_the_readme(server: Running, masks: Path) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Served\n", 1)[1].split("\n## ", 1)[0]
+    start, program, add = re.findall(r"^```(?:sh|python)\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    assert len((start + program + add).splitlines()) == 5
+    for theirs, ours in (("http://127.0.0.1:8000/v1", server.url), ("KEY", KEY), ("both.mask", str(masks / "c.mask"))):
+        program, add = program.replace(theirs, ours), add.replace(theirs, ours)
+    names: dict[str, Any] = {"openai": openai, "concurrent": concurrent}
+    exec(compile(program.replace('"code", "math"', '"a", "b"'), "README.md", "exec"), names)
+    assert (names["code"].model, names["math"].model) == ("a", "b")
+    done = subprocess.run(add.partition("  #")[0], shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["id"] == "both"
+    assert names["ask"]("both").model == "both"
+    assert server.send("/masks/both", method="DELETE")[0] == 200
 
 
 def test_two_hundred_at_once_with_clients_that_vanish_and_bad_bodies(

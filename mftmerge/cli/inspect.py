@@ -52,9 +52,11 @@ def command(
         return
     kind = "archived" if found.archive else "raw"
     say(f"{mask}: {len(found.tensors)} tensors, {found.total.size:,} weights, density {found.total.density:.4f}")
-    say(f"file {found.file_bytes:,} bytes, {kind}, {found.bits_per_weight:.3f} bits a weight; digest {found.digest}")
+    say(f"file {found.file_bytes:,} bytes; the mask in it {kind}, {found.bits_per_weight:.3f} bits a weight")
     if found.scores:
-        say(f"scores: {found.scores}{', with those before training' if found.initial_scores else ''}")
+        before = ", and those before training" if found.initial_scores else ""
+        say(f"scores: {found.scores}{before}, 4 bytes a weight each (combine writes none)")
+    say(f"digest {found.digest}")
     _table(found)
     for what, value in inspection.provenance(found.info):
         say(f"{what}: {value}")
@@ -80,6 +82,9 @@ def _parents(recipe: Path, as_json: bool) -> None:
 def _table(found: Inspection) -> None:
     """Density of each module (rows) in each layer (columns), in blocks of layers that fit a terminal."""
     modules, layers, cells = found.table()
+    if len({_cell(share) for share in cells.values()}) == 1:  # as a cut for each tensor gives
+        say(f"density {found.total.density:.3f} in each module of each layer")
+        return
     by_module, by_layer = found.by_module(), found.by_layer()
     for start in range(0, len(layers), COLUMNS):
         some = layers[start : start + COLUMNS]

@@ -39,5 +39,8 @@ def command(
     from rich.console import Console
 
     result.show(Console())
-    say(f"wrote {loaded.out}: a mask a domain, general.mask, results.json, report.html")
-    say(f"next: open {loaded.out}/report.html; mftmerge apply {loaded.out}/general.mask --model {loaded.model} -o DIR")
+    names = [f"{name}.mask" for name in (*loaded.domains, *(["general"] if len(loaded.domains) > 1 else []))]
+    say(f"wrote in {loaded.out}: {', '.join((*names, 'results.json', 'report.html'))}")
+    best = Path(loaded.out) / names[-1]
+    say(f"next: open {loaded.out}/report.html; mftmerge chat --model {loaded.model} --mask {best}")
+    say(f"then: mftmerge apply {best} --model {loaded.model} -o DIR")

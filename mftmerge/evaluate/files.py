@@ -217,7 +217,7 @@ def dropped_remark(mask: Mask, base: str | None) -> str | None:
 
 
 def base_remark(mask: Mask, model: str | Path) -> str | None:
-    """Whether the model is the mask's own base, in words; None where the mask does not say what it was made for.
+    """In words, that the model is not the mask's own base; None where it is, or the mask does not say what that was.
 
     With an adapter (`model+adapter`) there is no checkpoint to compare with, and so nothing to say.
     """
@@ -228,5 +228,5 @@ def base_remark(mask: Mask, model: str | Path) -> str | None:
         checkpoint = Checkpoint.open(directory)
         names = matching.match(mask, checkpoint, str(directory))
         difference = matching.base_difference(names, mask, checkpoint)
-        return str(difference) if difference else None
+        return str(difference) if difference and difference.tensors else None
     return None

@@ -69,10 +69,9 @@ def _result(here: ResultHere) -> Html | None:
     own = own_masks(result)
     best = rows[0]
     said = ", ".join(f"{100 * share:.0f} % of {domain}'s" for domain, (share, _) in best.shares.items())
-    gains = "; ".join(
-        f"{domain} {result.difference(row, domain).mean:+.3f}".replace("-", "\u2212") for domain, row in own.items()
-    )
-    lead = el("p", el("b", best.row), f" keeps {said} own gain (nats per token: {gains}).", cls="lead")
+    gains = ", ".join(f"{domain} {-result.difference(row, domain).mean:.3f}" for domain, row in own.items())
+    words = f" keeps {said} own gain. A domain's own mask lowers its loss, in nats per token, by: {gains}."
+    lead = el("p", el("b", best.row), words, cls="lead")
     heads = [["", *(Cell(domain, "pic") for domain in own), "lowest"]]
     body = [[_name(r.row), *(_share(*r.shares[d]) for d in own), f"{100 * r.lowest:.0f} %"] for r in rows[:MOST]]
     left = note(f"{len(rows) - MOST} further rows are below.") if len(rows) > MOST else None

@@ -32,12 +32,14 @@ class Service:
         masks = {name: Mask.load(file) for name, file in settings.mask.items()}  # before the model, which takes longer
         self._checkpoint = Checkpoint.open(path)
         self.tokenizer = loading.load_tokenizer(path)
-        dtype: Any = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = loading.chosen_dtype(path, settings.dtype, device=device)
+        dtype: Any = "auto" if chosen == "auto" else getattr(torch, chosen)
         loaded = loading.load_causal_lm(path, dtype=dtype)
         try:
-            live = loaded.to(torch.device(settings.device))  # type: ignore[arg-type]  # transformers' `to` is untyped
+            live = loaded.to(torch.device(device))  # type: ignore[arg-type]  # transformers' `to` is untyped
         except (RuntimeError, AssertionError) as e:
-            raise BadInput(f"--device {settings.device}: {' '.join(str(e).split())[:200]}") from None
+            raise BadInput(f"--device {device}: {' '.join(str(e).split())[:200]}") from None
         config = live.config.get_text_config()
         self.room = int(getattr(config, "max_position_embeddings", None) or LONG)
         self.vocabulary = int(config.vocab_size)

@@ -27,9 +27,10 @@ class ServeSettings(Settings):
         None, description="key that requests must carry; better given as MFTMERGE_API_KEY in the environment"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type to compute in; auto: as stored"
+        "auto",
+        description="type to compute in; auto: as stored, but float32 on a processor without bfloat16 arithmetic",
     )
-    device: str = Field("cpu", description="where the model computes, such as cuda")
+    device: str | None = Field(None, description="where the model computes, such as cuda; a GPU when there is one")
     max_rows: int = Field(16, ge=1, le=1024, description="answers written at a time, in one batch")
     max_queue: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     max_tokens: int = Field(1024, ge=1, description="most new tokens of an answer")

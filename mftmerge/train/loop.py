@@ -39,7 +39,7 @@ from mftmerge.train.validation import Judge, Judged, judged
 
 COMPLETE = "complete"  # the file that is written last into a checkpoint: one without it is never used
 Entry = dict[str, Any]  # of the history: step, and of these what is known
-REPORTED = ("loss", "validation", "exact", "density", "flipped", "lr", "grad_norm")
+REPORTED = ("loss", "validation", "base", "exact", "density", "flipped", "lr", "grad_norm")
 
 
 class Learner(Protocol):
@@ -79,6 +79,7 @@ class Best:
     ) -> None:
         self.optimizer, self.settings, self.judge, self.progress = optimizer, settings, judge, progress
         self.history: list[Entry] = []
+        self.base: float | None = None  # mean loss of the model as it is, shown beside each validation
         self.step, self.loss = 0, math.inf
         self.initial: Judged | None = None  # of the initial mask
         self.found: Judged | None = None  # of the best one
@@ -118,7 +119,8 @@ class Best:
 
     def report(self, what: str, entry: Entry) -> None:
         if self.progress:
-            facts = {k: entry.get(k) for k in REPORTED}
+            known = entry if entry.get("validation") is None else entry | {"base": self.base}
+            facts = {k: known.get(k) for k in REPORTED}
             self.progress(Step(what, entry["step"], self.settings.steps, "steps", facts))
 
     def state_dict(self) -> dict[str, Any]:

@@ -232,6 +232,7 @@ class _Run:
         first = inputs.initial_scores(self.model, self.targets, self.rows, self.settings, dropped)
         optimizer = self._optimizer(first, dropped)
         best = Best(optimizer, self.settings, judge if self.valid else None, self.progress)
+        best.base = found["base"].loss if found else None
         try:
             self._announce(first)
             if save and self.settings.steps:
@@ -322,7 +323,8 @@ class _Run:
         )
         ratio = f" ({s.travel / cut:.1f} times)" if cut > 0 else ""
         self.say(
-            f"learning rate {s.learning_rate:.2g}: scores can travel {s.travel:.4f}, the cut is at {cut:.4f}{ratio}"
+            f"learning rate {s.learning_rate:.2g}: a weight's score can travel {s.travel:.4f}; "
+            f"whether the weight is kept is decided at {cut:.4f}{ratio}"
         )
         if self.cache is not None:
             known = self.valid if self.settings.packing else [*self.rows, *self.valid]

@@ -27,7 +27,11 @@ def compared(judged: Judged, base: Judged, name: str) -> dict[str, Any]:
 def verdict(comparison: Mapping[str, Any], step: int, gained: bool, *, kept_last: bool = False) -> str:
     """One line: how the mask that is kept compares with the base."""
     d = comparison["mask"]
-    change = f"{d['difference']:+.4f} +- {d['standard_error']:.4f} nats against the base ({d['rows']} validation rows)"
+    way = "below" if d["difference"] < 0 else "above"
+    change = (
+        f"loss {abs(d['difference']):.4f} {way} the base's, +- {d['standard_error']:.4f} "
+        f"(nats a token, {d['rows']} validation rows)"
+    )
     if "exact" in d:
         points, error = 100 * d["exact_difference"], 100 * d["exact_standard_error"]
         change = f"{d['exact']:.1%} of the answers right, {points:+.1f} +- {error:.1f} points; {change}"
