@@ -109,11 +109,12 @@ def kernels(model: torch.nn.Module, masks: dict[str, object], rounds: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a shallow model, few rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way is timed")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    layers, rounds, new = (6, 1, 4) if options.quick else (30, 3, 32)
+    layers, rounds, new = (6, 1, 4) if options.quick else (30, options.rounds, 32)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model"
         make_model(path, layers)
@@ -177,7 +178,7 @@ def main() -> None:
         }
     for name, value in results.items():
         print(f"{name}: {value}")
-    results |= {"torch": torch.__version__, "peft": peft.__version__, **machine()}
+    results |= {"rounds": rounds, "torch": torch.__version__, "peft": peft.__version__, **machine()}
     if not options.quick:
         write("batch_masks", results)
 

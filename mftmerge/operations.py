@@ -92,7 +92,9 @@ def find(name: str) -> Operation:
     """The operation of that name. Raises BadInput with the names that there are."""
     found = lookup(name)
     if found is None:
-        raise BadInput(f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}")
+        raise BadInput(
+            f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}; `--plugin FILE.py` brings your own"
+        )
     return found
 
 

@@ -89,6 +89,30 @@ def test_densities_in_the_readme_are_those_of_the_operations() -> None:
         assert f"{found:.2f}" == density, row
 
 
+PYTHON = {
+    p.name: "\n".join(re.findall(r"^```python\n(.*?)^```", p.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+    for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+
+
+@pytest.mark.parametrize("page", [page for page, code in PYTHON.items() if "mftmerge" in code])
+def test_names_of_the_package_in_examples_exist(page: str) -> None:
+    """By the modules' text: an example that imports what has moved is found without importing torch."""
+    wanted = {
+        (module, name.split(" as ")[0].strip())
+        for module, names in re.findall(r"^\s*from (mftmerge[\w.]*) import ([\w, ]+)", PYTHON[page], re.MULTILINE)
+        for name in names.split(",")
+    }
+    for chain in re.findall(r"\b(mftmerge(?:\.\w+)+)\(", PYTHON[page]):
+        wanted.add(tuple(chain.rsplit(".", 1)))  # type: ignore[arg-type]
+    for module, name in wanted:
+        place = ROOT.joinpath(*module.split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        assert file.is_file(), f"{page}: there is no {module}"
+        found = re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) or (place / f"{name}.py").is_file()
+        assert found, f"{page}: {module} has no {name}"
+
+
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

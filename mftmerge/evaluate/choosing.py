@@ -57,6 +57,10 @@ class Choice:
     command: str | None = None
     out: str | None = None
 
+    def __repr__(self) -> str:
+        """In one line: what was chosen; `show` gives the table."""
+        return f"Choice({self.chosen!r}, of {len(self.candidates)} candidates, mask={self.mask!r})"
+
     @property
     def mask(self) -> Mask:
         """The chosen combination."""

@@ -53,6 +53,10 @@ class GridResult:
     resamples: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """In one line: how large the table is; `show` and `to_markdown` give it."""
+        return f"GridResult({len(self.models)} models on {len(self.domains)} domains, against {self.reference!r})"
+
     @property
     def metrics(self) -> list[tuple[str, str]]:
         """The (domain, metric) pairs that were measured, in order: the columns of the table."""
@@ -368,7 +372,9 @@ def _heat_map(result: GridResult, path: str | Path | None = None) -> Figure:
     for (i, j), text in texts.items():
         axes.text(j, i, text, ha="center", va="center", fontsize=8)
     axes.set_title(
-        f"Difference from {shown(result.reference)}: blue better, red worse\n± one paired SE, * beyond two", fontsize=9
+        f"Difference from {shown(result.reference)}: blue better, red worse, scaled by column\n"
+        "± one paired standard error, * beyond two",
+        fontsize=9,
     )
     if path is not None:
         plots.save(figure, path)

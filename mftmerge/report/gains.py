@@ -72,7 +72,13 @@ def _result(found: Collection, here: ResultHere, several: bool) -> Html:
     body = [[_model(row, facts, names), _density(facts), *_cells(result, row)] for row, facts in result.models.items()]
     parts: list[Any] = [el("h3", here.path) if several else None, _counts(result)]
     parts.append(table(f"{here.path}: each model on each domain, against {result.reference}", heads, body, "grid"))
-    parts.append(note(LEGEND, " The picture: the difference, and two standard errors on either side; lower is left."))
+    parts.append(
+        note(
+            LEGEND,
+            " The picture: the difference, and two standard errors on either side; lower is left. "
+            "Colours and pictures are scaled within a column.",
+        )
+    )
     if result.harness:
         parts.append(_harness(result))
     said = result.remarks()

@@ -72,6 +72,12 @@ class TrainResult:
     seconds: float = 0.0
     settings: TrainSettings = field(default_factory=TrainSettings)
 
+    def __repr__(self) -> str:
+        """In one line: whether it gained, and the losses; not the arrays."""
+        losses = "".join(f", {name} loss {self.comparison[name]['loss']:.4f}" for name in self.comparison)
+        what = f"gained, best step {self.best_step}" if self.gained else "nothing gained"
+        return f"TrainResult({what}{losses}, mask={self.mask!r})"
+
     def _repr_html_(self) -> str:
         """In a notebook: losses against the base, and the course of the run."""
         return results.html(self.comparison, self.history, self.mask, self.best_step, self.gained)
