@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.train.optimizer import MaskOptimizer as MaskOptimizer
     from mftmerge.train.ownloop import learnt_mask as learnt_mask
     from mftmerge.train.ownloop import mask_optimizer as mask_optimizer
-    from mftmerge.train.run import TrainResult as TrainResult
+    from mftmerge.train.results import TrainResult as TrainResult
     from mftmerge.train.run import train_mask as train_mask
     from mftmerge.train.settings import TrainSettings as TrainSettings
 

@@ -1,16 +1,21 @@
-"""What a training run gained, as a table with a curve in a notebook."""
+"""What a training run gave: as values, in a line, and as a table with a curve in a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mftmerge import notebook, plots
 from mftmerge.mask import Mask
+from mftmerge.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from mftmerge.evaluate.pairing import Values
+    from mftmerge.loss import Losses
 
 MEANING = {
     "base": "the model as it is",
@@ -20,6 +25,43 @@ MEANING = {
     "random": "control: random mask",
     "magnitude": "control: smallest weights dropped",
 }
+
+
+@dataclass
+class TrainResult:
+    """What a run gives.
+
+    mask: the best one. history: an entry a step (step, loss, lr, flipped, density, validation where it was done).
+    losses: validation losses of each row, float64 (rows, 2), under "base", "initial", "mask" and, with `control`,
+    "weights", "random", "magnitude". marks: likewise, of the answers, with another metric than the loss. comparison:
+    differences from the base with standard errors. gained: the trained mask has a lower validation loss (or more right
+    answers) than the base model and than the initial mask.
+    """
+
+    mask: Mask
+    history: list[dict[str, Any]]
+    comparison: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
+    marks: dict[str, Values] = field(default_factory=dict)
+    best_step: int = 0
+    gained: bool = False
+    stopped_early: bool = False
+    seconds: float = 0.0
+    settings: TrainSettings = field(default_factory=TrainSettings)
+
+    def __repr__(self) -> str:
+        """In one line: whether it gained, and the losses; not the arrays."""
+        losses = "".join(f", {name} loss {self.comparison[name]['loss']:.4f}" for name in self.comparison)
+        what = f"gained, best step {self.best_step}" if self.gained else "nothing gained"
+        return f"TrainResult({what}{losses}, mask={self.mask!r})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: losses against the base, and the course of the run."""
+        return html(self.comparison, self.history, self.mask, self.best_step, self.gained)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: loss and validation loss by step."""
+        return curve(self.history, self.comparison, self.best_step)
 
 
 def html(

@@ -9,9 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
@@ -23,68 +22,27 @@ from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput, worded
-from mftmerge.evaluate.pairing import Values
 from mftmerge.files import replacing
-from mftmerge.loss import Losses
 from mftmerge.machine import lacks_bfloat16
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress
-from mftmerge.train import inputs, results, scores, sharding, targets
+from mftmerge.train import inputs, scores, sharding, targets
 from mftmerge.train.control import run_controls
 from mftmerge.train.loop import Best, Loop, random_state, set_random_state
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.place import Place
+from mftmerge.train.results import TrainResult
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.stops import Interrupted
 from mftmerge.train.validation import Judged, Validation
 from mftmerge.train.verdict import advice, compared, verdict
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 log = logging.getLogger(__name__)
 Note = Callable[[str], None]
 ASIDE = {"check_memory", "control", "log_to", "preset", "save_every", "trust_remote_code"}  # do not decide the mask
-
-
-@dataclass
-class TrainResult:
-    """What a run gives.
-
-    mask: the best one. history: an entry a step (step, loss, lr, flipped, density, validation where it was done).
-    losses: validation losses of each row, float64 (rows, 2), under "base", "initial", "mask" and, with `control`,
-    "weights", "random", "magnitude". marks: likewise, of the answers, with another metric than the loss. comparison:
-    differences from the base with standard errors. gained: the trained mask has a lower validation loss (or more right
-    answers) than the base model and than the initial mask.
-    """
-
-    mask: Mask
-    history: list[dict[str, Any]]
-    comparison: dict[str, Any] = field(default_factory=dict)
-    losses: dict[str, Losses] = field(default_factory=dict)
-    marks: dict[str, Values] = field(default_factory=dict)
-    best_step: int = 0
-    gained: bool = False
-    stopped_early: bool = False
-    seconds: float = 0.0
-    settings: TrainSettings = field(default_factory=TrainSettings)
-
-    def __repr__(self) -> str:
-        """In one line: whether it gained, and the losses; not the arrays."""
-        losses = "".join(f", {name} loss {self.comparison[name]['loss']:.4f}" for name in self.comparison)
-        what = f"gained, best step {self.best_step}" if self.gained else "nothing gained"
-        return f"TrainResult({what}{losses}, mask={self.mask!r})"
-
-    def _repr_html_(self) -> str:
-        """In a notebook: losses against the base, and the course of the run."""
-        return results.html(self.comparison, self.history, self.mask, self.best_step, self.gained)
-
-    def plot(self) -> Figure:
-        """A matplotlib figure: loss and validation loss by step."""
-        return results.curve(self.history, self.comparison, self.best_step)
 
 
 def train_mask(
