@@ -103,14 +103,24 @@ def test_names_of_the_package_in_examples_exist(page: str) -> None:
         for module, names in re.findall(r"^\s*from (mftmerge[\w.]*) import ([\w, ]+)", PYTHON[page], re.MULTILINE)
         for name in names.split(",")
     }
-    for chain in re.findall(r"\b(mftmerge(?:\.\w+)+)\(", PYTHON[page]):
-        wanted.add(tuple(chain.rsplit(".", 1)))  # type: ignore[arg-type]
     for module, name in wanted:
-        place = ROOT.joinpath(*module.split("."))
-        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-        assert file.is_file(), f"{page}: there is no {module}"
-        found = re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) or (place / f"{name}.py").is_file()
+        assert (file := source(module)), f"{page}: there is no {module}"
+        found = re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) or source(f"{module}.{name}")
         assert found, f"{page}: {module} has no {name}"
+    for chain in re.findall(r"\bmftmerge((?:\.\w+)+)\(", PYTHON[page]):  # modules, then a name in the last of them
+        module = "mftmerge"
+        for name in chain[1:].split("."):
+            if not source(f"{module}.{name}"):
+                file = source(module)
+                assert file and re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: mftmerge{chain}"
+                break
+            module += f".{name}"
+
+
+def source(module: str) -> Path | None:
+    """The file of a module of the package."""
+    place = ROOT.joinpath(*module.split("."))
+    return next((f for f in (place / "__init__.py", place.with_suffix(".py")) if f.is_file()), None)
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
