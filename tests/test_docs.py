@@ -104,7 +104,8 @@ def test_names_of_the_package_in_examples_exist(page: str) -> None:
         for name in names.split(",")
     }
     for module, name in wanted:
-        assert (file := source(module)), f"{page}: there is no {module}"
+        file = source(module)
+        assert file, f"{page}: there is no {module}"
         found = re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) or source(f"{module}.{name}")
         assert found, f"{page}: {module} has no {name}"
     for chain in re.findall(r"\bmftmerge((?:\.\w+)+)\(", PYTHON[page]):  # modules, then a name in the last of them
@@ -112,7 +113,8 @@ def test_names_of_the_package_in_examples_exist(page: str) -> None:
         for name in chain[1:].split("."):
             if not source(f"{module}.{name}"):
                 file = source(module)
-                assert file and re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: mftmerge{chain}"
+                assert file
+                assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{page}: mftmerge{chain}"
                 break
             module += f".{name}"
 
