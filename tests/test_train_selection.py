@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mftmerge.errors import BadInput
+from mftmerge.select import choose, kept_or_zero
 from mftmerge.train import selection, targets
 
 
@@ -95,3 +96,21 @@ def test_modules_are_named_or_listed_when_nothing_matches() -> None:
         short("llama", "nothing")
     with pytest.raises(BadInput, match="not a regular expression"):
         short("llama", "(")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_a_choice_by_mask_is_that_of_where_bit_for_bit(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1e-45])
+    one, other = (torch.cat([torch.randn(64, generator=g), odd.roll(n)]).to(dtype) for n in (0, 2))
+    kept = torch.rand(one.numel(), generator=g) > 0.5
+
+    def raw(values: Tensor) -> Tensor:
+        return values.contiguous().view(torch.uint8)
+
+    assert torch.equal(raw(choose(kept, one, other)), raw(torch.where(kept, one, other)))
+    assert torch.equal(raw(kept_or_zero(kept, one)), raw(torch.where(kept, one, one.new_zeros(()))))
+    if dtype == torch.float32:
+        assert torch.equal(raw(selection.negated(one, kept)), raw(torch.where(kept, -one, one)))
+    wider = choose(kept, one, other.double())  # of two dtypes, the wider
+    assert torch.equal(raw(wider), raw(torch.where(kept, one, other.double())))

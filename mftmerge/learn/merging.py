@@ -8,7 +8,7 @@ Which experts keep a weight is a whole number, its *code*: bit k is 1 where the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +31,10 @@ from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import result_config
 from mftmerge.recipe.settings import MergeSettings
+from mftmerge.select import choose
 
 MOST_EXPERTS = 31  # bits of a code
+Kept = Callable[[slice], Sequence[Tensor]]  # of a piece of a flat tensor: booleans of each open expert
 
 
 @dataclass
@@ -87,21 +89,27 @@ class Part:
         return tuple(found)
 
     @torch.no_grad()
-    def merged(self, codes: Tensor | None) -> Tensor:
-        """The result's tensor under a code for each weight (None: every expert whole), in the result's dtype."""
+    def pieces(self, kept: Kept | None) -> Iterator[tuple[slice, Tensor]]:
+        """The result's tensor, flat, piece by piece, each where it belongs; in the dtype of the merge.
+
+        kept: tells of a piece which weights each open expert keeps, booleans; None: every expert whole.
+        """
         flat = {m: t.reshape(-1) for m, t in self.values.items()}
-        base, pattern = self.base.reshape(-1), None if codes is None else codes.reshape(-1)
-        out: Tensor | None = None
+        base = flat[self.parent]
         for start in range(0, max(1, base.numel()), PIECE):
             piece = slice(start, start + PIECE)
-            kept = None if pattern is None else pattern[piece]
             tensors = {m: t[piece] for m, t in flat.items()}
-            if kept is not None:
-                for number, expert in enumerate(self.experts):
-                    tensors[expert] = torch.where(kept.bitwise_and(1 << number) != 0, tensors[expert], base[piece])
-            merged = self._selected(tensors, kept) if self.selecting else self._merged(tensors)
+            own = None if kept is None else kept(piece)
+            for expert, keeps in zip(self.experts, own or (), strict=own is not None):
+                tensors[expert] = choose(keeps, tensors[expert], tensors[self.parent])
+            yield piece, self._selected(tensors, own) if self.selecting else self._merged(tensors)
+
+    def merged(self, kept: Kept | None) -> Tensor:
+        """The result's tensor, in its dtype. kept: as for `pieces`."""
+        out: Tensor | None = None
+        for piece, merged in self.pieces(kept):
             if out is None:
-                out = torch.empty(base.numel(), dtype=self.dtype or merged.dtype, device=base.device)
+                out = torch.empty(self.base.numel(), dtype=self.dtype or merged.dtype, device=self.base.device)
             out[piece] = merged
         assert out is not None
         return out.view(self.shape)
@@ -112,12 +120,12 @@ class Part:
         assert result is not None  # of what every input has
         return result
 
-    def _selected(self, tensors: dict[Any, Tensor], kept: Tensor | None) -> Tensor:
+    def _selected(self, tensors: dict[Any, Tensor], kept: Sequence[Tensor] | None) -> Tensor:
         base = tensors[self.parent]
         merged = base.to(self.math.get(self.parent) or base.dtype)
         for number, expert in reversed(list(enumerate(self.experts))):  # the first one that keeps a weight wins
             own = tensors[expert].to(self.math.get(expert) or base.dtype)
-            merged = own if kept is None else torch.where(kept.bitwise_and(1 << number) != 0, own, merged)
+            merged = own if kept is None else choose(kept[number], own, merged)
         return merged
 
     def to(self, device: torch.device) -> Part:

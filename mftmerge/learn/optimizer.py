@@ -16,7 +16,7 @@ nothing: the model's parameters hold W, and `step()` turns their gradients into 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,10 @@ from torch import Tensor
 
 from mftmerge import cut
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.learn.merging import Part
+from mftmerge.learn.merging import Kept, Part
 from mftmerge.learn.parameters import Holders
+from mftmerge.recipe.evaluation import PIECE
+from mftmerge.select import choose
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
 from mftmerge.train.targets import Target
@@ -137,49 +139,102 @@ class MergeOptimizer(torch.optim.Optimizer):
 
     # -- masks --------------------------------------------------------------------------------------------------------
 
-    def scores_of(self, name: str, expert: int) -> Tensor:
-        """An expert's scores in one tensor, float32; -inf where it changed nothing."""
-        part, way = self.parts[name], self.way[name]["score"] * self._sides[name][expert]
-        return self.starts[name][expert] + torch.where(part.expert(expert) < part.base, -way, way)
+    def scores_of(self, name: str, expert: int, piece: slice | None = None) -> Tensor:
+        """An expert's scores in one tensor, or in a piece of it (flat), float32; -inf where it changed nothing."""
+        part, way = self.parts[name], self.way[name]["score"]
+        tensors = (self.starts[name][expert], part.expert(expert), part.base, way)
+        start, own, base, way = tensors if piece is None else (t.reshape(-1)[piece] for t in tensors)
+        up = torch.gt if self._sides[name][expert] < 0 else torch.lt  # a change whose weight is negative counts down
+        return selection.negated(way, up(own, base)).add_(start)
+
+    def _keeper(self, name: str, *, first: bool = False) -> Kept:
+        """Tells of a piece of a tensor, flat, which weights each expert keeps. Now, or before the first step.
+
+        A step's cost is memory that is touched: in pieces the scores never leave the processor's cache.
+        """
+        part, starts = self.parts[name], [s.reshape(-1) for s in self.starts[name]]
+        numbers = range(len(part.experts))
+        cut_ones = [self._cut(name, k, first) for k in numbers] if self.density is not None else None
+
+        def scores(k: int, piece: slice) -> Tensor:
+            return starts[k][piece] if first else self.scores_of(name, k, piece)
+
+        def keeps(piece: slice) -> list[Tensor]:
+            if cut_ones is not None and not part.selecting:
+                return [c[piece] for c in cut_ones]
+            found: list[Tensor] = []
+            best: Tensor | None = None  # score so far, where the experts exclude each other
+            for k in numbers:
+                score = scores(k, piece)
+                kept = score > 0 if cut_ones is None else cut_ones[k][piece]
+                if part.selecting:
+                    best = torch.zeros_like(score) if best is None else best
+                    kept = kept & (score > best)
+                    found = [f & ~kept for f in found]
+                    best = choose(kept, score, best)
+                found.append(kept)
+            return found
+
+        return keeps
+
+    def _cut(self, name: str, expert: int, first: bool) -> Tensor:
+        """What an expert keeps at the density asked for, booleans, flat."""
+        assert self.density is not None
+        scores = self.starts[name][expert] if first else self.scores_of(name, expert)
+        kept = selection.keep_top(scores, cut.drop_count(scores.numel(), self.density))
+        return (kept & (scores > -torch.inf)).reshape(-1)
 
     def codes(self, name: str, *, first: bool = False) -> Tensor:
         """Which experts keep each weight of a tensor: bit k for expert k. Now, or before the first step."""
         part = self.parts[name]
-        count = len(part.experts)
-        found = torch.zeros(part.shape, dtype=torch.uint8 if count <= 8 else torch.int32, device=part.base.device)
-        best = torch.zeros(part.shape, device=part.base.device)
-        for k in range(count):
-            scores = self.starts[name][k] if first else self.scores_of(name, k)
-            if self.density is not None:
-                kept = selection.keep_top(scores, cut.drop_count(scores.numel(), self.density))
-                kept &= scores > -torch.inf
-            else:
-                kept = scores > 0
-            if part.selecting:
-                kept &= scores > best
-                found.masked_fill_(kept, 0)
-                best = torch.where(kept, scores, best)
-            found |= kept.to(found.dtype) << k
-        return found
+        dtype = torch.uint8 if len(part.experts) <= 8 else torch.int32
+        found = torch.zeros(part.base.numel(), dtype=dtype, device=part.base.device)
+        keeps = self._keeper(name, first=first)
+        for start in range(0, found.numel(), PIECE):
+            piece = slice(start, start + PIECE)
+            for k, kept in enumerate(keeps(piece)):
+                found[piece] |= kept.to(dtype) << k
+        return found.view(part.shape)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the merge under the current scores into the parameters."""
 
         def write(pair: tuple[Target, list[str]]) -> int:
-            return self._write({n: self.codes(n) for n in pair[1]}, pair[0])
+            return self._write({n: self._keeper(n) for n in pair[1]}, pair[0])
 
         self.flipped = sum(each(write, self._by_target, self._device))
         torch.clear_autocast_cache()
 
-    def _write(self, codes: Mapping[str, Tensor], target: Target) -> int:
-        """Write the merge under these codes into a parameter; gives how many weights changed."""
-        for name, code in codes.items():
-            self.kept[name] = [int(torch.count_nonzero(code & (1 << k))) for k in range(len(self.parts[name].experts))]
-        merged = self.holders.join(target.name, {n: self.parts[n].merged(code) for n, code in codes.items()})
-        new = merged.to(target.parameter.dtype)
-        changed = int(torch.count_nonzero(new != target.parameter))
-        target.parameter.data.copy_(new)
+    def _write(self, keepers: Mapping[str, Kept], target: Target) -> int:
+        """Write the merge of what these keep into a parameter; gives how many weights changed."""
+
+        def counted(name: str) -> Kept:
+            counts = self.kept[name] = [0] * len(self.parts[name].experts)
+
+            def keeps(piece: slice) -> Sequence[Tensor]:
+                found = keepers[name](piece)
+                for k, kept in enumerate(found):
+                    counts[k] += int(torch.count_nonzero(kept))
+                return found
+
+            return keeps
+
+        live = target.parameter.data
+        merged: Iterable[tuple[slice, Tensor]]
+        if (only := self.holders.plain(target.name)) is not None and live.is_contiguous():
+            merged = self.parts[only].pieces(counted(only))
+        else:
+            whole = self.holders.join(target.name, {n: self.parts[n].merged(counted(n)) for n in keepers})
+            merged = [(slice(None), whole.reshape(-1))]
+            live = live.contiguous()
+        flat, changed = live.view(-1), 0
+        for piece, values in merged:
+            new = values.to(live.dtype)
+            changed += int(torch.count_nonzero(new != flat[piece]))
+            flat[piece] = new
+        if live.data_ptr() != target.parameter.data_ptr():
+            target.parameter.data.copy_(live)
         return changed
 
     @property
@@ -202,8 +257,12 @@ class MergeOptimizer(torch.optim.Optimizer):
     def put(self, codes: Mapping[str, Tensor]) -> None:
         """Write the merge under codes as from `mask()` into the parameters."""
         for t, names in self._by_target:
-            self._write({n: codes[n].to(self._device) for n in names}, t)
+            self._write({n: self._as_told(n, codes[n]) for n in names}, t)
         torch.clear_autocast_cache()
+
+    def _as_told(self, name: str, codes: Tensor) -> Kept:
+        flat = codes.to(self._device).reshape(-1)
+        return lambda piece: [flat[piece] & (1 << k) != 0 for k in range(len(self.parts[name].experts))]
 
     @contextmanager
     def masked_by(self, kept: Mapping[str, Tensor]) -> Iterator[None]:

@@ -49,6 +49,10 @@ class Holders:
             )
         return self._holder[tensor]
 
+    def plain(self, parameter: str) -> str | None:
+        """The one tensor that a parameter holds as it is; None where it holds several, or another layout."""
+        return self._plain.get(parameter)
+
     def split(self, parameter: str, values: Tensor) -> dict[str, Tensor]:
         """Values of a parameter's shape (a gradient) as those of the tensors it holds."""
         if parameter in self._plain:

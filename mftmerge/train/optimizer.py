@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mftmerge import cut
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.select import choose, kept_or_zero
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
 from mftmerge.train.sharding import Shard
@@ -233,7 +234,9 @@ class MaskOptimizer(torch.optim.Optimizer):
         """The original weights where kept, the dropped values (0 or the base's) elsewhere. Local rows."""
         state = self.state[target.parameter]
         original: Tensor = state["original"]
-        return torch.where(kept, original, state.get("dropped", original.new_zeros(())))
+        if "dropped" not in state:
+            return kept_or_zero(kept, original)
+        return choose(kept, original, state["dropped"])
 
     def mask(self, *, final: bool = True) -> dict[str, Tensor]:
         """Boolean tensors on the CPU by parameter name, True = keep: at `keep` (final), or at the share kept now.

@@ -40,6 +40,11 @@ def keep_top(values: Tensor, dropped: int, group: dist.ProcessGroup | None = Non
     return find([values], dropped, group).keep(0, values)
 
 
+def negated(values: Tensor, where: Tensor) -> Tensor:
+    """float32 values, those at `where` (booleans) with the other sign; a new tensor."""
+    return ((where.to(torch.int32) << 31).bitwise_xor_(values.view(torch.int32))).view(torch.float32)
+
+
 def find(parts: Sequence[Tensor], dropped: int, group: dist.ProcessGroup | None = None) -> Cut:
     """The cut that drops the `dropped` smallest of several tensors together, on all ranks of a group.
 
