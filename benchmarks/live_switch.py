@@ -44,10 +44,11 @@ def random_masks(path: Path, k: int, last: int | None) -> dict[str, Mask]:
     return {str(i): Mask.from_bools({n: rng.random(checkpoint.entry(n).shape) < 0.9 for n in names}) for i in range(k)}
 
 
-def seconds_of(call: object) -> float:
-    started = time.perf_counter()
+def seconds_of(call: object) -> tuple[float, float]:
+    """Seconds on the clock and of this process, which other programs' load does not change."""
+    started = time.perf_counter(), time.process_time()
     call()  # type: ignore[operator]
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def main() -> None:
@@ -79,15 +80,22 @@ def main() -> None:
             kept_beside = switcher.nbytes
             switcher.detach()
             assert all(torch.equal(p, original[n]) for n, p in model.named_parameters())
-            ratio = statistics.median(reloads) / statistics.median(switches[1:])
+            clock, process = (
+                statistics.median([r[i] for r in reloads]) / statistics.median([s[i] for s in switches[1:]])
+                for i in range(2)
+            )
             memory = (size + kept_beside) / (k * size)
             print(
-                f"{title}: a switch is {ratio:.1f}x faster than a reload; {k} masks take {memory:.2f}x {k} checkpoints"
+                f"{title}: reload / switch {clock:.2f} on the clock, {process:.2f} in processor time (target >= 1); "
+                f"{k} masks take {memory:.2f}x {k} checkpoints"
             )
             results[title] = {
-                "reload / switch": round(ratio, 2),
-                "median seconds of a switch": statistics.median(switches[1:]),
-                "median seconds of a reload": statistics.median(reloads),
+                "reload / switch": round(clock, 2),
+                "reload / switch, processor time": round(process, 2),
+                "target": ">= 1",
+                "met": min(clock, process) >= 1,
+                "median seconds of a switch": statistics.median(s for s, _ in switches[1:]),
+                "median seconds of a reload": statistics.median(r for r, _ in reloads),
                 "memory with all masks / k checkpoints": round(memory, 3),
                 "k": k,
             }

@@ -1,6 +1,6 @@
 """Mask x live model: switch masks on and off in place, exactly, without loading anything again.
 
-A switcher keeps each mask's bits and, once, the original values of all weights that any of its masks drops. Switching
+A switcher keeps each mask's bits and, once, the original values of the weights. Switching
 puts stored originals back and writes dropped values; it never adds or subtracts, so the model is bit for bit what it
 was after any number of switches.
 """
@@ -79,7 +79,8 @@ class Switcher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept beside the model: bits of all masks; once one was on, also originals of weights that any drops."""
+        """Bytes kept beside the model: bits of all masks; once one was on, also the originals of the covered weights
+        (on an accelerator, of those that any mask drops)."""
         return sum(part.nbytes for part in self._parts)
 
     def switch(self, name: str | None) -> int:

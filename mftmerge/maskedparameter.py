@@ -30,9 +30,10 @@ class MaskedParameter:
     """A parameter and, by mask, its packed bits (absent: that mask keeps all of it).
 
     name: the parameter's, for messages. module, leaf: where the model holds it.
-    originals: integer views of the weights that any mask drops, in the order of the flattened parameter; None before
-    the first of them is written over. dropped: by mask, the values that these weights take when it drops them; a mask
-    that is not there makes them 0.
+    originals: integer views of the weights, flat; None before the first of them is written over. dropped: by mask, the
+    values that weights take when it drops them; a mask that is not there makes them 0. On an accelerator both are those
+    of the weights that any mask drops alone, in their order. On the CPU they are whole: finding the positions takes ten
+    times as long as writing whole rows.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MaskedParameter:
 
     def __post_init__(self) -> None:
         self.dtype, self.place = self.parameter.dtype, self._place()
+        self.whole = on_cpu(self.parameter)  # originals and dropped values are stored for all weights
         self._checks: dict[str | None, int] = {}  # mask (None: no mask) -> checksum of the contents under it
 
     def add(self, mask: str, kept: torch.Tensor) -> None:
@@ -78,6 +80,8 @@ class MaskedParameter:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """The reverse of `gather`, 0 elsewhere."""
+        if self.whole:
+            return values
         flat, taken = torch.zeros_like(self.flat()), 0
         for start, stop in self.pieces():
             known = self.dropped_by_any(start, stop)
@@ -86,7 +90,9 @@ class MaskedParameter:
         return flat
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Of a flat integer view those at positions that any mask drops."""
+        """Of a flat integer view what is stored of it: all, or those at positions that any mask drops."""
+        if self.whole:
+            return values.clone()
         return torch.cat([values[start:stop][self.dropped_by_any(start, stop)] for start, stop in self.pieces()])
 
     def flat(self) -> torch.Tensor:
@@ -103,7 +109,7 @@ class MaskedParameter:
         return self.kept[mask][start // 8 : (stop + 7) // 8] if mask is not None and mask in self.kept else None
 
     def dropped_by_any(self, start: int, stop: int) -> torch.Tensor:
-        """Positions in [start, stop), relative to start, that at least one mask drops: those with a stored original."""
+        """Positions in [start, stop), relative to start, that at least one mask drops."""
         first, *others = (packed[start // 8 : (stop + 7) // 8] for packed in self.kept.values())
         for packed in others:
             first = first & packed
@@ -162,30 +168,62 @@ class MaskedParameter:
 
         First the stored originals go back, unless the parameter has them already, then the dropped values are written.
         """
-        flat, taken, changed = self.flat(), 0, 0
+        flat = self.flat()
         if self.originals is None:  # nothing was written yet
             self.originals = self.gather(flat)
         dropped = None if after is None else self.dropped.get(after)
         try:
-            for start, stop in self.pieces():
-                old, new = self.bits(before, start, stop), self.bits(after, start, stop)
-                piece = flat[start:stop]
-                if before is UNKNOWN or old is not None or (new is not None and dropped is not None):
-                    known = self.dropped_by_any(start, stop)
-                    slot = slice(taken, taken + len(known))
-                    taken += len(known)
-                    values = self.originals[slot]
-                    if new is not None and dropped is not None:
-                        values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
-                    piece.scatter_(0, known, values)
-                if new is not None and dropped is None:
-                    _select(piece, new)
-                changed += _count_differing(old, new, stop - start)
+            put = self._put_whole if self.whole else self._put
+            changed = put(flat, self.originals, dropped, before, after)
         finally:
             _mark_written(flat)
         state = after if after in self.kept else None
         if state not in self._checks:  # the same every time: reckoned at the first
             self._checks[state] = self.checksum()
+        return changed
+
+    def _put_whole(
+        self,
+        flat: torch.Tensor,
+        originals: torch.Tensor,
+        dropped: torch.Tensor | None,
+        before: str | None,
+        after: str | None,
+    ) -> int:
+        """`write` where all weights are stored: one pass, in which every weight is written."""
+        changed = 0
+        for start, stop in self.pieces():
+            old, new = self.bits(before, start, stop), self.bits(after, start, stop)
+            if before is UNKNOWN or old is not None or new is not None:
+                base = None if dropped is None else dropped[start:stop]
+                _select(flat[start:stop], new, base, originals[start:stop])
+            changed += _count_differing(old, new, stop - start)
+        return changed
+
+    def _put(
+        self,
+        flat: torch.Tensor,
+        originals: torch.Tensor,
+        dropped: torch.Tensor | None,
+        before: str | None,
+        after: str | None,
+    ) -> int:
+        """`write` where only weights are stored that a mask drops."""
+        taken = changed = 0
+        for start, stop in self.pieces():
+            old, new = self.bits(before, start, stop), self.bits(after, start, stop)
+            piece = flat[start:stop]
+            if before is UNKNOWN or old is not None or (new is not None and dropped is not None):
+                known = self.dropped_by_any(start, stop)
+                slot = slice(taken, taken + len(known))
+                taken += len(known)
+                values = originals[slot]
+                if new is not None and dropped is not None:
+                    values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
+                piece.scatter_(0, known, values)
+            if new is not None and dropped is None:
+                _select(piece, new)
+            changed += _count_differing(old, new, stop - start)
         return changed
 
     @torch.no_grad()
@@ -217,7 +255,7 @@ class MaskedParameter:
             return False
         for start, stop in self.pieces():
             known = self.dropped_by_any(start, stop)
-            mine = values[taken : taken + len(known)]
+            mine = values[start:stop][known] if self.whole else values[taken : taken + len(known)]
             taken += len(known)
             bits = self.bits(None if mask is UNKNOWN else mask, start, stop)
             if bits is not None:
@@ -255,21 +293,33 @@ def _mark_written(flat: torch.Tensor) -> None:
     flat[:0].zero_()
 
 
-def _select(piece: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor | None = None) -> None:
-    """What `kept` (packed) drops becomes 0 or its value in `dropped`, in place."""
+def _select(
+    piece: torch.Tensor,
+    kept: torch.Tensor | None,
+    dropped: torch.Tensor | None = None,
+    originals: torch.Tensor | None = None,
+) -> None:
+    """What `kept` (packed) drops becomes 0 or its value in `dropped`, in place; what it keeps, first its original."""
     if not on_cpu(piece):
+        assert kept is not None
         others = ~_unpack(kept, len(piece))
         if dropped is None:
             piece.masked_fill_(others, 0)
         else:
             piece.copy_(torch.where(others, dropped, piece))
         return
-    kind = f"u{piece.element_size()}"
-    unsigned, values = piece.numpy().view(kind), None if dropped is None else dropped.numpy().view(kind)
+    kind, size = f"u{piece.element_size()}", min(len(piece), CACHED)
+    unsigned, values, first = (None if t is None else t.numpy().view(kind) for t in (piece, dropped, originals))
+    assert unsigned is not None
+    scratch = bytearray((size + 7) // 8 * 8 * piece.element_size())
     for start in range(0, len(unsigned), CACHED):
         part = unsigned[start : start + CACHED]
-        base = None if values is None else values[start : start + len(part)]
-        select(part, kept[start // 8 : (start + len(part) + 7) // 8].numpy(), base)
+        stop = start + len(part)
+        if first is not None:
+            part[:] = first[start:stop]
+        if kept is not None:
+            base = None if values is None else values[start:stop]
+            select(part, kept[start // 8 : (stop + 7) // 8].numpy(), base, scratch)
 
 
 def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
