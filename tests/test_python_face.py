@@ -141,10 +141,12 @@ def test_training_choosing_and_evaluating_show_themselves(tiny: Callable[..., Pa
         lines = [json.dumps({"prompt": f"{domain} {i}", "completion": f" is {i}"}) for i in range(12)]
         rows[domain].write_text("\n".join(lines))
     found = {d: mftmerge.train_mask(tiny("llama"), r, steps=2, eval_data=r, lr=0.05) for d, r in rows.items()}
+    assert re.fullmatch(r"TrainResult\((gained|nothing gained).*, mask loss \d.*, mask=Mask\(.*\)", repr(found["code"]))
     shown = found["code"]._repr_html_()
     assert "best mask" in shown or "nothing was gained" in shown
     assert "<svg" in shown
     result = mftmerge.evaluate_files({"base": tiny("llama")}, {d: r.mask for d, r in found.items()}, rows)
+    assert repr(result) == "GridResult(3 models on 2 domains, against 'base')"
     assert "<table>" in result._repr_html_()
     assert "<svg" in result._repr_html_()
 

@@ -39,4 +39,7 @@ def command(
         return
     for note in report.notes:
         say(f"note: {note}", error=True)
-    print(report.text, end="") if out is None else say(str(out))
+    if out is None:
+        print(report.text, end="")
+    else:
+        say(f"wrote {out}", f"next: mftmerge build {out} -o DIR")

@@ -65,3 +65,4 @@ def command(
         print_json({"out": str(out), **facts})
         return
     say(f"{out}: {len(tensors)} tensors change, {size:,} bytes, {facts['bits a weight']:.3f} bits a weight of theirs")
+    say(f"next: mftmerge patch-apply {out} --model {'MODEL --base BASE' if not values else 'MODEL'} -o DIR")

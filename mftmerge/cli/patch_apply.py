@@ -45,3 +45,6 @@ def command(
         print_json({"out": str(out), "tensors": names})
         return
     say(f"{out}: {len(names)} tensors {'led back' if undo else 'changed'}, all others as they were")
+    if reverse is not None:
+        say(f"wrote {reverse}, which leads back")
+    say(f"next: load {out} with transformers or vLLM{'' if undo or base else ', or lead it back with --undo'}")

@@ -46,3 +46,5 @@ def command(
     console = Console()
     found.show(console)
     console.print(f"\n{directory}: model, data, masks, applied, recipe.yml, built, results.*, pictures, report.html")
+    masks = f"--mask {directory}/masks/python.mask --mask {directory}/masks/arithmetic.mask"
+    console.print(f"next: open {directory}/report.html; mftmerge chat --model {directory}/model {masks}")

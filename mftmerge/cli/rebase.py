@@ -59,3 +59,4 @@ def command(
         print_json({"out": str(out), "digest": result.mask.digest, **facts, "candidates": tried})
         return
     say(f"{out}: {len(result.mask.names)} tensors, density {result.mask.density():.4f}, {result.seconds:.0f} s")
+    say(f"next: mftmerge eval --model {model} --mask {out} --data NAME=FILE")

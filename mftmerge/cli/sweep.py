@@ -77,4 +77,4 @@ def command(
         print_json({"out": str(out), **result.to_json()})
         return
     show(result, Console())
-    say(f"{out / RESULTS}: {len(result.runs)} runs")
+    say(f"wrote {out / RESULTS}: {len(result.runs)} runs", f"next: mftmerge report {out}")
