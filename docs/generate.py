@@ -24,7 +24,8 @@ from pydantic_core import PydanticUndefined
 
 from mftmerge.learn.rebasesettings import RebaseSettings
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.operations import OPERATIONS
+from mftmerge.operations import OPERATIONS, Everywhere, options
+from mftmerge.operations import meaning as option_meaning
 from mftmerge.recipe import schema
 from mftmerge.recipe.catalogue import ABOUT, METHODS, REQUIRED, Method, Parameter, meaning
 from mftmerge.recipe.export import PUSH_DOWN, stock_form
@@ -118,6 +119,8 @@ def recipe_reference() -> str:
     for part, heading in PARTS:
         about = " ".join((inspect.getdoc(part) or "").split("\n\n")[0].split())
         text += [f"### {heading}\n", f"{about}\n", fields(part), ""]
+        if part is schema.MaskExpression:
+            text += ["Beside `op:`, options of the operation:\n", option_table("key", "{}"), ""]
     text += ["## Operations in `op:`\n", operations(), ""]
     text += ["`density` and `uncovered` belong to every operation. See [operations.md](operations.md).\n"]
     text += ["## Merge methods\n", methods(), "", METHOD_NOTES, parameters(), "", EXPORTS]
@@ -242,14 +245,37 @@ runs stock mergekit and compares every weight.
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def operations() -> str:
+def operations(form: str = "{}") -> str:
     """The operations, what each keeps, and its options."""
     lines = []
     for name, op in OPERATIONS.items():
         if not op.summary:
             raise SystemExit(f"operation {name}: needs a docstring, it is its documentation")
-        lines.append([f"`{name}`", op.summary, ", ".join(f"`{option}`" for option in op.options)])
+        lines.append([f"`{name}`", op.summary, ", ".join(f"`{form.format(option)}`" for option in op.options)])
     return rows(["operation", "meaning", "options"], lines)
+
+
+def option_table(heading: str, form: str) -> str:
+    """The operations' options, then those that each of them has."""
+    lines = [(name, field, option_meaning(name)) for name, (_, field) in options().items()]
+    lines += [(name, field, field.description or "") for name, field in Everywhere.model_fields.items()]
+    return rows(
+        [heading, "type", "meaning"],
+        [
+            [f"`{form.format(name)}`", type_text(field.annotation), f"{text[:1].upper()}{text[1:]}."]
+            for name, field, text in lines
+        ],
+    )
+
+
+def command_line(table: str) -> str:
+    """A table with options as the command line has them."""
+    return re.sub(r"`--([a-z_]+)`", lambda m: f"`--{m[1].replace('_', '-')}`", table)
+
+
+def operations_page() -> str:
+    """The tables of docs/operations.md."""
+    return command_line(f"{operations('--{}')}\n\n{option_table('option', '--{}')}")
 
 
 def settings(model: type[Settings]) -> Callable[[], str]:
@@ -275,6 +301,7 @@ def scale() -> dict[str, Callable[[], str]]:
 
 
 TABLES = {
+    "docs/operations.md": {"operations": operations_page},
     "docs/training.md": {"settings": settings(TrainSettings)},
     "docs/learning.md": {"settings": settings(LearnSettings), "rebase": settings(RebaseSettings)},
     "docs/scale.md": scale(),

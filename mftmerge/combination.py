@@ -35,7 +35,7 @@ class Combination:
         self.masks, self.names = list(masks), list(names)
         self.density, self.uncovered = density, uncovered
         self.alone: float | None = None  # the density of tensors that one mask covers, where it is not `density`
-        self.options = {k: v for k, v in options.items() if v is not None and v is not False}
+        self.options = self.op.checked(options)
         self.notes: list[str] = []
         self._check_arguments()
         require_one_kind({label: mask.info for label, mask in zip(self.names, self.masks, strict=True)})
@@ -51,16 +51,11 @@ class Combination:
             raise BadInput(f"{self.op.name} takes {most or 'at least 1'} mask{'s'[: most != 1]}, got {len(self.masks)}")
         if len(self.names) != len(self.masks):
             raise BadInput(f"{len(self.names)} names for {len(self.masks)} masks")
-        unknown = [k for k in self.options if k not in self.op.options]
-        if unknown:
-            raise BadInput(f"{self.op.name} has no option {unknown[0]!r}; it takes {', '.join(self.allowed)}")
         if self.uncovered not in ("abstain", "keep"):
             raise BadInput(f"uncovered is 'abstain' or 'keep', not {self.uncovered!r}")
         weights = self.options.get("weights")
         if weights is not None and len(weights) != len(self.masks):
             raise BadInput(f"{len(weights)} weights for {len(self.masks)} masks; give one a mask")
-        if "weights" in self.options and not all(np.isfinite(float(w)) for w in weights or ()):
-            raise BadInput("weights must be finite numbers")
         if self.op.name == "vote" and weights is not None:
             operations.whole_weights(weights)
         kind, value = operations.parse_threshold(self.options.get("threshold"))
@@ -68,11 +63,6 @@ class Combination:
             self.options["threshold"] = int(value) if kind == "count" else float(value)
         if kind == "count" and value > len(self.masks):
             raise BadInput(f"threshold {value} is above the number of masks, {len(self.masks)}; give fewer, or a share")
-
-    @property
-    def allowed(self) -> tuple[str, ...]:
-        """Every option that this operation takes."""
-        return (*self.op.options, "density", "uncovered")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -117,6 +107,10 @@ class Combination:
             self.notes.append(f"masks started from different scores on {len(differing)} tensors (allowed)")
         if any(not self._initial(n, self.covering(n)) for n in shared):
             self.notes.append("no mask carries the scores before training: weights are scaled to sum to 1")
+        for name in self.shapes:  # what the function itself refuses, it refuses on one score too, before the work
+            covering, one = self.covering(name), np.zeros(1, np.float32)
+            initial = [one] * len(self._initial(name, covering))
+            self.op.function([one] * len(covering), initial, **self._options(covering))
 
     def _same_start(self, name: str, covering: Iterable[int]) -> bool:
         """Whether masks began with the same scores on a tensor, as far as their training says.

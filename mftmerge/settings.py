@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from mftmerge.errors import BadInput
 from mftmerge.yamltext import read_document
+
+BETWEEN = {",": "commas, such as 2,1", ":": "colons, such as 2:1"}
 
 
 @dataclass(frozen=True)
 class Flag:
     """What the command line needs to know about a field beyond its type, `Annotated[Path, Flag(("--out", "-o"))]`.
 
-    names: the option's names where they are not `--` and the field's name. endings: of the files that Tab offers.
-    metavar: how the help page calls a value where the type does not say it.
+    names: the option's names where they are not `--` and the field's name. endings: of the files
+    that Tab offers. metavar: how the help page calls a value where the type does not say it. words: that Tab offers.
     """
 
     names: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
     metavar: str | None = None
+    words: tuple[str, ...] = ()
 
 
 class Settings(BaseModel):
@@ -66,6 +71,26 @@ class Settings(BaseModel):
         import yaml
 
         return str(yaml.safe_dump({**first, **self.model_dump(mode="json")}, sort_keys=False))
+
+
+def inner_type(annotation: Any) -> Any:
+    """A field's type without None; of several types, text: the model finds out which it is."""
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        return inner[0] if len(inner) == 1 else str
+    return annotation
+
+
+def parsed(field: FieldInfo, typed: Any, apart: str, called: str) -> Any:
+    """A typed value as a field takes it; several values stand between commas or colons. Raises BadInput."""
+    value, hint = typed, ""
+    if get_origin(inner_type(field.annotation)) in (list, tuple) and isinstance(typed, str):
+        value, hint = typed.replace(apart, " ").split(), f"; give numbers between {BETWEEN[apart]}"
+    kind: Any = Annotated[(field.annotation, Flag(), *field.metadata)]  # the type with its bounds
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise BadInput(f"{called} {typed}: {e.errors()[0]['msg'].removeprefix('Value error, ')}{hint}") from None
 
 
 def in_words(values: Mapping[str, Any]) -> str:

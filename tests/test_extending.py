@@ -18,6 +18,7 @@ import mftmerge
 from mftmerge import plugins
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.evaluate import candidates
 from mftmerge.mask import Mask
 from mftmerge.operations import OPERATIONS
 from mftmerge.recipe.catalogue import ABOUT, METHODS
@@ -97,6 +98,53 @@ def test_the_operation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         mftmerge.combine_masks("overruled", masks, most=1)
 
 
+def test_a_file_s_operation_is_an_option_a_preset_and_a_candidate(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--plugin` alone: nothing else names the operation or its option."""
+    install(place)
+    assert command("mftmerge --plugin my_masks.py combine --help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--least N How many others there must be (overruled) [1]." in said
+    assert "score, overruled [vote]" in said
+    masks = {n: Mask.load(place / f"{n}.mask") for n in "abc"}
+    assert "overruled@0.5" in [c.text[:13] for c in candidates.defaults(masks)[0]]
+    candidate = candidates.Candidate.parse("overruled@0.4,least=2")
+    line = candidate.command(["a.mask", "b.mask", "c.mask"], "tried.mask")
+    assert command(f"{line} --plugin my_masks.py") == 0
+    made = candidate.combine(list(masks.values()), ["a.mask", "b.mask", "c.mask"])
+    assert Mask.load(place / "tried.mask").info == made.info
+    assert made.info.options == {"least": 2, "density": 0.4}
+    assert command("mftmerge combine a.mask b.mask --op union --least 2 --plugin my_masks.py -o u.mask") == 2
+    assert "union has no option 'least'" in capsys.readouterr().err
+
+
+def test_an_option_needs_a_type_and_a_name_of_its_own(place: Path) -> None:
+    with pytest.raises(BadInput, match="option 'least' needs a type"):
+
+        @mftmerge.operation()
+        def one(masks: list[np.ndarray], *, least=1) -> np.ndarray:  # type: ignore[no-untyped-def]
+            return masks[0]
+
+    with pytest.raises(BadInput, match="cannot be called 'density'"):
+
+        @mftmerge.operation()
+        def two(masks: list[np.ndarray], *, density: float = 1) -> np.ndarray:
+            return masks[0]
+
+    with pytest.raises(BadInput, match="vote has an option 'threshold' of another type"):
+
+        @mftmerge.operation()
+        def three(masks: list[np.ndarray], *, threshold: bool = False) -> np.ndarray:
+            return masks[0]
+
+    with pytest.raises(BadInput, match="the type of an option is not understood"):
+
+        @mftmerge.operation()
+        def four(masks: list[np.ndarray], *, unheard: Unheard = None) -> np.ndarray:  # type: ignore[name-defined]  # noqa: F821
+            return masks[0]
+
+
 @pytest.mark.slow
 def test_the_merge_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(place)
@@ -137,7 +185,7 @@ def test_an_operation_in_a_recipe(place: Path) -> None:
     for name in expected.names:
         assert not built[name][~expected.kept(name)].any()
     (place / "r.yml").write_text((place / "r.yml").read_text().replace("least", "leest"))
-    with pytest.raises(BadInput, match="overruled has no option 'leest'"):
+    with pytest.raises(BadInput, match=r"unknown key 'leest' at mask; did you mean 'least'"):
         mftmerge.build_recipe(place / "r.yml", place / "out2")
 
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from mftmerge.errors import BadInput
-from mftmerge.settings import Flag, Settings
+from mftmerge.settings import Flag, Settings, inner_type, parsed
 
 Completion = Callable[[str], list[str]]
 
@@ -49,11 +47,9 @@ def files(*endings: str) -> Completion:
     return offered
 
 
-def operations(incomplete: str) -> list[str]:
-    """The operations on masks, from their registry."""
-    from mftmerge.operations import OPERATIONS
-
-    return [name for name in OPERATIONS if name.startswith(incomplete)]
+def words(*known: str) -> Completion:
+    """Offers these words."""
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
 
 
 # -- options that many commands share ---------------------------------------------------------------------------------
@@ -99,7 +95,7 @@ def options(**models: type[Settings]) -> Callable[[Callable[..., None]], Callabl
                 }
             command(**values)
 
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]  # what typer reads
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
@@ -118,7 +114,7 @@ def _parameters(model: type[Settings]) -> Iterator[inspect.Parameter]:
             *names,
             help=_help(field),
             metavar=flag.metavar or metavar,
-            autocompletion=files(*flag.endings) if flag.endings else None,
+            autocompletion=files(*flag.endings) if flag.endings else words(*flag.words) if flag.words else None,
             show_default=False,
         )
         if typing.get_origin(kind) is not list:
@@ -130,17 +126,9 @@ def _flag(field: FieldInfo) -> Flag:
     return next((m for m in field.metadata if isinstance(m, Flag)), Flag())
 
 
-def _inner(annotation: Any) -> Any:
-    """A field's type without None."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return inner[0] if len(inner) == 1 else str  # of several types: text, and the model finds out which
-    return annotation
-
-
 def _kind(annotation: Any) -> tuple[Any, str | None]:
     """The type that typer reads for a field of this type, and how the help page calls a value."""
-    inner = _inner(annotation)
+    inner = inner_type(annotation)
     origin, inside = typing.get_origin(inner), typing.get_args(inner)
     if origin is Literal and not isinstance(inside[0], str):
         return type(inside[0]), f"[{'|'.join(map(str, inside))}]"
@@ -153,17 +141,10 @@ def _kind(annotation: Any) -> tuple[Any, str | None]:
 
 def _value(field: FieldInfo, name: str, value: Any) -> Any:
     """A value as the field takes it: numbers apart by commas, NAME=VALUE pairs. Raises BadInput, with the option."""
-    inner, option = _inner(field.annotation), (_flag(field).names or (f"--{name.replace('_', '-')}",))[0]
-    if typing.get_origin(inner) is dict:
+    option = (_flag(field).names or (f"--{name.replace('_', '-')}",))[0]
+    if typing.get_origin(inner_type(field.annotation)) is dict:
         return pairs(value, option)
-    typed = value
-    if typing.get_origin(inner) in (list, tuple) and isinstance(value, str):
-        value = value.replace(",", " ").split()
-    kind: Any = Annotated[(field.annotation, _flag(field), *field.metadata)]  # the type with its bounds
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as e:
-        raise BadInput(f"{option} {typed}: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return parsed(field, value, ",", option)
 
 
 def _help(field: FieldInfo) -> str:

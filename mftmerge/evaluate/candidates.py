@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from mftmerge import plugins
 from mftmerge.combination import Combination
 from mftmerge.combine import combine
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
-from mftmerge.operations import find
+from mftmerge.operations import OPERATIONS, Operation, find
+from mftmerge.settings import parsed
 
 SYNTAX = "OP[@DENSITY][,OPTION=VALUE...], such as score@0.93, vote,threshold=2 or score@0.9,elect,weights=2:1"
-STEPS = ("0.2", "0.3", "0.4", "0.5")  # of the way from the masks' own density to 1
+OWN = re.compile(r"@own(?:\+([0-9.]+))?")  # in a preset, see `Operation`
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,12 @@ class Candidate:
                 raise BadInput(f"candidate {text!r}: cannot read {setting!r}; write {SYNTAX}")
             if name == "density":
                 raise BadInput(f"candidate {text!r}: the density stands after @; write {SYNTAX}")
-            options[name] = _value(name, value, text) if equals else True
+            options[name] = value if equals else True
         if not op or (at and not density):
             raise BadInput(f"candidate {text!r}: write {SYNTAX}")
         try:
-            find(op)
+            found = find(op)
+            options = {name: _value(found, name, value) for name, value in options.items()}
         except BadInput as e:
             raise BadInput(f"candidate {text!r}: {e}") from None
         return cls(",".join([head, *settings]), op, density or None, options)
@@ -63,36 +67,34 @@ class Candidate:
         words += ["--density", self.density] if self.density else []
         for name, value in self.options.items():
             option = "--" + name.replace("_", "-")
-            if name == "weights":
-                words.append(f"{option}={','.join(map(_number, value))}")
-            elif name in ("threshold", "uncovered"):
-                words.append(f"{option}={value}")
-            elif name in ("elect", "allow_different_init"):
+            if isinstance(value, bool):
                 words += [option] if value else []
-            else:  # of an operation of another package
-                words += ["--set", f"{name}={json.dumps(value) if isinstance(value, bool) else value}"]
+            else:
+                words.append(f"{option}={','.join(map(_number, value)) if isinstance(value, tuple) else value}")
         return shlex.join([*words, *(["--archive"] if archive else []), "-o", out])
 
 
 def defaults(masks: Mapping[str, Mask]) -> tuple[list[Candidate], list[str]]:
-    """What is tried without a list, and notes on what is left out: score where the masks carry no scores that add up.
-
-    Beside the set operations, score at the masks' own density and at 20, 30, 40 and 50 % of the way from it to 1.
-    The density at which the worst-served domain keeps most is not known beforehand.
-    """
-    own = _own_density(masks)
-    found, notes = ["union", "intersection", "vote", f"vote@{_decimal(own)}"], []
-    reason = _no_scores(masks)
-    if reason:
-        notes.append(f"score is left out ({reason})")
-    else:
-        between = {step: _decimal(own + (1 - own) * Decimal(step)) for step in ("0", *STEPS)}
-        found += [f"score@{density}" for density in between.values()]
-        if all(mask.has_initial_scores for mask in masks.values()):
-            found += [f"score@{between[step]},elect" for step in ("0", "0.3")]
-        else:
-            notes.append("score with elect is left out (not all masks carry the scores before training)")
-    return [Candidate.parse(text) for text in dict.fromkeys(found)], notes
+    """What is tried without a list, the operations' presets, and notes on those that these masks cannot do."""
+    own, labels = _own_density(masks), list(masks)
+    found: dict[str, Candidate] = {}
+    notes = []
+    with suppress(BadInput):  # a plug-in that fails has no presets; who asks for its operation is told
+        plugins.load()
+    for op in OPERATIONS.values():
+        refused: dict[str, list[str]] = {}  # reason -> presets
+        for preset in op.presets:
+            candidate = Candidate.parse(op.name + OWN.sub(lambda m: _between(own, m[1]), preset))
+            try:
+                Combination(op.name, list(masks.values()), labels, density=candidate.density, **candidate.options)
+            except BadInput as e:
+                refused.setdefault(str(e), []).append(candidate.text)
+            else:
+                found[candidate.text] = candidate
+        for reason, texts in refused.items():
+            all_of_it = len(texts) == len(op.presets)
+            notes.append(f"{op.name if all_of_it else ' and '.join(texts)} is left out ({reason})")
+    return list(found.values()), notes
 
 
 def _own_density(masks: Mapping[str, Mask]) -> Decimal:
@@ -101,13 +103,9 @@ def _own_density(masks: Mapping[str, Mask]) -> Decimal:
     return sum(own, Decimal(0)) / len(own)
 
 
-def _no_scores(masks: Mapping[str, Mask]) -> str | None:
-    """Why the masks cannot be added by their scores, None where they can."""
-    try:
-        Combination("score", list(masks.values()), list(masks), density=1)
-    except BadInput as e:
-        return str(e)
-    return None
+def _between(own: Decimal, step: str | None) -> str:
+    """`@` and a density that lies so far on the way from the masks' own to 1."""
+    return f"@{_decimal(own + (1 - own) * Decimal(step or 0))}"
 
 
 def _decimal(value: Decimal) -> str:
@@ -119,15 +117,9 @@ def _number(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def _value(name: str, text: str, candidate: str) -> Any:
-    """An option's value: weights between colons; a switch, a number, or else the text."""
-    if name == "weights":
-        try:
-            return tuple(float(w) for w in text.split(":"))
-        except ValueError:
-            raise BadInput(f"candidate {candidate!r}: weights are numbers between colons, such as 2:1") from None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return found if isinstance(found, bool | int | float) else text
+def _value(op: Operation, name: str, given: str | bool) -> Any:
+    """An option's value, as its type says: several between colons; a switch, a number, or else the text."""
+    field = op.field(name)
+    if field is None or isinstance(given, bool):
+        return given  # what it is not is said with what the operation takes
+    return parsed(field, given, ":", name)

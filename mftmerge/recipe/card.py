@@ -93,7 +93,7 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
         if document.mask:
             rows.append(_row(document.name or "the result", "output", document.mask, book))
         for _, use, label in masks_used(recipe, document):
-            mask = book.evaluate(use.expression())
+            mask = book.evaluate(use)
             path = out / "masks" / f"{slug(label)}.mask"
             if mask.digest not in saved:
                 if path.exists():
@@ -116,7 +116,7 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
 def _row(model: str, role: str, use: MaskUse | None, book: MaskBook) -> str:
     if use is None:
         return f"| {_cell(model)} | {role} | - | 1 |"
-    mask = book.evaluate(use.expression())
+    mask = book.evaluate(use)
     what = f"{_cell(book.label(use))}, on {use.on}"
     return f"| {_cell(model)} | {role} | {what} | {mask.density():.4f} of {len(mask.names)} tensors |"
 

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
+from mftmerge import operations
+from mftmerge.errors import BadInput
+from mftmerge.operations import Everywhere, Operation
 from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, lookup, suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem
 from mftmerge.recipe.schema import Document, MaskExpression, MaskUse, ModelInput, Module, OutputSlice, Reference
@@ -267,23 +270,39 @@ def _check_masks(document: Document) -> Iterator[tuple[Location, str]]:
 
 
 def _check_expression(expression: MaskExpression, where: Location) -> Iterator[tuple[Location, str]]:
-    if expression.op is not None:
-        from mftmerge import operations
-
-        operation = operations.lookup(expression.op)
-        if operation is None:
-            close = suggestion(expression.op, operations.OPERATIONS)
-            yield (*where, "op"), f"unknown operation {expression.op!r}{close}"
-        else:
-            for option in expression.options():
-                if option not in (*operation.options, "density", "uncovered"):
-                    yield (*where, option), f"{expression.op} has no option {option!r}"
-            if operation.most is not None and len(expression.of or ()) > operation.most:
-                yield (*where, "of"), f"{expression.op} takes at most {operation.most} masks"
-    for i, part in enumerate(expression.of or ()):
+    inputs, given = expression.of or (), expression.options()
+    operation = None if expression.op is None else operations.lookup(expression.op)
+    if operation is None and expression.op is not None:
+        close = suggestion(expression.op, operations.OPERATIONS)
+        yield (*where, "op"), f"unknown operation {expression.op!r}{close}"
+    else:
+        for option, value in given.items():
+            if problem := _option_problem(operation, option, value, where):
+                yield (*where, option), problem
+    if operation and operation.most is not None and len(inputs) > operation.most:
+        yield (*where, "of"), f"{operation.name} takes at most {operation.most} masks"
+    for i, part in enumerate(inputs):
         yield from _check_expression(part, (*where, "of", i))
-    if expression.weights is not None and len(expression.weights) != len(expression.of or ()):
-        yield (*where, "weights"), f"{len(expression.weights)} weights for {len(expression.of or ())} masks"
+    weights = given.get("weights")
+    if isinstance(weights, list) and len(weights) != len(inputs):
+        yield (*where, "weights"), f"{len(weights)} weights for {len(inputs)} masks"
+
+
+def _option_problem(operation: Operation | None, option: str, value: object, where: Location) -> str | None:
+    """What is wrong with a key beside `op:` (`operation`), or beside `file:` (None)."""
+    known = {*operations.options(), *Everywhere.model_fields} if operation is None else {*operation.every_option}
+    if operation is not None and option in known:
+        try:
+            operation.checked({option: value}) if option in operation.options else Everywhere.make({option: value})
+        except BadInput as e:
+            return f"{'.'.join(map(str, where))}.{e}"
+        return None
+    if option not in {*operations.options(), *Everywhere.model_fields}:
+        close = suggestion(option, known | {*MaskUse.model_fields})
+        return f"unknown key {option!r} at {'.'.join(map(str, where))}{close if 'did you' in close else ''}"
+    if operation is None:
+        return f"{option}: belongs to an operation; add op:"
+    return f"{operation.name} has no option {option!r}; it takes {', '.join(operation.every_option)}"
 
 
 # What numbers mean something for a parameter; mergekit takes others without a word.

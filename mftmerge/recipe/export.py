@@ -297,7 +297,7 @@ class Exporter:
     def masked_stage(self, stage: str, mask: MaskUse, document: Document, name: str | None) -> str:
         """Append the documents that mask the result of an earlier one; gives the name of the last."""
         translation = StockTranslation(self, document)
-        evaluated = translation.book.evaluate(mask.expression())
+        evaluated = translation.book.evaluate(mask)
         label = translation.book.label(mask)
         entries = self.entries[stage]
         here, final = self.folder(f"kmask-{slug(label)}")
@@ -375,7 +375,7 @@ class StockTranslation(Translation):
             base = exporter.now(Reference.model_validate(self.input(item)).path)
         exporter.notify(f"masking {reference}")
         merged = _merged_adapter(reference, exporter.here / ".work") if reference.lora else model
-        apply_mask(self.book.evaluate(mask.expression()), merged, here, base=base, check_base=False)
+        apply_mask(self.book.evaluate(mask), merged, here, base=base, check_base=False)
         for name in companion_files(Checkpoint.open(model)) if reference.lora else ():
             if not name.endswith(".index.json") and not (here / name).exists():
                 shutil.copyfile(model / name, here / name)

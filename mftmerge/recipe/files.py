@@ -94,7 +94,7 @@ class FileChecks:
 
     def _misfit(self, use: MaskUse, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         """What of a mask on the result's tensors does not fit them: the first one."""
-        label, mask = self.book.label(use), self.book.evaluate(use.expression())
+        label, mask = self.book.label(use), self.book.evaluate(use)
         for name in mask.names:
             if name not in shapes:
                 # Experts are fused in the result, where their names are not close to a checkpoint's.
@@ -178,7 +178,7 @@ class FileChecks:
     ) -> Iterator[tuple[Location, str]]:
         label = self.book.label(use)
         try:
-            mask = self.book.evaluate(use.expression())
+            mask = self.book.evaluate(use)
             # A method that takes masks as a parameter decides itself what becomes of dropped weights, of the result's
             # tensors: these masks are compared with them (`of_result`).
             applied = where == ("mask",) or not METHODS[self.document.merge_method].mask_as_parameter

@@ -134,13 +134,13 @@ class MaskedInputs(Inputs):
     def output_mask(self) -> OutputMask | None:
         """The result's mask, when the document has one."""
         use = self.document.mask
-        return OutputMask(self.book.evaluate(use.expression()), self._delta_base(use)) if use else None
+        return OutputMask(self.book.evaluate(use), self._delta_base(use)) if use else None
 
     def model(self, item: ModelInput) -> dict[str, Any]:
         found = super().model(item)
         if item.mask and self.mask_of(item) is None:
             path = self.work / f"parameter-{len(list(self.work.glob('parameter-*')))}.mask"
-            self.book.evaluate(item.mask.expression()).save(path)
+            self.book.evaluate(item.mask).save(path)
             found["parameters"] = found.get("parameters", {}) | {"mask": str(path)}
         return found
 
@@ -163,7 +163,7 @@ class MaskedInputs(Inputs):
                     if file.is_file() and (source == Path(merged.model.path) or not is_weight):
                         (path / file.name).unlink(missing_ok=True)
                         (path / file.name).symlink_to(file.resolve())
-            mask = self.book.evaluate(use.expression())
+            mask = self.book.evaluate(use)
             names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self._delta_base(use)
             view = ModelReference.model_validate(str(path))
             self._loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)

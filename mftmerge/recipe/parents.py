@@ -66,5 +66,5 @@ def parents(path: str | Path) -> Parents:
     for item in document.models:
         if item.mask is None or item.mask.learn is not None:
             raise BadInput(f"{path}: {item.model} has no mask yet")
-        masks.append(book.evaluate(item.mask.expression()))
+        masks.append(book.evaluate(item.mask))
     return Parents((str(document.base_model.model), *(str(m.model) for m in document.models)), tuple(masks))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from mftmerge.operations import OPERATIONS, Everywhere, meaning, options
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.reference import Reference, Strict
 
@@ -17,32 +18,13 @@ DType = Literal["float32", "float16", "bfloat16", "float64", "int64"]
 
 
 class MaskExpression(Strict):
-    """A mask: a file, a name from `masks:`, or an operation on other masks."""
+    """A mask: a file, a name from `masks:`, or an operation on other masks, with the operation's options beside it."""
+
+    model_config = ConfigDict(extra="allow")  # which options there are, the operation says: see check.py
 
     file: str | None = Field(default=None, description="A .mask file (relative to the recipe), or a name from masks:.")
-    op: str | None = Field(
-        default=None, description="union, intersection, vote, difference, xor, complement, score, ..."
-    )
+    op: str | None = Field(default=None, description=f"An operation: {', '.join(OPERATIONS)}, or one of a plug-in.")
     of: tuple[MaskExpression, ...] | None = Field(default=None, description="The operation's inputs.")
-    threshold: int | float | str | None = Field(
-        default=None, description="vote: how many inputs must keep, such as 2, or a share, such as 0.6."
-    )
-    weights: tuple[float, ...] | None = Field(
-        default=None, description="One weight an input, for a weighted vote or score."
-    )
-    density: float | None = Field(default=None, description="Project the result to exactly this share of kept weights.")
-    uncovered: str | None = Field(
-        default=None, description="A mask on a tensor that it does not cover: abstain (the default), or keep all of it."
-    )
-    elect: bool | None = Field(
-        default=None, description="score: at each weight add only the evidence that has the sign of the sum."
-    )
-    allow_different_init: bool | None = Field(
-        default=None, description="score: also add masks that started from different scores."
-    )
-    set: dict[str, bool | int | float | str] | None = Field(
-        default=None, description="Options of an operation of another package, by name."
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -63,13 +45,12 @@ class MaskExpression(Strict):
             raise ValueError("a mask needs either file: or op:")
         if self.op is not None and not self.of:
             raise ValueError(f"op: {self.op} needs of: with the masks that it combines")
-        if self.op is None and (stray := sorted({"of", "set", *self.options()} & self.model_fields_set)):
-            raise ValueError(f"{stray[0]}: belongs to an operation; add op:")
+        if self.op is None and self.of is not None:
+            raise ValueError("of: belongs to an operation; add op:")
 
     def options(self) -> dict[str, Any]:
         """The operation's options that are set, as `combine.combine` takes them."""
-        named = ("threshold", "weights", "density", "uncovered", "elect", "allow_different_init")
-        return {name: value for name in named if (value := getattr(self, name)) is not None} | (self.set or {})
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
 
 class Learn(Strict):
@@ -100,13 +81,9 @@ class MaskUse(MaskExpression):
     def _check(self) -> MaskUse:
         if self.learn is None:
             self._require_expression()
-        elif stray := sorted({"file", "op", "of", "set", "base", *self.options()} & self.model_fields_set):
+        elif stray := sorted({"file", "op", "of", "base"} & self.model_fields_set | {*self.options()}):
             raise ValueError(f"{stray[0]}: has no place beside learn:")
         return self
-
-    def expression(self) -> MaskExpression:
-        """The mask alone."""
-        return MaskExpression.model_validate(self.model_dump(exclude={"on", "base", "learn"}, exclude_unset=True))
 
 
 def _setting(value: Any) -> Any:
@@ -310,10 +287,19 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of one document of a recipe, for editors (`# yaml-language-server: $schema=...`)."""
     schema = Document.model_json_schema()
     text = {"type": "string"}
+    described = Everywhere.model_json_schema()["properties"]
+    for name, (of, _) in options().items():
+        described[name] = OPERATIONS[of[0]].settings.model_json_schema()["properties"][name]
+        described[name]["description"] = meaning(name)
     definitions = schema["$defs"]
+    elsewhere = {"type": "object", "properties": {"op": {"not": {"enum": [*OPERATIONS]}}}, "required": ["op"]}
     for name in ("Reference", "MaskExpression", "MaskUse", "BaseInput"):  # each may also be written as a plain string
         body = definitions[name]
+        forms = [text, body]
+        if name.startswith("Mask"):
+            body |= {"properties": body["properties"] | described, "additionalProperties": False}
+            forms.append(elsewhere)  # a plug-in's operation has options of its own
         if name == "Reference":
-            body = {"type": "object", "properties": {"model": {}, "lora": {}, "override_architecture": {}}}
-        definitions[name] = {"anyOf": [text, body], "description": body.get("description", "A model reference.")}
+            forms[1] = {"type": "object", "properties": {"model": {}, "lora": {}, "override_architecture": {}}}
+        definitions[name] = {"anyOf": forms, "description": body.get("description", "A model reference.")}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mftmerge recipe"} | schema
