@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from mftmerge.dtypes import BY_CODE, Dtype, to_float32
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import COMPANIONS, read_at, refuse_pointer
+from mftmerge.files import COMPANIONS, once, read_at, refuse_pointer
 from mftmerge.select import Integers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -329,20 +329,11 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     """A JSON object in which no key occurs twice. Raises BadInput for anything else."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            seen: set[str] = set()
-            repeated = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise BadInput(f"{path}: {repeated!r} occurs twice in the header")
-        return keys
-
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
         if isinstance(e, BadInput):
-            raise
+            raise BadInput(f"{path}: {e}") from None
         raise BadInput(f"{path}: unreadable JSON ({str(e)[:100]}); download it again") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: its JSON is not an object; download it again")

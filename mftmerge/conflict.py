@@ -21,7 +21,7 @@ from mftmerge import plots
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
-from mftmerge.names import layer_of, module_of
+from mftmerge.names import in_order, layer_name, layer_of, module_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ class Dispute:
         return [(name, c.opposed / self.total.opposed) for name, c in ordered if c.opposed and self.total.opposed]
 
     def to_json(self) -> dict[str, Any]:
-        layers = {"other" if k is None else str(k): c.to_json() for k, c in self.by(layer_of).items()}
+        layers = {layer_name(k): c.to_json() for k, c in self.by(layer_of).items()}
         modules = {str(k): c.to_json() for k, c in self.by(module_of).items()}
         tensors = {n: c.to_json() for n, c in self.by_tensor.items()}
         whole = {"a": self.a, "b": self.b} | self.total.to_json()
@@ -166,7 +166,7 @@ def conflict(a: Values, b: Values) -> Conflict:
 
 def picture(disputes: Sequence[Dispute]) -> Figure:
     """One map a pair, layers by modules: the share of evidence that is opposed, in times of chance, on one scale."""
-    layers = sorted({layer_of(n) for d in disputes for n in d.by_tensor}, key=lambda n: (n is None, n or 0))
+    layers = in_order(layer_of(n) for d in disputes for n in d.by_tensor)
     modules = sorted({module_of(n) for d in disputes for n in d.by_tensor})
     columns = min(3, len(disputes))
     rows = -(-len(disputes) // columns)
@@ -181,7 +181,7 @@ def picture(disputes: Sequence[Dispute]) -> Figure:
                 values[layers.index(layer), modules.index(module)] = c.opposed / c.opposed_by_chance
         image = axes.imshow(values, vmin=0, vmax=2, cmap="PuOr_r", aspect="auto")  # 1, the middle, is chance
         axes.set_xticks(range(len(modules)), modules, rotation=60, ha="right", fontsize=7)
-        axes.set_yticks(range(len(layers)), ["other" if n is None else str(n) for n in layers], fontsize=7)
+        axes.set_yticks(range(len(layers)), [layer_name(n) for n in layers], fontsize=7)
         axes.set_title(f"{dispute.a}, {dispute.b}: {dispute.total.share('opposed'):.1%} opposed", fontsize=8)
     figure.colorbar(image, ax=list(grid.flat), shrink=0.8, label="opposed evidence, times chance")
     return figure

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-class _Placed(Row):  # type: ignore[misc,valid-type]
+class _Placed(dict[str, Any]):
     """A row that was read, with its place for messages."""
 
     where: str
@@ -137,8 +137,8 @@ def _known_shape(row: Row, where: str) -> Row:
     if "chosen" in row:
         if isinstance(row["chosen"], str):
             return rest | {"prompt": row.get("prompt", ""), "completion": row["chosen"]}
-        asked = row.get("prompt")  # type: ignore[assignment]
-        return rest | ({"prompt": asked, "completion": row["chosen"]} if asked else {"messages": row["chosen"]})
+        before = row.get("prompt")
+        return rest | ({"prompt": before, "completion": row["chosen"]} if before else {"messages": row["chosen"]})
     return row
 
 

@@ -13,9 +13,11 @@ import os
 import platform
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -151,6 +153,20 @@ def _hard_link(path: Path, out: Path) -> Path | None:
 
     theirs = inodes(path)
     return next((p for key, p in inodes(out).items() if key in theirs), None) if theirs else None
+
+
+def beside(folder: Path, source: str) -> str:
+    """A path, or a range of a file such as `rows.jsonl[0:100]`, that a file in this folder names, if it is there."""
+    return str(folder / source) if (folder / source.partition("[")[0]).exists() else source
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads(object_pairs_hook=once)`. Raises BadInput for a key that stands twice in it."""
+    found = dict(pairs)
+    if len(found) != len(pairs):  # readers disagree on which of the two counts
+        repeated = Counter(k for k, _ in pairs).most_common(1)[0][0]
+        raise BadInput(f"key {repeated[:80]!r} occurs twice")
+    return found
 
 
 def refuse_pointer(path: Path, start: bytes | None = None) -> None:

@@ -12,7 +12,7 @@ from mftmerge.errors import BadInput, shown
 from mftmerge.maskfile import MaskFile
 from mftmerge.maskheader import info_json
 from mftmerge.maskstore import MaskInfo, Parent, Store
-from mftmerge.names import layer_of, module_of
+from mftmerge.names import layer_name, layer_of, module_of
 
 if TYPE_CHECKING:
     from mftmerge.mask import Mask
@@ -76,7 +76,7 @@ class Inspection:
             [module, *(f"{s.density:.4f}" if s and s.size else "" for s in row)]
             for module, row in zip(modules, shares, strict=True)
         ]
-        heads = ["module", *("other" if layer is None else f"layer {layer}" for layer in layers)]
+        heads = ["module", *(layer_name(layer, "layer ") for layer in layers)]
         title = f"{self.path}: {len(self.tensors)} tensors, density {self.total.density:.4f}"
         return notebook.table(heads, rows, title, [f"{k}: {v}" for k, v in provenance(self.info)])
 
@@ -88,7 +88,7 @@ class Inspection:
         for name, share in self.tensors.items():
             plain["tensors"][name] |= {"density": share.density, "shape": list(self.shapes[name])}
         del plain["shapes"]
-        plain["by_layer"] = {"other" if k is None else str(k): s.density for k, s in self.by_layer().items()}
+        plain["by_layer"] = {layer_name(k): s.density for k, s in self.by_layer().items()}
         plain["by_module"] = {k: s.density for k, s in self.by_module().items()}
         return plain
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from pydantic import Field
 
-from mftmerge.errors import BadInput, worded
-from mftmerge.files import replacing
+from mftmerge.errors import worded
+from mftmerge.files import beside, replacing
 from mftmerge.progress import Progress
 from mftmerge.settings import Settings
-from mftmerge.yamltext import read_document
 
 if TYPE_CHECKING:
     from mftmerge.evaluate.results import GridResult
@@ -71,16 +70,10 @@ def template(name: str, model: str, domains: list[str], out: str) -> str:
 def load_job(path: str | Path) -> Job:
     """Read a job file; paths in it are relative to it. Raises BadInput, also for files that are not there."""
     path = Path(path)
-    given = read_document(path)
-    if not isinstance(given, dict):
-        raise BadInput(f"{path}: a job is a mapping with model and domains; `mftmerge init` writes one")
-    try:
-        job = Job.make(given)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
+    job = Job.read(path, "a job is a mapping with model and domains; `mftmerge init` writes one")
 
     def near(text: str) -> str:
-        return str(path.parent / text) if (path.parent / text.partition("[")[0]).exists() else text
+        return beside(path.parent, text)
 
     domains = {
         name: Domain(train=near(d.train), validation=near(d.validation), test=near(d.test))

@@ -7,28 +7,21 @@ was after any number of switches.
 
 from __future__ import annotations
 
-import contextvars
-import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from mftmerge.attachment import Attachment
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
 from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, on_cpu
+from mftmerge.modelcalls import Block, ModelCalls, inside, owners
 from mftmerge.rowmasks import RowMasks
-
-# The `use` blocks that this thread or task is inside of, or was started from. Each block is an object of its own.
-_BLOCKS: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("mftmerge_blocks", default=())
 
 
 class Switcher:
@@ -43,25 +36,8 @@ class Switcher:
         self._attachment = attachment
         self._active: str | None = None
         self._certain = True  # False after an interrupted switch: the next one rewrites every stored weight
-        self._attached = True
-        self._guard = threading.Lock()  # held only while the fields below are looked at or set
-        self._switching = False
-        self._block: _Block | None = None
-        self._watched: list[torch.nn.Module] = []
-        self._hooks: list[RemovableHandle] = []
-        self._compiled: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
-        self._watch()
-
-    def _watch(self) -> None:
-        """Put a watch on every module that is to have one and has none yet."""
-        for module in self._attachment.holders(self._parts):
-            if module in self._watched:
-                continue
-            self._watched.append(module)
-            self._hooks.append(module.register_forward_pre_hook(_Watch(self)))
-            if (call := module._compiled_call_impl) is not None:  # compiled in place: no hooks run outside its graph
-                self._compiled.append((module, call))
-                module._compiled_call_impl = _CompiledCall(self, call)  # type: ignore[assignment]
+        self._calls = ModelCalls(self, lambda: self._certain)
+        self._calls.watch(attachment.holders(self._parts))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,7 +90,7 @@ class Switcher:
 
         Raises BadInput for unknown names, and for models whose covered layers do not see the batch's rows.
         """
-        if self._compiled or any(hasattr(m, "_orig_mod") for m in self._watched):
+        if self._calls.compiled:
             raise BadInput("the model is compiled, which fixes its layers; give batches to the model that is not")
         rows = RowMasks(self._attachment, masks)
         with self._used(None, "a batch of masks"), rows:
@@ -122,12 +98,11 @@ class Switcher:
 
     @contextmanager
     def _used(self, name: str | None, shown: str) -> Iterator[None]:
-        block = _Block(shown, threading.get_ident())
         with self._exclusively(name):
             before = self._active
             self._switch(name)
-            self._block = block
-        _BLOCKS.set((*_BLOCKS.get(), block))
+            block = self._calls.begin(shown)
+        inside(block)
         try:
             yield
         except BaseException:
@@ -150,7 +125,7 @@ class Switcher:
             if name in self.names:
                 raise BadInput(f"a mask {name!r} is attached already; remove it first, or choose another name")
             self._attachment.add({name: loaded}, base, on)
-            self._watch()
+            self._calls.watch(self._attachment.holders(self._parts))
 
     def remove(self, name: str) -> None:
         """Let go of one mask. No mask may be on. Raises as `switch`."""
@@ -183,12 +158,9 @@ class Switcher:
         lost = [p.name for p in changed if not p.give_back(state)]
         self._certain = bool(changed)  # interrupted from here on, all is written again
         self._write(state, None, [p for p in self._parts if p not in changed])
-        self._active, self._certain, self._attached = None, True, False
+        self._active, self._certain = None, True
         self._attachment.parts.clear()
-        for hook in self._hooks:
-            hook.remove()
-        for module, call in self._compiled:
-            module._compiled_call_impl = call
+        self._calls.close()
         if lost:
             return f"parameter {lost[0]!r} was replaced since the masks were attached; it stays as it is, masked or not"
         if changed and state is not None:
@@ -198,29 +170,19 @@ class Switcher:
             )
         return None
 
-    def _end(self, block: _Block, before: str | None, *, told: bool) -> None:
+    def _end(self, block: Block, before: str | None, *, told: bool) -> None:
         """Take a block's mask off, come what may. told: an exception is on its way that should not be replaced."""
-        _BLOCKS.set(tuple(b for b in _BLOCKS.get() if b is not block))
-        interrupted: BaseException | None = None
-        try:
-            while self._running(but=threading.get_ident()):
-                time.sleep(0.002)  # a thread started inside the block: its forward pass must not see a mixture
-        except BaseException as e:  # Ctrl-C while waiting: the mask goes all the same
-            interrupted = e
-        with self._guard:
-            self._block, self._switching = None, True
         said = None
-        try:
-            if self._changed(self._state, self._parts):
-                said = f"{self._release()}; the masks are detached, attach them again"
-            else:
-                self._switch(before, check=False)
-        except BaseException as e:  # another one, in the middle of it: `_switch` has gone back, so once more
-            interrupted = e
-            if self._attached:
-                self._switch(before, check=False)
-        finally:
-            self._switching = False
+        with self._calls.ended(block) as interrupted:
+            try:
+                if self._changed(self._state, self._parts):
+                    said = f"{self._release()}; the masks are detached, attach them again"
+                else:
+                    self._switch(before, check=False)
+            except BaseException as e:  # another one, in the middle of it: `_switch` has gone back, so once more
+                interrupted = e
+                if not self._calls.closed:
+                    self._switch(before, check=False)
         if interrupted is not None:
             raise interrupted
         if said is not None and not told:
@@ -230,23 +192,11 @@ class Switcher:
 
     @contextmanager
     def _exclusively(self, name: str | None) -> Iterator[None]:
-        """For the length of a switch: nobody else switches or runs the model. Says who does, otherwise."""
+        """For the length of a switch to a mask: nobody else switches or runs the model, see `ModelCalls.kept_out`."""
         if name is not None and name not in self.names:
             raise BadInput(f"no mask {name!r} is attached; there are {', '.join(self.names)}")
-        with self._guard:
-            if not self._attached:
-                raise MftmergeError("this switcher is detached; attach the masks again")
-            if self._switching:
-                raise MftmergeError("another thread is switching this model's masks; switch from one thread at a time")
-            if self._block is not None:
-                raise MftmergeError(f"{self._block.name} is in use; leave its `with` block before switching")
-            if self._running():
-                raise MftmergeError("the model is running; switch masks when its forward pass has finished")
-            self._switching = True
-        try:
+        with self._calls.kept_out():
             yield
-        finally:
-            self._switching = False
 
     @property
     def _state(self) -> str | None:
@@ -287,73 +237,8 @@ class Switcher:
         finally:
             torch.clear_autocast_cache()  # it holds the weights in the other dtype, as they were
 
-    def _running(self, but: int | None = None) -> bool:
-        """Whether a thread (other than `but`) is inside a call of the model.
-
-        Read off the threads' stacks and not counted by hooks: a forward pass that ends in a KeyboardInterrupt runs no
-        hook, and would count as running for ever.
-        """
-        watched = {id(m) for m in self._watched} | {id(m._compiled_call_impl) for m, _ in self._compiled}
-        for thread, top in sys._current_frames().items():
-            frame = None if thread == but else top
-            while frame is not None:
-                if frame.f_code in _CALLS and id(frame.f_locals.get("self")) in watched:
-                    return True
-                frame = frame.f_back
-        return False
-
-    def _entering(self) -> None:
-        """Called before each forward pass."""
-        with self._guard:
-            if self._switching:
-                raise MftmergeError("the model was called while another thread switches its masks")
-            if self._block is not None and self._block not in _BLOCKS.get():
-                other = "thread" if self._block.thread != threading.get_ident() else "task"
-                raise MftmergeError(
-                    f"the model was called while another {other} uses its {self._block.name}; of what a block "
-                    "starts, tasks and asyncio.to_thread belong to it, and a Thread with contextvars.copy_context().run"
-                )
-            if not self._certain:
-                raise MftmergeError("switching this model's masks was interrupted; switch again, or detach")
-
     def __reduce__(self) -> NoReturn:
         raise MftmergeError("a switcher belongs to one model in one process; attach the masks to the copy again")
-
-
-class _Block:
-    """A `use` block: what is in use, in words, and the thread that began it."""
-
-    def __init__(self, name: str, thread: int) -> None:
-        self.name, self.thread = name, thread
-
-
-class _Watch:
-    """The hook on a model. A copy of the model, or a pickle, gets one that does nothing: it has its own weights."""
-
-    def __init__(self, switcher: Switcher | None) -> None:
-        self.switcher = switcher
-
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
-        if self.switcher is not None and not torch.compiler.is_compiling():
-            self.switcher._entering()
-
-    def __reduce__(self) -> tuple[type[_Watch], tuple[None]]:
-        return _Watch, (None,)
-
-
-class _CompiledCall:
-    """Stands before the compiled call of a module that was compiled in place."""
-
-    def __init__(self, switcher: Switcher, call: Callable[..., Any]) -> None:
-        self.switcher, self.call = switcher, call
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:  # a module's arguments and result: anything
-        self.switcher._entering()
-        return self.call(*arguments, **named)
-
-
-# The frames of a call of a module, by which a running one is known.
-_CALLS = (torch.nn.Module._call_impl.__code__, _CompiledCall.__call__.__code__)
 
 
 def attach(
@@ -395,6 +280,4 @@ def attach(
 
 def attached(model: torch.nn.Module) -> list[Switcher]:
     """The switchers that are attached to a model or to parts of it, for those who no longer hold them."""
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    found = [hook.switcher for hook in hooks if isinstance(hook, _Watch)]
-    return list({id(s): s for s in found if s is not None}.values())
+    return [owner for owner in owners(model) if isinstance(owner, Switcher)]

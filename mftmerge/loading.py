@@ -51,9 +51,11 @@ def load_causal_lm(
     check_directory(path)
 
     def load() -> tuple[PreTrainedModel, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # because of output_loading_info
+        found: Any = AutoModelForCausalLM.from_pretrained(  # a pair, because of output_loading_info
             path, dtype=dtype, output_loading_info=True, trust_remote_code=trusted(trust_remote_code)
         )
+        model, report = found
+        return model, report
 
     model, report = _guarded(path, "as a causal language model", load)
     if missing := sorted(report["missing_keys"]):
@@ -72,12 +74,24 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return merged
 
 
+def placed(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
+    """The model, moved to a device: by default this process's GPU where there is one, else the CPU."""
+    import torch
+
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return model.to(torch.device(device))  # type: ignore[arg-type]  # transformers' `to` is untyped
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint directory. Raises BadInput where there is none; see `load_causal_lm`."""
     from transformers import AutoTokenizer
 
     def load() -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted(trust_remote_code))  # type: ignore[no-any-return]
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trusted(trust_remote_code)
+        )
+        return found
 
     return _guarded(path, "with its tokenizer", load)
 

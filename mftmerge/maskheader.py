@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from mftmerge import bits
 from mftmerge.errors import BadInput
-from mftmerge.files import refuse_pointer
+from mftmerge.files import once, refuse_pointer
 from mftmerge.maskstore import DEEPEST_FAMILY, MOST_FORGOTTEN, MaskInfo, Parent, plain
 
 FORMAT = 1
@@ -123,17 +123,6 @@ def crc(text: str) -> str:
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise BadInput(f"key {key[:80]!r} appears twice")
-            seen.add(key)
-    return result
-
-
 def _no_constant(text: str) -> None:
     raise BadInput(f"{text} is not JSON")
 
@@ -141,7 +130,7 @@ def _no_constant(text: str) -> None:
 def parse_json(text: bytes | str) -> dict[str, Any]:
     """A JSON object without duplicate keys, NaN or infinities. Raises BadInput."""
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=once, parse_constant=_no_constant)
     except BadInput:
         raise
     except (ValueError, RecursionError) as e:

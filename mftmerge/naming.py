@@ -286,5 +286,6 @@ def decoder_layers(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
         inside = {id(m) for m in decoder.modules()}
         outer = [(n, m) for n, m in outer if id(m) in inside] or outer
     config = getattr(model, "config", None)
-    count = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None  # type: ignore[union-attr]
+    text_config = getattr(config, "get_text_config", None)
+    count = None if text_config is None else getattr(text_config(), "num_hidden_layers", None)
     return max(outer, key=lambda pair: (len(pair[1]) == count, len(pair[1])))

@@ -105,7 +105,7 @@ class OutputDirectory:
         with self._lock:
             for name in (MANIFEST, f"{MANIFEST}.tmp", OWNER):
                 (self.path / name).unlink(missing_ok=True)
-        os.fsync(self._fd)
+        os.fsync(self._fd)  # the names inside are durable before the one outside is
         if not (self.overwrite and self.out.is_dir() and any(self.out.iterdir())):
             os.rename(self.path, self.out)
             self._committed = True
@@ -113,6 +113,7 @@ class OutputDirectory:
             return
         written = {str(p.relative_to(self.path)) for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()}
         record = self.out.parent / f".{self.out.name}.written"
+        # Before the exchange: whoever finishes it after a kill has to know which of the old files are replaced.
         record.write_text(json.dumps(sorted(written)), encoding="utf-8")
         # Under this name the next run finds the old directory, should this one be killed after the exchange.
         old = _unused(self.out.parent / f".{self.out.name}.replaced")

@@ -19,7 +19,7 @@ from mftmerge import bits, cut, notebook, plots
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput, shown
 from mftmerge.mask import Mask, Scores
-from mftmerge.names import layer_of
+from mftmerge.names import in_order, layer_name, layer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +140,7 @@ class Comparison:
                 {"a": p.a, "b": p.b, "tensors": p.tensors}
                 | p.total.to_json()
                 | {"start": p.start.to_json() if p.start else None}
-                | {"by_layer": {"other" if k is None else str(k): o.to_json() for k, o in p.by_layer.items()}}
+                | {"by_layer": {layer_name(k): o.to_json() for k, o in p.by_layer.items()}}
                 for p in self.pairs
             ],
             "moved": {name: overlap.to_json() for name, overlap in self.moved.items()},
@@ -224,7 +224,7 @@ def picture(comparison: Comparison) -> Figure:
     figure = plots.new_figure(6.5 + 0.6 * len(names), max(3.2, 1.5 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(names) + 1, 5])
     _matrix(figure, left, names, np.array(comparison.matrix(lambda p: p.total.jaccard)))
-    layers = sorted({n for p in pairs for n in p.by_layer}, key=lambda n: (n is None, n or 0))
+    layers = in_order(n for p in pairs for n in p.by_layer)
     place = {n: i for i, n in enumerate(layers)}
     for i, pair in enumerate(pairs):
         at, colour = [place[n] for n in pair.by_layer], f"C{i % 10}"
@@ -234,7 +234,7 @@ def picture(comparison: Comparison) -> Figure:
         right.plot(at, [o.jaccard_independent for o in every], "--", color=colour, linewidth=0.8)
         if pair.total.jaccard_from_start is not None:
             right.plot(at, [o.jaccard_from_start for o in every], ":", color=colour)
-    right.set_xticks(range(len(layers)), ["other" if n is None else str(n) for n in layers])
+    right.set_xticks(range(len(layers)), [layer_name(n) for n in layers])
     right.set_xlabel("layer")
     right.set_ylabel("Jaccard of pruned sets")
     right.set_ylim(bottom=0)

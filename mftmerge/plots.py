@@ -10,7 +10,7 @@ import numpy as np
 
 from mftmerge.errors import BadInput, shown
 from mftmerge.files import refuse_existing, replacing
-from mftmerge.names import layer_of, module_of
+from mftmerge.names import layer_name, layer_of, module_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def _by_layer(
         shade = "white" if table[i, j] < 0.5 else "black"
         lower.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=shade, fontsize=7)
     lower.set_yticks(range(len(modules)), modules)
-    lower.set_xticks(range(len(layers)), ["other" if n is None else str(n) for n in layers])
+    lower.set_xticks(range(len(layers)), [layer_name(n) for n in layers])
     lower.set_xlabel("layer")
     figure.colorbar(image, ax=lower, label=label)
     return figure

@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mftmerge.data import Tokens
 from mftmerge.naming import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 SHARE = 0.4  # of the free memory that states may fill
@@ -38,7 +42,12 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: Any, first_layer: int, *, directory: str | Path | None = None, budget: int | None = None
+        self,
+        model: PreTrainedModel,
+        first_layer: int,
+        *,
+        directory: str | Path | None = None,
+        budget: int | None = None,
     ) -> None:
         self.model, self.first_layer = model, first_layer
         self._layers = list(decoder_layers(model)[1])
@@ -279,7 +288,7 @@ def _is(known: set[bytes], row: list[int], length: int) -> bool:
 def _budget(directory: str | Path | None) -> int:
     import shutil
 
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     free = psutil.virtual_memory().available if directory is None else shutil.disk_usage(Path(directory).parent).free
     return int(SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # processes of one launcher share it

@@ -52,6 +52,17 @@ class Settings(BaseModel):
             raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
 
     @classmethod
+    def read(cls, path: Path, form: str) -> Self:
+        """Settings from a YAML file. form: what such a file is, in words. Raises BadInput that names the file."""
+        values = read_document(path)
+        if not isinstance(values, dict):
+            raise BadInput(f"{path}: {form}")
+        try:
+            return cls.make(values)
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
+
+    @classmethod
     def load(cls, path: str | Path, also: tuple[str, ...] = ()) -> dict[str, Any]:
         """The values in a YAML file of settings, checked; `also`: names that the file may have besides the fields.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mftmerge import data as rows_of
 from mftmerge import notebook
+from mftmerge.data import Tokens
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
@@ -31,11 +32,12 @@ from mftmerge.prefix import PrefixCache
 from mftmerge.settings import in_words
 from mftmerge.sweepplan import Run, SweepPlan, load_plan, plan_runs
 from mftmerge.train import targets
-from mftmerge.train.run import train_mask
+from mftmerge.train.run import TrainResult, train_mask
 from mftmerge.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ def run_sweep(
     return SweepResult(lines, chosen, test)
 
 
-def _continue(results: Results, model: Any, tokens: Mapping[str, Any], plan: SweepPlan) -> str:
+def _continue(results: Results, model: PreTrainedModel, tokens: Mapping[str, Sequence[Tokens]], plan: SweepPlan) -> str:
     """The sweep's identity; the first line of the file says it, and must say the same when a sweep is continued."""
     facts = grids.model_facts(model)
     head = {"kind": "sweep", "model": plan.model, "weights": facts["weights"], "dtype": facts["dtype"]}
@@ -159,9 +161,9 @@ def _continue(results: Results, model: Any, tokens: Mapping[str, Any], plan: Swe
 def _train_missing(
     runs: Sequence[Run],
     results: Results,
-    model: Any,
-    tokenizer: Any,
-    tokens: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, Sequence[Tokens]],
     out: Path,
     say: Callable[[str], None],
 ) -> None:
@@ -182,7 +184,12 @@ def _mask(run: Run, out: Path) -> Path:
 
 
 def train_one(
-    run: Run, model: Any, tokenizer: Any, tokens: Mapping[str, Any], out: Path, cache: PrefixCache | None
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, Sequence[Tokens]],
+    out: Path,
+    cache: PrefixCache | None,
 ) -> dict[str, Any]:
     """Train or continue one run's mask into `out`; its line of the results, which says so where training failed."""
     path = _mask(run, out)
@@ -236,7 +243,7 @@ def _hand_out(
         say(f"{number} of {len(missing)} runs are done")
 
 
-def _cache(model: Any, settings: TrainSettings, caches: dict[int, PrefixCache]) -> PrefixCache | None:
+def _cache(model: PreTrainedModel, settings: TrainSettings, caches: dict[int, PrefixCache]) -> PrefixCache | None:
     """One cache of hidden states for all runs over the same layers; only the last one is kept."""
     first = min(target.layer for target in targets.find(model, settings.layers, settings.modules))
     if settings.prefix != "memory" or not first:
@@ -247,7 +254,7 @@ def _cache(model: Any, settings: TrainSettings, caches: dict[int, PrefixCache]) 
     return caches[first]
 
 
-def _run_line(run: Run, found: Any, mask: Path) -> dict[str, Any]:
+def _run_line(run: Run, found: TrainResult, mask: Path) -> dict[str, Any]:
     line: dict[str, Any] = {"kind": "run", "id": run.id, "combination": run.combination, "seed": run.settings.seed}
     line |= {"settings": run.settings.model_dump(), "best_step": found.best_step, "gained": bool(found.gained)}
     line["validation"] = {name: pairing.mean(np.asarray(rows)) for name, rows in found.losses.items()}
@@ -294,9 +301,9 @@ def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str
 def _test(
     chosen: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
-    model: Any,
-    tokenizer: Any,
-    tokens: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, Sequence[Tokens]],
     plan: SweepPlan,
     out: Path,
 ) -> GridResult:

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import Field
 
 from mftmerge.errors import BadInput
+from mftmerge.files import beside
 from mftmerge.settings import Settings
 from mftmerge.train.settings import TrainSettings
-from mftmerge.yamltext import read_document
 
 # One value for a whole sweep.
 FIXED = ("seed", "dtype", "max_length", "eval_rows", "eval_share", "weights", "base", "metric", "max_new_tokens")
@@ -52,19 +52,10 @@ def load_plan(path: str | Path) -> SweepPlan:
     Raises BadInput for unknown or missing entries and for settings that training does not know.
     """
     path = Path(path)
-    given = read_document(path)
-    if not isinstance(given, dict):
-        raise BadInput(f"{path}: a sweep is a mapping with model, train, validation and test")
-    try:
-        plan = SweepPlan.make(given)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}") from None
+    plan = SweepPlan.read(path, "a sweep is a mapping with model, train, validation and test")
 
     def near(source: Any) -> Any:
-        if isinstance(source, list):
-            return [near(s) for s in source]
-        beside = path.parent / source.partition("[")[0]
-        return str(path.parent / source) if beside.exists() else source
+        return [near(s) for s in source] if isinstance(source, list) else beside(path.parent, source)
 
     placed = {"model": near(plan.model), "train": near(plan.train), "validation": near(plan.validation)}
     plan = plan.model_copy(update=placed | {"test": {name: near(s) for name, s in plan.test.items()}})

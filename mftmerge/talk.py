@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from mftmerge.errors import BadInput
 from mftmerge.live import attach
@@ -88,10 +88,12 @@ class Talk:
         if failed:
             raise failed[0]
 
-    def _tokens(self, chat: list[dict[str, str]]):  # type: ignore[no-untyped-def]  # transformers' BatchEncoding
+    def _tokens(self, chat: list[dict[str, str]]) -> BatchEncoding:
         if self.tokenizer.chat_template is None:  # no chat model: the words alone
             text = "\n".join(message["content"] for message in chat)
             return self.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        return self.tokenizer.apply_chat_template(
+        found = self.tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+        assert isinstance(found, BatchEncoding)  # because of return_dict
+        return found

@@ -12,6 +12,8 @@ from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput, shown
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mftmerge.talk import Talk
 
 HELP = "/use NAME... : only these answer; /all; /new: forget what was said; /quit"
@@ -122,7 +124,7 @@ def _answer(talk: Talk, prompt: str) -> None:
             view.update(_columns(texts))
 
 
-def _columns(texts: dict[str, str]):  # type: ignore[no-untyped-def]  # rich's Table, which is imported when needed
+def _columns(texts: dict[str, str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

@@ -10,7 +10,7 @@ import typer
 from mftmerge.cli.options import MASKS, files
 from mftmerge.cli.reporting import print_json, print_table, say
 from mftmerge.errors import BadInput
-from mftmerge.names import layer_of
+from mftmerge.names import layer_name, layer_of
 
 if TYPE_CHECKING:
     from mftmerge.conflict import Dispute
@@ -87,7 +87,7 @@ def command(
 def _show_overlap(found: Comparison) -> None:
     print_table(*found.rows())
     for p in found.pairs:
-        layers = {"other" if layer is None else str(layer): o for layer, o in p.by_layer.items()}
+        layers = {layer_name(layer): o for layer, o in p.by_layer.items()}
         print_table(
             ["layer", "Jaccard", "independent", "agreement"],
             [[n, f"{o.jaccard:.4f}", f"{o.jaccard_independent:.4f}", f"{o.agreement:.4f}"] for n, o in layers.items()],
@@ -100,7 +100,7 @@ def _show_overlap(found: Comparison) -> None:
 def _show_conflict(dispute: Dispute) -> None:
     """One pair's evidence: the whole, then layer by layer, and the matrices that carry most of what is opposed."""
     parts = ("agreed", "agreed_by_chance", "opposed", "opposed_by_chance", "ignored")
-    lines = {"all": dispute.total} | {"other" if k is None else str(k): c for k, c in dispute.by(layer_of).items()}
+    lines = {"all": dispute.total} | {layer_name(k): c for k, c in dispute.by(layer_of).items()}
     print_table(
         ["layer", "agreed", "by chance", "opposed", "by chance", "one alone"],
         [[name, *(f"{c.share(p):.1%}" for p in parts)] for name, c in lines.items()],

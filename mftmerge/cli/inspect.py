@@ -9,6 +9,7 @@ import typer
 
 from mftmerge.cli.options import YAML, AsJson, MaskFile
 from mftmerge.cli.reporting import print_json, print_table, say
+from mftmerge.names import layer_name
 
 if TYPE_CHECKING:
     from mftmerge.inspection import Inspection, Share
@@ -88,7 +89,7 @@ def _table(found: Inspection) -> None:
     by_module, by_layer = found.by_module(), found.by_layer()
     for start in range(0, len(layers), COLUMNS):
         some = layers[start : start + COLUMNS]
-        heads = ["module", *("other" if n is None else str(n) for n in some), "all"]
+        heads = ["module", *(layer_name(n) for n in some), "all"]
         rows = []
         for module in modules:
             shares = [cells.get((module, n)) for n in some]

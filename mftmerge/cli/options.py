@@ -95,7 +95,9 @@ def options(**models: type[Settings]) -> Callable[[Callable[..., None]], Callabl
                 }
             command(**values)
 
-        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]  # what typer reads
+        vars(run)["__signature__"] = inspect.Signature(
+            [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+        )  # typer reads it
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 

@@ -26,6 +26,7 @@ from mftmerge.progress import Progress, Step
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
+    from transformers import PreTrainedModel
 
 __all__ = ["Choice", "choose", "choose_combination"]
 
@@ -241,7 +242,7 @@ def choose_combination(
 
 def _searched(
     choice: Choice,
-    model: Any,
+    model: PreTrainedModel,
     masks: Mapping[str, Mask],
     tokens: Mapping[str, Sequence[Tokens]],
     settings: SearchSettings,
@@ -312,7 +313,7 @@ def _made(
 
 
 def choose(
-    model: Any,
+    model: PreTrainedModel,
     masks: Mapping[str, Mask],
     domains: Mapping[str, Sequence[Tokens]],
     candidates: Mapping[str, Mask],
@@ -329,8 +330,9 @@ def choose(
     Raises BadInput where no own mask gains on its rows.
     """
     table = {_own(domain): mask for domain, mask in masks.items()} | dict(candidates)
-    options = {"scorers": scorers, "batch_tokens": batch_tokens, "base": base, "progress": progress}
-    grid = grids.grid(model, table, domains, name=BASE, **options)  # type: ignore[arg-type]
+    grid = grids.grid(
+        model, table, domains, name=BASE, scorers=scorers, batch_tokens=batch_tokens, base=base, progress=progress
+    )
     judged = tuple(d for d in domains if grid.verdict(_own(d), d, _metric(grid, d)) == "gain")
     if not judged:
         gains = "; ".join(f"{d} {_signed(grid, _own(d), d)}" for d in domains)

@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mftmerge.data import IGNORE
 from mftmerge.loss import LOGITS, length_batches, logits_at, padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Ids = list[int]
 GUESS = 32  # tokens of an answer, before any is known
@@ -42,7 +46,7 @@ class Limits:
 
 @torch.no_grad()
 def greedy(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
     *,
@@ -101,7 +105,7 @@ def shared_start(texts: Sequence[Sequence[int]]) -> Ids:
 # -- token by token ---------------------------------------------------------------------------------------------------
 
 
-def _steps_itself(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
+def _steps_itself(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> bool:
     """Whether the model takes positions and keeps keys and values of the plain kind, which can be cut by rows."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -115,7 +119,9 @@ def _steps_itself(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
     )
 
 
-def _write(model: Any, prompts: Sequence[Sequence[int]], answers: list[Ids], batch: list[int], limits: Limits) -> None:
+def _write(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: list[Ids], batch: list[int], limits: Limits
+) -> None:
     """Write a batch's answers until all have ended, or until it must be split: then some have not, and come again."""
     texts = [[*prompts[i], *answers[i]] for i in batch]
     start = shared_start(texts)[: min(map(len, texts)) - 1] if len(texts) > 1 else []
@@ -166,7 +172,7 @@ def _write(model: Any, prompts: Sequence[Sequence[int]], answers: list[Ids], bat
 
 
 def _write_with_transformers(
-    model: Any, prompts: Sequence[Sequence[int]], answers: list[Ids], batch: list[int], limits: Limits
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: list[Ids], batch: list[int], limits: Limits
 ) -> None:
     """The same with `generate`, for models whose state is not plain keys and values."""
     texts = [[*prompts[i], *answers[i]] for i in batch]
@@ -182,7 +188,8 @@ def _write_with_transformers(
         eos_token_id=sorted(limits.ends) or None,
         pad_token_id=limits.pad,
     )
-    written = model.generate(ids.to(model.device), attention_mask=seen.to(model.device), generation_config=settings)
+    generate = cast("Callable[..., torch.Tensor]", model.generate)  # mixed in, so that its type is not known
+    written = generate(ids.to(model.device), attention_mask=seen.to(model.device), generation_config=settings)
     for i, row in zip(batch, written[:, width:].tolist(), strict=True):
         for token in row:
             if not _ended(answers[i], limits):
@@ -193,7 +200,7 @@ def _write_with_transformers(
 
 
 def _confirmed(
-    model: Any, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], limits: Limits
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], limits: Limits
 ) -> list[Ids]:
     """Of each draft what the model would have written too, and its next token where it would have gone on otherwise."""
     drafts = [list(d)[: limits.new_tokens] for d in drafts]

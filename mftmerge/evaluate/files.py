@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mftmerge import data as rows_of
 from mftmerge import matching
@@ -20,6 +20,9 @@ from mftmerge.loading import parts
 from mftmerge.loss import fitted, positions
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def load_model(
     """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
     import torch
 
-    from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer
+    from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer, placed
 
     path, adapter = parts(path)
     dtype = chosen_dtype(path, dtype, device=device)
@@ -169,20 +172,25 @@ def load_model(
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+        return placed(model, device).eval(), tokenizer
     except (RuntimeError, ValueError) as e:
         raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from None
 
 
 def tokenised(
-    domains: Mapping[str, list[rows_of.Row]], model: Any, tokenizer: Any, max_length: int
+    domains: Mapping[str, list[rows_of.Row]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> dict[str, list[rows_of.Tokens]]:
     """Each domain's rows as tokens, cut off at `max_length` or at what the model has positions for."""
     length = min(max_length, positions(model) or max_length)
     return {d: fitted(rows_of.tokenize(rows, tokenizer, length), model)[0] for d, rows in domains.items()}
 
 
-def _scorer(domain: str, rows: list[rows_of.Row], tokenizer: Any, measures: Measures) -> generation.Marker | None:
+def _scorer(
+    domain: str, rows: list[rows_of.Row], tokenizer: PreTrainedTokenizerBase, measures: Measures
+) -> generation.Marker | None:
     exact = measures.exact.get(domain)
     run_tests = measures.run_tests and any(row.get("tests") for row in rows)
     if not exact and not run_tests:

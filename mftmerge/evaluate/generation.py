@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from mftmerge.evaluate import decoding, sandbox, sql
 from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.pairing import Values
 from mftmerge.loss import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 EXACT, PASS_AT_1 = "exact", "pass@1"
 FENCE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
@@ -42,7 +46,7 @@ class Marks:
     remarks: list[str] = field(default_factory=list)
 
 
-def questions(rows: Sequence[Row], tokenizer: Any) -> list[Question]:
+def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     """The prompt before each row's last answer, as the chat template (or plain joining) gives it in training.
 
     rows: as read, or as `data.tokenize` made them (then without tests).
@@ -51,7 +55,7 @@ def questions(rows: Sequence[Row], tokenizer: Any) -> list[Question]:
     return [_question(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _question(row: Row, tokenizer: Any, where: str) -> Question:
+def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Question:
     if "input_ids" in row:
         return _of_tokens(row, tokenizer)
     if "messages" in row:
@@ -74,14 +78,14 @@ def _question(row: Row, tokenizer: Any, where: str) -> Question:
     return Question(ids, turns[-1]["content"], _tests(row, where), row.get("tables"))
 
 
-def _of_tokens(row: Tokens, tokenizer: Any) -> Question:
+def _of_tokens(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> Question:
     """The question of a tokenised row: what stands before its last answer, which is its last labelled stretch."""
     ids, labels = row["input_ids"], row["labels"]
     end = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
     start = end
     while start and labels[start - 1] != IGNORE:
         start -= 1
-    return Question(list(ids[: max(1, start)]), tokenizer.decode(ids[start:end], skip_special_tokens=True))
+    return Question(list(ids[: max(1, start)]), str(tokenizer.decode(ids[start:end], skip_special_tokens=True)))
 
 
 def _tests(row: Row, where: str) -> str | None:
@@ -94,8 +98,8 @@ def _tests(row: Row, where: str) -> str | None:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 256,
@@ -121,7 +125,7 @@ def generate(
         return decoding.greedy(model, prompts, limits, drafts=drafts, done=done)
 
 
-def ends(model: Any, tokenizer: Any) -> list[int]:
+def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
@@ -193,7 +197,7 @@ class Marker:
     def __init__(
         self,
         rows: Sequence[Row],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         exact: str | None = None,
         run_tests: bool = False,
@@ -224,7 +228,7 @@ class Marker:
             self.remarks.append(f"own answers of the rows pass {int(own[:, 0].sum())} of {len(own)} tests")
             self.remarks.append(f"tests run with {sandbox.describe()}")
 
-    def __call__(self, model: Any, journal: Journal | None = None) -> Marks:
+    def __call__(self, model: PreTrainedModel, journal: Journal | None = None) -> Marks:
         """journal: answers that are known already, and where new ones go."""
         answers = self.answers(model, journal)
         metrics: dict[str, Values] = {}
@@ -235,7 +239,7 @@ class Marker:
             metrics[PASS_AT_1] = self._passes([code(answers[i]) for i in self.tested])
         return Marks(metrics, answers, self.remarks)
 
-    def answers(self, model: Any, journal: Journal | None = None) -> list[str]:
+    def answers(self, model: PreTrainedModel, journal: Journal | None = None) -> list[str]:
         """What the model answers, as text."""
         prompts = [question.prompt for question in self.asked]
         known = dict(journal.answers) if journal else {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,9 +27,12 @@ from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def grid(
-    model: Any,
+    model: PreTrainedModel,
     masks: Mapping[str, Mask],
     domains: Mapping[str, Sequence[Tokens]],
     *,
@@ -123,7 +126,7 @@ def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None
 
 @contextlib.contextmanager
 def _switches(
-    model: Any, masks: Mapping[str, Mask], base: str | Path | None
+    model: PreTrainedModel, masks: Mapping[str, Mask], base: str | Path | None
 ) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
     """Gives a function: row of the table -> context in which the model has that row's mask, or none."""
     if not masks:
@@ -136,7 +139,9 @@ def _switches(
         switcher.detach()
 
 
-def shared_layers(model: Any, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]) -> PrefixCache:
+def shared_layers(
+    model: PreTrainedModel, masks: Mapping[str, Mask], domains: Mapping[str, Sequence[Tokens]]
+) -> PrefixCache:
     """Hidden states below the first masked layer, for the rows of these domains."""
     cache = PrefixCache(model, first_masked_layer(model, masks))
     for rows in domains.values():
@@ -144,14 +149,14 @@ def shared_layers(model: Any, masks: Mapping[str, Mask], domains: Mapping[str, S
     return cache
 
 
-def first_masked_layer(model: Any, masks: Mapping[str, Mask]) -> int:
+def first_masked_layer(model: PreTrainedModel, masks: Mapping[str, Mask]) -> int:
     """The lowest decoder layer that a mask covers; 0 as soon as one covers anything outside of the layers."""
     stack = decoder_layers(model)[0].rpartition(".")[2]
     found = [re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)\.", n) for mask in masks.values() for n in mask.names]
     return min((int(match[1]) if match else 0 for match in found), default=0)
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a row of the table: the model's reference, dtype, and a hash of its weights as loaded."""
     h = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):

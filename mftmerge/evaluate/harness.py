@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mftmerge.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 EXTRA = "lm_eval"
 
@@ -18,7 +22,12 @@ def require() -> None:
 
 
 def run(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
     """Run tasks on the model as it is now, mask included: task -> metric -> number, as the harness names them.
 

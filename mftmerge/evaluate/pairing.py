@@ -117,9 +117,9 @@ def newcombe(a: Values, b: Values, z: float = Z95) -> tuple[float, float]:
     first, second = np.asarray(a)[:, 0] > 0, np.asarray(b)[:, 0] > 0
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
     only_a, only_b = int((first & ~second).sum()), int((~first & second).sum())
-    cross = both * neither - only_a * only_b
+    cross = float(both * neither - only_a * only_b)
     if cross > 0:
-        cross = max(cross - n / 2, 0)  # type: ignore[assignment]
+        cross = max(cross - n / 2, 0.0)
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     phi = cross / math.sqrt(margins) if margins else 0.0
     p, q = float(first.mean()), float(second.mean())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 
 import torch
@@ -12,7 +11,7 @@ from mftmerge.errors import BadInput
 from mftmerge.learn.merging import Merging, Part
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.loading import chosen_dtype, load_causal_lm
+from mftmerge.loading import chosen_dtype, load_causal_lm, placed
 
 FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes stay far below, other models are at 1.4
 
@@ -33,8 +32,7 @@ def load(merging: Merging, settings: LearnSettings) -> tuple[PreTrainedModel, di
             f"another model would be validated than is built; give the recipe out_dtype: {settings.dtype}"
         )
     model = load_causal_lm(path, dtype=wanted, trust_remote_code=settings.trust_remote_code or None)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-    model.to(device)  # type: ignore[arg-type]
+    device = placed(model).device
     with merging.reading():
         holders = Holders(model, [save.tensor_name for save in merging.plan()])
         parts = _parts(merging, holders, device)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mergekit.common import ModelReference
+
 from mftmerge.checkpoint import Checkpoint, TensorEntry
 from mftmerge.dtypes import named
 from mftmerge.errors import BadInput
@@ -36,8 +38,8 @@ def differing(merging: Merging) -> list[TensorEntry]:
     return [base.entry(n) for n in base.names if n in found]
 
 
-def _opened(merging: Merging, model: object) -> Checkpoint:
-    return Checkpoint.open(merging.directory(model))  # type: ignore[arg-type]
+def _opened(merging: Merging, model: ModelReference) -> Checkpoint:
+    return Checkpoint.open(merging.directory(model))
 
 
 def estimate(

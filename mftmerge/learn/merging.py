@@ -146,7 +146,7 @@ class Merging:
         self.options = MergeOptions(
             **settings.of_mergekit(), lora_merge_cache=str(work / "lora"), quiet=True, write_model_card=False
         )
-        self.inputs = MaskedInputs(self.document, recipe.folder, {}, work, self.options)
+        self.inputs = MaskedInputs(self.document, recipe.masks(recipe.documents[0]), {}, work, self.options)
         assert self.document.base_model
         assert self.document.models
         with quiet():

@@ -34,7 +34,7 @@ from mftmerge.learn.merging import Part
 from mftmerge.learn.optimizer import MergeOptimizer, ranks
 from mftmerge.learn.parameters import Holders, first_layer
 from mftmerge.learn.rebasesettings import RebaseSettings
-from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer
+from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer, placed
 from mftmerge.loss import Losses, labelled_logits, padded, row_losses
 from mftmerge.mask import Mask, Parent
 from mftmerge.matching import delta_base, match, require_base_tensors
@@ -131,7 +131,7 @@ class _Fit:
         asked = chosen_dtype(self.path, s.dtype)
         dtype: Any = asked if asked == "auto" else getattr(torch, asked)
         model = load_causal_lm(self.path, dtype=dtype, trust_remote_code=s.trust_remote_code or None)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        placed(model)
         holders = Holders(model, self.checkpoint.names)
         targets = holders.targets(self.names)
         freeze_others(model, targets)

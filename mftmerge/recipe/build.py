@@ -115,7 +115,7 @@ def build_into(
         total = sum(e.size * e.element.nbytes for e in tensors)
         merged = merge(
             document,
-            recipe.folder,
+            recipe.masks(document),
             target,
             scratch,
             tensors,

@@ -74,7 +74,7 @@ def slug(text: str) -> str:
 
 def masks_used(recipe: Recipe, document: Document) -> list[tuple[str, MaskUse, str]]:
     """Each mask a document applies: whose ("the result" for an output mask), the mask, and its label."""
-    book = MaskBook(recipe.folder, document.masks)
+    book = recipe.masks(document)
     found = [(str(i.model), i.mask, book.label(i.mask)) for _, i in document.parts() if i.mask]
     return found + ([("the result", document.mask, book.label(document.mask))] if document.mask else [])
 
@@ -86,7 +86,7 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
     (out / "mergekit_config.yml").write_text(mergekit_yaml(final), encoding="utf-8")
     rows, saved = [], set()
     for document in recipe.documents:
-        book = MaskBook(recipe.folder, document.masks)
+        book = recipe.masks(document)
         roles: list[tuple[Any, ModelInput | BaseInput, str]] = [(w, i, "input") for w, i in document.inputs()]
         roles += [(w, b, "base") for w, b in document.bases()]
         rows += [_row(str(item.model), role, item.mask, book) for _, item, role in roles]

@@ -84,10 +84,10 @@ class Evaluation:
         return count
 
     def _whole(self, task: SaveTensor) -> torch.Tensor:
-        tensor = self.value(task.tensor_task)
+        tensor: torch.Tensor | None = self.value(task.tensor_task)
         if tensor is None:
             raise MftmergeError(f"mergekit gave no value for {task.tensor_name}")
-        return tensor.reshape(-1)  # type: ignore[no-any-return]  # a task's value may be anything
+        return tensor.reshape(-1)
 
     def _by_element(self, task: Task[Any]) -> bool:
         if self.device.type != "cpu" or not isinstance(task, ExecuteMergeMethodTask):

@@ -276,7 +276,7 @@ class Exporter:
         items = document.models or ()
         if mask is None or not items or any(i.model.path in stages for i in items):
             return None
-        label = Translation(document, self.recipe.folder).book.label(mask)
+        label = self.recipe.masks(document).label(mask)
         if document.merge_method == "passthrough" and not document.sets("scale") and not items[0].model.lora:
             models: tuple[ModelInput, ...] = (self.once_masked(items[0], document, mask),)
             self.forms.append(f"output mask {label}: applied to the one model (1 checkpoint, bit-exact)")
@@ -341,7 +341,7 @@ class StockTranslation(Translation):
     """A document in stock terms: masked inputs become checkpoints in the export, or merges of their own."""
 
     def __init__(self, exporter: Exporter, document: Document) -> None:
-        super().__init__(document, exporter.recipe.folder)
+        super().__init__(document, exporter.recipe.masks(document))
         self.exporter = exporter
         self.stages = {d.name: Path(d.name) for d in exporter.recipe.documents if d.name}
 

@@ -36,11 +36,10 @@ class FileChecks:
     """
 
     def __init__(
-        self, folder: Path, document: Document, stages: Mapping[str, Path | None], work: Path, allow_lost: bool
+        self, document: Document, book: MaskBook, stages: Mapping[str, Path | None], work: Path, allow_lost: bool
     ) -> None:
-        self.folder, self.document, self.stages = folder, document, stages
+        self.document, self.book, self.folder, self.stages = document, book, book.folder, stages
         self.work, self.allow_lost = work, allow_lost
-        self.book = MaskBook(folder, document.masks)
         self.warnings: list[tuple[Location, str]] = []
         self.models_sound = True  # whether the merge can be planned, known after `problems`
         self._checkpoints: dict[str, Checkpoint | None] = {}

@@ -20,7 +20,7 @@ from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.headers import opened
-from mftmerge.recipe.locate import absolute
+from mftmerge.recipe.locate import MaskBook, absolute
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
 from mftmerge.recipe.translate import Translation
 from mftmerge.select import select_torch
@@ -89,8 +89,8 @@ class Inputs(Translation):
     stages: these by name. work: a scratch directory.
     """
 
-    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
-        super().__init__(document, folder)
+    def __init__(self, document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path) -> None:
+        super().__init__(document, book)
         self.stages, self.work = dict(stages), work
 
     def configuration(self) -> OrderedConfiguration:
@@ -116,9 +116,9 @@ class MaskedInputs(Inputs):
     """
 
     def __init__(
-        self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path, options: MergeOptions
+        self, document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: MergeOptions
     ) -> None:
-        super().__init__(document, folder, stages, work)
+        super().__init__(document, book, stages, work)
         self.adapters: dict[str, Any] = {
             "cache_dir": options.lora_merge_cache,
             "lora_merge_dtype": options.lora_merge_dtype,

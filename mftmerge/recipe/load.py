@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class Recipe:
     documents: tuple[Document, ...]
     lines: tuple[Lines, ...]
     warnings: tuple[str, ...] = ()
+    books: tuple[MaskBook, ...] = ()  # each document's masks
     results: tuple[Result | None, ...] = ()  # what each document will give; without `files` unknown
     to_learn: tuple[tuple[int, Learn], ...] = ()
 
@@ -49,6 +51,10 @@ class Recipe:
         """Names, shapes and types of what a document, or one like it under its name, gives."""
         found = next((r for d, r in zip(self.documents, self.results, strict=True) if d.name == document.name), None)
         return found.tensors if found else ()
+
+    def masks(self, document: Document) -> MaskBook:
+        """The masks of a document, or of one like it under its name."""
+        return next(b for d, b in zip(self.documents, self.books, strict=True) if d.name == document.name)
 
     @property
     def folder(self) -> Path:
@@ -65,18 +71,18 @@ class Checks:
     results: tuple[Result | None, ...]
 
 
-def check_files(folder: Path, documents: Checked, sound: bool, settings: MergeSettings) -> Checks:
+def check_files(documents: Checked, books: Sequence[MaskBook], sound: bool, settings: MergeSettings) -> Checks:
     """What shows in the files that a recipe names (files.py) and, of documents without problems, in mergekit's plan.
 
-    sound: whether the text is without problems, so that its documents can be planned.
+    books: the documents' masks. sound: whether the text is without problems, so that its documents can be planned.
     """
     problems: list[Problem] = []
     warnings: list[str] = []
     results: list[Result | None] = []
     stages: dict[str, Path | None] = {d.name: None for d, _ in documents if d.name}
     with tempfile.TemporaryDirectory(prefix="mftmerge-") as scratch:
-        for i, (document, lines) in enumerate(documents):
-            checks = FileChecks(folder, document, stages, Path(scratch) / "checks" / str(i), settings.allow_lost)
+        for i, ((document, lines), book) in enumerate(zip(documents, books, strict=True)):
+            checks = FileChecks(document, book, stages, Path(scratch) / "checks" / str(i), settings.allow_lost)
             found = list(checks.problems())
             result = None
             needs = [r.path for _, r in references(document) if r.path in stages]
@@ -84,7 +90,7 @@ def check_files(folder: Path, documents: Checked, sound: bool, settings: MergeSe
                 from mftmerge.recipe.result import plan_result  # it imports mergekit, which takes seconds
 
                 work, known = Path(scratch) / str(i), {n: p for n, p in stages.items() if p}
-                result, stand_in = plan_result(document, folder, known, work, settings.of_mergekit())
+                result, stand_in = plan_result(document, book, known, work, settings.of_mergekit())
                 places = {where for where, _ in found}
                 found += [(where, text) for where, text in checks.of_result(result) if where not in places]
                 if document.name and not found:
@@ -129,15 +135,12 @@ def load_recipe(
         problems += [Problem(lines.at(where), message) for where, message in found_open]
     to_learn = openmasks.to_learn(documents[0][0]) if documents else ()
     documents = [(openmasks.without(d), lines) for d, lines in documents]
-    if not files:
-        if problems:
-            raise report(path, problems)
-        return Recipe(path.resolve(), text, tuple(d for d, _ in documents), tuple(lines for _, lines in documents))
-    checks = check_files(path.parent, documents + salvaged, not problems, settings)
+    books = tuple(MaskBook(path.parent, d.masks) for d, _ in documents + salvaged)
+    checks = check_files(documents + salvaged, books, not problems, settings) if files else Checks([], [], ())
     if problems + checks.problems:
         raise report(path, problems + checks.problems)
     parts = tuple(d for d, _ in documents), tuple(lines for _, lines in documents)
-    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), checks.results, to_learn)
+    return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), books, checks.results, to_learn)
 
 
 def _absent(folder: Path, data: Any, lines: Lines, names: set[Any], where: Location = ()) -> list[Problem]:
@@ -171,8 +174,10 @@ def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tu
     for e in error.errors():
         place: Any = data
         for part in e["loc"][:-1]:  # parts that name a branch of a union are not in the data
-            if (isinstance(place, dict) and part in place) or (isinstance(place, list) and isinstance(part, int)):
-                place = place[part]  # type: ignore[index]
+            if isinstance(place, dict):
+                place = place.get(part, place)
+            elif isinstance(place, list) and isinstance(part, int):
+                place = place[part]
         place.pop(e["loc"][-1], None)
     try:
         return [(Document.model_validate(data), lines)]

@@ -60,11 +60,12 @@ def absolute(reference: Reference, folder: Path, stages: Mapping[str, Path] | No
 
 
 class MaskBook:
-    """Evaluates a document's mask expressions, each file and each named mask once."""
+    """A document's masks: each expression is evaluated once, from the check of the recipe to the card of the result."""
 
     def __init__(self, folder: Path, named: Mapping[str, MaskExpression] | None) -> None:
         self.folder, self.named = folder, dict(named or {})
         self._files: dict[Path, Mask] = {}
+        self._made: dict[str, Mask] = {}  # by the operation, its inputs and options
         self._open: list[str] = []
 
     def file(self, text: str) -> Path:
@@ -83,11 +84,15 @@ class MaskBook:
         if expression.file is not None:
             return self._named_or_file(expression.file)
         assert expression.op is not None
+        key = expression.model_dump_json(exclude={"on", "base", "learn"})
+        if key in self._made:
+            return self._made[key]
         parts = [self.evaluate(e) for e in expression.of or ()]
         names = [self.label(e) for e in expression.of or ()]
         from mftmerge.combine import combine
 
-        return combine(expression.op, parts, names=names, **expression.options())
+        self._made[key] = combine(expression.op, parts, names=names, **expression.options())
+        return self._made[key]
 
     def _named_or_file(self, text: str) -> Mask:
         if text in self.named:

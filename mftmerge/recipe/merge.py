@@ -34,6 +34,7 @@ from mftmerge.machine import in_order, share_memory
 from mftmerge.recipe.catalogue import COUNTED, METHODS
 from mftmerge.recipe.evaluation import Evaluation, Job, Room, draws, with_numbers
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration
+from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import own_loaders, quiet, reading
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
@@ -54,7 +55,7 @@ class Merged:
 
 def merge(
     document: Document,
-    folder: Path,
+    book: MaskBook,
     out: Path,
     work: Path,
     tensors: Sequence[TensorEntry],
@@ -65,7 +66,7 @@ def merge(
 ) -> Merged:
     """Merge one document into `out` (weights, configuration, tokenizer).
 
-    folder: where relative paths start; work: a scratch directory; tensors: the result's, as planned; stages:
+    book: the document's masks; work: a scratch directory; tensors: the result's, as planned; stages:
     directories of earlier documents by name.
     Raises MftmergeError for mergekit's own failures.
     """
@@ -79,7 +80,7 @@ def merge(
         random_seed=settings.seed,
         device="cuda" if settings.cuda else settings.device,
     )
-    inputs = MaskedInputs(document, folder, stages or {}, work, options)
+    inputs = MaskedInputs(document, book, stages or {}, work, options)
     with quiet():
         try:
             configuration = inputs.configuration()

@@ -10,7 +10,6 @@ from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
 from mftmerge.recipe.catalogue import by_element
 from mftmerge.recipe.load import Recipe, load_recipe
-from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import BuildSettings
 
@@ -68,8 +67,9 @@ def plan(recipe_path: str | Path, settings: BuildSettings | None = None) -> Plan
 
 def _step(recipe: Recipe, document: Document, settings: BuildSettings) -> Step:
     entries = recipe.tensors(document)
-    book = MaskBook(recipe.folder, document.masks)
-    masks = tuple((w, label, u.on, book.evaluate(u).density()) for w, u, label in masks_used(recipe, document))
+    masks = tuple(
+        (w, label, u.on, recipe.masks(document).evaluate(u).density()) for w, u, label in masks_used(recipe, document)
+    )
     inputs = dict.fromkeys(str(i.model) for _, i in document.parts())
     sizes = [e.size * e.element.nbytes for e in entries]
     largest = max((e.size for e in entries), default=0)

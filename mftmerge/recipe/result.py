@@ -37,6 +37,7 @@ from mftmerge.recipe.check import groups
 from mftmerge.recipe.headers import Header, header, hole
 from mftmerge.recipe.inputs import Inputs, OrderedConfiguration
 from mftmerge.recipe.lines import Location
+from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
@@ -81,8 +82,8 @@ class HeaderLoader(LazyTensorLoader):
 class HeaderInputs(Inputs):
     """Inputs for a plan: each, with its mask, a directory of links of its own, as in a build."""
 
-    def __init__(self, document: Document, folder: Path, stages: Mapping[str, Path], work: Path) -> None:
-        super().__init__(document, folder, stages, work)
+    def __init__(self, document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path) -> None:
+        super().__init__(document, book, stages, work)
         self.loaders: dict[ModelReference, HeaderLoader] = {}
         self.items: dict[ModelReference, tuple[Location, ModelInput | BaseInput]] = {}
         self.given: dict[tuple[Any, ...], torch.dtype] = {}  # what the method makes of inputs of certain dtypes
@@ -112,7 +113,7 @@ class HeaderInputs(Inputs):
 
 
 def plan_result(
-    document: Document, folder: Path, stages: Mapping[str, Path], work: Path, options: Mapping[str, Any]
+    document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: Mapping[str, Any]
 ) -> tuple[Result, Callable[[Path], None]]:
     """The result of one document, and a function that writes a directory which stands for it in later documents.
 
@@ -122,7 +123,7 @@ def plan_result(
     register()
     result = Result()
     with quiet():
-        inputs = HeaderInputs(document, folder, stages, work)
+        inputs = HeaderInputs(document, book, stages, work)
         # Tensors are "read to the GPU" meta: the device of mergekit's own conversions has to be that of its inputs.
         chosen = MergeOptions(**{**options, "device": "meta", "read_to_gpu": True, "quiet": True})
         configuration = inputs.configuration()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mftmerge.recipe.locate import MaskBook
@@ -12,9 +11,8 @@ from mftmerge.recipe.schema import BaseInput, Document, ModelInput, Module, Outp
 class Translation:
     """Turns one document into mergekit's terms; `absolute` and `input` decide how models are named."""
 
-    def __init__(self, document: Document, folder: Path) -> None:
-        self.document, self.folder = document, folder
-        self.book = MaskBook(folder, document.masks)
+    def __init__(self, document: Document, book: MaskBook) -> None:
+        self.document, self.book, self.folder = document, book, book.folder
 
     def absolute(self, reference: Reference) -> Reference:
         """The reference with paths that mean the same from any directory."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mftmerge.evaluate.results import LOSS, GridResult
-from mftmerge.report.blocks import Cell, Section, bar, note, table
+from mftmerge.report.blocks import Bar, Bold, Cell, Content, Paragraph, Row, Section, Span, Table, note
 from mftmerge.report.collect import Collection, ResultHere
-from mftmerge.report.html import Html, el, join
 
 LEGEND = (
     "Kept: what a row gains over the reference on a domain, of what its own mask gains there, ± one standard "
@@ -34,7 +32,7 @@ class Kept:
 def conclusion_section(found: Collection) -> Section | None:
     """The share of each own gain that is kept, for the results that have masks of several domains; else none."""
     parts = [part for here in found.results if (part := _result(here)) is not None]
-    return Section("conclusion", "What the combinations keep", join(parts)) if parts else None
+    return Section("conclusion", "What the combinations keep", parts) if parts else None
 
 
 def own_masks(result: GridResult) -> dict[str, str]:
@@ -62,7 +60,7 @@ def kept(result: GridResult) -> list[Kept]:
     return sorted((r for r in rows if own and math.isfinite(r.lowest)), key=lambda r: -r.lowest)
 
 
-def _result(here: ResultHere) -> Html | None:
+def _result(here: ResultHere) -> Content:
     result, rows = here.result, kept(here.result)
     if not rows:
         return None
@@ -71,19 +69,16 @@ def _result(here: ResultHere) -> Html | None:
     said = ", ".join(f"{100 * share:.0f} % of {domain}'s" for domain, (share, _) in best.shares.items())
     gains = ", ".join(f"{domain} {-result.difference(row, domain).mean:.3f}" for domain, row in own.items())
     words = f" keeps {said} own gain. A domain's own mask lowers its loss, in nats per token, by: {gains}."
-    lead = el("p", el("b", best.row), words, cls="lead")
-    heads = [["", *(Cell(domain, "pic") for domain in own), "lowest"]]
-    body = [[_name(r.row), *(_share(*r.shares[d]) for d in own), f"{100 * r.lowest:.0f} %"] for r in rows[:MOST]]
+    lead = Paragraph((Bold(best.row), words), "lead")
+    heads: list[Row] = [["", *(Cell(domain, "pic") for domain in own), "lowest"]]
+    body: list[Row] = [
+        [Span(r.row), *(_share(*r.shares[d]) for d in own), f"{100 * r.lowest:.0f} %"] for r in rows[:MOST]
+    ]
     left = note(f"{len(rows) - MOST} further rows are below.") if len(rows) > MOST else None
-    return join(
-        [lead, table(f"{here.path}: share of each own gain that is kept", heads, body, "grid"), left, note(LEGEND)]
-    )
-
-
-def _name(row: str) -> Any:
-    return el("span", row)
+    table = Table(f"{here.path}: share of each own gain that is kept", heads, body, "grid")
+    return [lead, table, left, note(LEGEND)]
 
 
 def _share(share: float, error: float) -> Cell:
     words = f"{100 * share:.0f} % ± {100 * error:.0f}" if math.isfinite(error) else f"{100 * share:.0f} %"
-    return Cell(join([bar(share), el("span", words.replace("-", "\u2212"), cls="num")]), "pic share")
+    return Cell([Bar(share), Span(words.replace("-", "\u2212"), "num")], "pic share")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mftmerge.inspection import Share
-from mftmerge.report.blocks import Cell, Section, details, heat, note, table
+from mftmerge.names import layer_name
+from mftmerge.report.blocks import Bold, Cell, Content, Details, Paragraph, Row, Section, Table, heat, note
 from mftmerge.report.collect import Collection, MaskHere
-from mftmerge.report.html import Html, el, join
 
 EVEN = 1e-3  # densities that differ by less look alike: small matrices cannot have any density exactly
 
@@ -18,12 +18,12 @@ def density_section(found: Collection) -> Section | None:
         return None
     even = [m for m in found.masks if _is_even(m)]
     uneven = [m for m in found.masks if m not in even]
-    parts = []
+    parts: list[Content] = []
     if even:  # by construction: nothing to look at
         listed = ", ".join(f"{m.name} {m.found.total.density:.4f}" for m in even)
-        parts.append(el("p", f"The same density in every matrix, within {EVEN}: ", listed, "."))
+        parts.append(Paragraph([f"The same density in every matrix, within {EVEN}: ", listed, "."]))
     if uneven:
-        layers = {m.name: {_layer(k): s for k, s in m.found.by_layer().items()} for m in uneven}
+        layers = {m.name: {layer_name(k): s for k, s in m.found.by_layer().items()} for m in uneven}
         modules = {m.name: m.found.by_module() for m in uneven}
         parts += [
             _densities("Density by layer, over all its covered matrices", layers, uneven, "layer"),
@@ -31,12 +31,8 @@ def density_section(found: Collection) -> Section | None:
             note("The share of weights kept; the stronger the colour, the more is pruned."),
         ]
     for mask in uneven:
-        parts.append(details(join([el("b", mask.name), ": density of each module in each layer"]), _matrix(mask)))
-    return Section("density", "Density", join(parts))
-
-
-def _layer(number: int | None) -> str:
-    return "other" if number is None else str(number)
+        parts.append(Details([Bold(mask.name), ": density of each module in each layer"], _matrix(mask)))
+    return Section("density", "Density", parts)
 
 
 def _is_even(mask: MaskHere) -> bool:
@@ -44,26 +40,26 @@ def _is_even(mask: MaskHere) -> bool:
     return not densities or max(densities) - min(densities) < EVEN
 
 
-def _densities(caption: str, shares: dict[str, dict[str, Share]], masks: Sequence[MaskHere], kind: str) -> Html:
+def _densities(caption: str, shares: dict[str, dict[str, Share]], masks: Sequence[MaskHere], kind: str) -> Table:
     every = list(dict.fromkeys(k for own in shares.values() for k in own))
     if kind == "layer":
         every.sort(key=lambda k: (not k.isdigit(), int(k) if k.isdigit() else 0))
     span = _span([s for own in shares.values() for s in own.values()])
     totals = {m.name: m.found.total for m in masks}
-    rows = [
+    rows: list[Row] = [
         [name, f"{totals[name].density:.4f}", *(_share(own.get(k), span) for k in every)]
         for name, own in shares.items()
     ]
-    return table(caption, [["mask", "all", *(f"{kind} {k}" if k.isdigit() else k for k in every)]], rows, "heatmap")
+    return Table(caption, [["mask", "all", *(f"{kind} {k}" if k.isdigit() else k for k in every)]], rows, "heatmap")
 
 
-def _matrix(mask: MaskHere) -> Html:
+def _matrix(mask: MaskHere) -> Table:
     modules, layers, cells = mask.found.table()
     span = _span(list(cells.values()))
-    rows = [[module, *(_share(cells.get((module, n)), span) for n in layers)] for module in modules]
-    return table(
+    rows: list[Row] = [[module, *(_share(cells.get((module, n)), span) for n in layers)] for module in modules]
+    return Table(
         f"{mask.name}: density",
-        [["module", *(f"layer {n}" if n is not None else "other" for n in layers)]],
+        [["module", *(layer_name(n, "layer ") for n in layers)]],
         rows,
         "heatmap",
     )

@@ -7,11 +7,24 @@ from collections import Counter
 from typing import Any
 
 from mftmerge.evaluate.results import LOSS, GridResult
-from mftmerge.report.blocks import Cell, Section, note, table, whisker
+from mftmerge.report.blocks import (
+    Bold,
+    Bullets,
+    Cell,
+    Content,
+    Heading,
+    Link,
+    Row,
+    Section,
+    Small,
+    Span,
+    Table,
+    Whisker,
+    note,
+)
 from mftmerge.report.collect import Collection, MaskHere, ResultHere
-from mftmerge.report.html import Html, el, join
 from mftmerge.report.numbers import measured
-from mftmerge.report.sweeps import SweepHere
+from mftmerge.report.sweeps import Combination, SweepHere
 
 VERDICTS = ("gain", "within noise", "no gain", "worse", "identical")
 STYLES = {"gain": "good", "worse": "bad"}
@@ -31,10 +44,10 @@ def results_sections(found: Collection) -> list[Section]:
     """One section for all evaluations, one for all sweeps; none for what is not there."""
     sections = []
     if found.results:
-        body = join(_result(found, here, len(found.results) > 1) for here in found.results)
+        body = [_result(found, here, len(found.results) > 1) for here in found.results]
         sections.append(Section("gains", "Gains", body))
     if found.sweeps:
-        sections.append(Section("sweeps", "Sweeps", join(map(_sweep, found.sweeps))))
+        sections.append(Section("sweeps", "Sweeps", [_sweep(sweep) for sweep in found.sweeps]))
     return sections
 
 
@@ -58,20 +71,22 @@ def _signed(result: GridResult, row: str, domain: str, metric: str) -> str:
     return f"{measured(difference.mean, metric, sign=True)} ± {measured(difference.standard_error, metric)}"
 
 
-def _result(found: Collection, here: ResultHere, several: bool) -> Html:
+def _result(found: Collection, here: ResultHere, several: bool) -> Content:
     result = here.result
     names = {m.found.digest: i for i, m in enumerate(found.masks)}
-    heads: list[list[Any]] = [["model", Cell("density", "n", rows=2)], []]
+    heads: list[Row] = [["model", Cell("density", "n", rows=2)], []]
     for domain, metric in result.metrics:
         rows = result.domains[domain].get("rows")
         unit = "nats per token, lower is better" if metric == LOSS else "share of rows, higher is better"
-        title = join([el("b", domain), el("span", f"{unit}{f'; {rows} rows' if rows is not None else ''}", cls="sub")])
+        title = [Bold(domain), Small(f"{unit}{f'; {rows} rows' if rows is not None else ''}")]
         heads[0].append(Cell(title, "group", span=3))
         value = Cell("loss" if metric == LOSS else metric, "n first")
         heads[1] += [value, "difference ± error", Cell("verdict, ± 2 errors", "pic")]
-    body = [[_model(row, facts, names), _density(facts), *_cells(result, row)] for row, facts in result.models.items()]
-    parts: list[Any] = [el("h3", here.path) if several else None, _counts(result)]
-    parts.append(table(f"{here.path}: each model on each domain, against {result.reference}", heads, body, "grid"))
+    body: list[Row] = [
+        [_model(row, facts, names), _density(facts), *_cells(result, row)] for row, facts in result.models.items()
+    ]
+    parts: list[Content] = [Heading(here.path) if several else None, _counts(result)]
+    parts.append(Table(f"{here.path}: each model on each domain, against {result.reference}", heads, body, "grid"))
     parts.append(
         note(
             LEGEND,
@@ -82,30 +97,28 @@ def _result(found: Collection, here: ResultHere, several: bool) -> Html:
     if result.harness:
         parts.append(_harness(result))
     said = result.remarks()
-    parts.append(el("ul", *(el("li", sentence) for sentence in said), cls="note") if said else None)
+    parts.append(Bullets(said, "note") if said else None)
     if here.contained:
         parts.append(note("Holds all that is in ", ", ".join(here.contained), "."))
-    return join(parts)
+    return parts
 
 
-def _counts(result: GridResult) -> Html:
+def _counts(result: GridResult) -> Bullets:
     """For each column, how many rows gained and how many did not."""
-    lines = []
+    lines: list[Content] = []
     for domain, metric in result.metrics:
         rows = [r for r in result.models if r != result.reference and (r, domain, metric) in result.cells]
         counted = Counter(result.verdict(row, domain, metric) for row in rows)
         words = [
-            el("span", f"{counted[word]} {word}", cls=f"chip {verdict_style(word)}")
-            for word in VERDICTS
-            if counted[word]
+            (" ", Span(f"{counted[word]} {word}", f"chip {verdict_style(word)}")) for word in VERDICTS if counted[word]
         ]
-        lines.append(el("li", el("b", domain if metric == LOSS else f"{domain} {metric}"), " ", join(words, " ")))
-    return el("ul", *lines, cls="counts")
+        lines.append([Bold(domain if metric == LOSS else f"{domain} {metric}"), *words])
+    return Bullets(lines, "counts")
 
 
-def _model(row: str, facts: dict[str, Any], names: dict[str, int]) -> Html:
+def _model(row: str, facts: dict[str, Any], names: dict[str, int]) -> Content:
     number = names.get(str(facts.get("mask")))
-    return el("span", row) if number is None else el("a", row, href=f"#mask-{number}")
+    return Span(row) if number is None else Link(row, f"#mask-{number}")
 
 
 def _density(facts: dict[str, Any]) -> str:
@@ -126,12 +139,12 @@ def _cells(result: GridResult, row: str) -> list[Cell]:
         span = _span(result, domain, metric)
         style = verdict_style(word)
         strength = abs(difference.mean) / span if span and style != "even" else None
-        shown = join([_signed(result, row, domain, metric), _interval(result, row, domain, metric)])
+        shown = [_signed(result, row, domain, metric), _interval(result, row, domain, metric)]
         cells += [
             value,
             Cell(shown, f"n {style}", strength),
             Cell(
-                join([el("span", word), whisker(difference.mean, min(difference.standard_error, 1e9), span, style)]),
+                [Span(word), Whisker(difference.mean, min(difference.standard_error, 1e9), span, style)],
                 f"pic word {style}",
             ),
         ]
@@ -146,17 +159,17 @@ def _span(result: GridResult, domain: str, metric: str) -> float:
     return max(abs(d.mean) + (2 * d.standard_error if d.standard_error < 1e9 else 0) for d in differences)
 
 
-def _interval(result: GridResult, row: str, domain: str, metric: str) -> Html | None:
+def _interval(result: GridResult, row: str, domain: str, metric: str) -> Small | None:
     if result.resamples > MOST_RESAMPLES:  # a file may ask for any number
         result = dataclasses.replace(result, resamples=MOST_RESAMPLES)
     interval = result.interval(row, domain, metric)
     if interval is None:
         return None
     low, high = interval
-    return el("span", f"95 % {measured(low, metric, sign=True)} to {measured(high, metric, sign=True)}", cls="sub")
+    return Small(f"95 % {measured(low, metric, sign=True)} to {measured(high, metric, sign=True)}")
 
 
-def _harness(result: GridResult) -> Html:
+def _harness(result: GridResult) -> Table:
     """Tasks of lm-evaluation-harness as plain numbers."""
     columns: list[tuple[str, str]] = []
     numbers: dict[tuple[str, str, str], float] = {}
@@ -167,9 +180,9 @@ def _harness(result: GridResult) -> Html:
                     numbers[row, task, metric] = value
                     if "_stderr" not in metric and (task, metric) not in columns:
                         columns.append((task, metric))
-    body = []
+    body: list[Row] = []
     for row in result.harness:
-        cells = [row]
+        cells: Row = [row]
         for task, metric in columns:
             name, comma, kind = metric.partition(",")
             measured_here = numbers.get((row, task, metric))
@@ -177,13 +190,13 @@ def _harness(result: GridResult) -> Html:
             said = "" if error is None else f" ± {error:.4f}"
             cells.append("" if measured_here is None else f"{measured_here:.4f}{said}")
         body.append(cells)
-    heads = [["model", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)]]
-    return table("lm-evaluation-harness: value ± its standard error, not paired", heads, body)
+    heads: list[Row] = [["model", *(f"{task} {metric.removesuffix(',none')}" for task, metric in columns)]]
+    return Table("lm-evaluation-harness: value ± its standard error, not paired", heads, body)
 
 
-def _sweep(sweep: SweepHere) -> Html:
-    heads = [["settings", "seeds", "validation loss", "± over seeds", "base", Cell("remark", "word")]]
-    body = [
+def _sweep(sweep: SweepHere) -> Content:
+    heads: list[Row] = [["settings", "seeds", "validation loss", "± over seeds", "base", Cell("remark", "word")]]
+    body: list[Row] = [
         [
             c.settings,
             str(c.seeds),
@@ -192,23 +205,21 @@ def _sweep(sweep: SweepHere) -> Html:
         ]
         for c in sweep.combinations
     ]
-    tried = table(f"{sweep.path}: settings tried; losses in nats per token on validation rows", heads, body)
+    tried = Table(f"{sweep.path}: settings tried; losses in nats per token on validation rows", heads, body)
     if not sweep.tests:
-        return join([tried, note("No choice was made yet: the sweep is not finished.")])
+        return [tried, note("No choice was made yet: the sweep is not finished.")]
     tests = [_test(line) for line in sweep.tests]
     heads = [["row", Cell("domain"), "loss or share", "difference ± error", Cell("verdict", "word")]]
-    return join(
-        [tried, table("The chosen settings on test rows, against the base", heads, tests, "grid"), note(LEGEND)]
-    )
+    return [tried, Table("The chosen settings on test rows, against the base", heads, tests, "grid"), note(LEGEND)]
 
 
-def _remark(combination: Any) -> Cell:
+def _remark(combination: Combination) -> Cell:
     if combination.failed:
         return Cell(f"failed: {combination.failed}", "word bad")
     return Cell("chosen", "word") if combination.chosen else Cell("", "word")
 
 
-def _test(line: dict[str, Any]) -> list[Any]:
+def _test(line: dict[str, Any]) -> Row:
     word, error, metric = str(line.get("verdict")), line.get("standard_error"), str(line.get("metric", LOSS))
     style, domain = verdict_style(word), line.get("domain") if metric == LOSS else f"{line.get('domain')} {metric}"
     value = measured(line[metric], metric)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from mftmerge.names import layer_of
-from mftmerge.report.blocks import Cell, Section, curve, note, table
+from mftmerge.report.blocks import (
+    Bold,
+    Bullets,
+    Cell,
+    Content,
+    Curve,
+    Emphasis,
+    PathText,
+    Row,
+    Section,
+    Small,
+    Span,
+    Table,
+    note,
+)
 from mftmerge.report.collect import Collection, MaskHere
 from mftmerge.report.gains import mask_gains, verdict_style
-from mftmerge.report.html import Html, el, join, path
 from mftmerge.report.numbers import count, layers_in_words, nbytes, options, plain, signed
 
 STARTS = {"normal": "random scores", "magnitude": "the smallest weights"}
@@ -20,8 +32,8 @@ def masks_section(found: Collection) -> Section | None:
     """The list of masks, a line each."""
     if not found.masks:
         return None
-    heads = [["mask", *map(Cell, ("what it is", "base", "trained on")), "density", "weights", Cell("gain")]]
-    rows = [_row(found, number, mask) for number, mask in enumerate(found.masks)]
+    heads: list[Row] = [["mask", *map(Cell, ("what it is", "base", "trained on")), "density", "weights", Cell("gain")]]
+    rows: list[Row] = [_row(found, number, mask) for number, mask in enumerate(found.masks)]
     legend = "Density: share of the covered weights that is kept."
     if found.results:
         legend += (
@@ -29,7 +41,7 @@ def masks_section(found: Collection) -> Section | None:
             "below zero is better)."
         )
     name = found.directory.resolve().name
-    return Section("masks", "Masks", join([table(f"Masks in {name}", heads, rows, "list"), note(legend)]))
+    return Section("masks", "Masks", [Table(f"Masks in {name}", heads, rows, "list"), note(legend)])
 
 
 def training_section(found: Collection) -> Section | None:
@@ -69,17 +81,17 @@ def trained_on(mask: MaskHere) -> str:
     return ", ".join(dict.fromkeys(t for t in (source, counted) if t)) or "not recorded"
 
 
-def _row(found: Collection, number: int, mask: MaskHere) -> list[Any]:
+def _row(found: Collection, number: int, mask: MaskHere) -> Row:
     inside = mask.found
     layers = sorted({n for n in map(layer_of, inside.tensors) if n is not None})
-    copies = [el("span", "also ", path(other), cls="sub") for other in mask.copies]
-    name = el("span", el("b", mask.name), el("span", path(mask.path), cls="sub"), *copies, id=f"mask-{number}")
-    said = join([what(mask), el("span", mask.note, cls="sub") if mask.note else None])
-    covered = join([count(inside.total.size), el("span", layers_in_words(layers), cls="sub") if layers else None])
+    copies = [Small(["also ", PathText(other)]) for other in mask.copies]
+    name = Span([Bold(mask.name), Small(PathText(mask.path)), *copies], id=f"mask-{number}")
+    said = [what(mask), Small(mask.note) if mask.note else None]
+    covered = [count(inside.total.size), Small(layers_in_words(layers)) if layers else None]
     return [
         Cell(name),
         Cell(said),
-        Cell(path(inside.info.base) if inside.info.base else "not recorded"),
+        Cell(PathText(inside.info.base) if inside.info.base else "not recorded"),
         Cell(trained_on(mask)),
         f"{inside.total.density:.4f}",
         Cell(covered, "n", title=f"{inside.total.size:,} weights, {nbytes(inside.file_bytes)} on disk"),
@@ -87,18 +99,15 @@ def _row(found: Collection, number: int, mask: MaskHere) -> list[Any]:
     ]
 
 
-def _gain(found: Collection, mask: MaskHere) -> Html | str:
+def _gain(found: Collection, mask: MaskHere) -> Content:
     """Differences on held-out rows where there are results, else what training saw on its validation rows."""
     lines = mask_gains(found, mask)
     if lines:
-        return el(
-            "ul",
-            *(
-                el("li", domain, " ", el("span", number, cls=f"num {verdict_style(word)}"), " ", el("i", word))
-                for domain, number, word in lines
-            ),
-            cls="gains",
-        )
+        said = [
+            (domain, " ", Span(number, f"num {verdict_style(word)}"), " ", Emphasis(word))
+            for domain, number, word in lines
+        ]
+        return Bullets(said, "gains")
     measured = validation(mask)
     if mask.kind == "trained" and measured:
         best = min(loss for _, loss in measured)
@@ -117,8 +126,8 @@ def validation(mask: MaskHere) -> list[tuple[float, float]]:
     ]
 
 
-def _training(masks: list[MaskHere]) -> Html:
-    heads = [
+def _training(masks: list[MaskHere]) -> Content:
+    heads: list[Row] = [
         [
             "mask",
             "rows",
@@ -131,7 +140,7 @@ def _training(masks: list[MaskHere]) -> Html:
             Cell("verdict"),
         ]
     ]
-    rows = []
+    rows: list[Row] = []
     for mask in masks:
         training, points = mask.found.info.training, validation(mask)
         first, best = (points[0][1], min(loss for _, loss in points)) if points else (None, None)
@@ -142,21 +151,21 @@ def _training(masks: list[MaskHere]) -> Html:
             else [""] * 3
         )
         gained = "gained" if training.get("gained") else "nothing gained"
-        rows.append([mask.name, *numbers, *losses, Cell(curve(points), "pic"), Cell(gained, "word")])
-    whole = table("Training, in nats per token on validation rows", heads, rows)
+        rows.append([mask.name, *numbers, *losses, Cell(Curve(points), "pic"), Cell(gained, "word")])
+    whole = Table("Training, in nats per token on validation rows", heads, rows)
     said = note("Step 0 is the mask that training started from. The best mask is kept, step 0 included.")
-    return join([whole, said, *(_control(m) for m in masks if m.found.info.comparison)])
+    return [whole, said, *(_control(m) for m in masks if m.found.info.comparison)]
 
 
-def _control(mask: MaskHere) -> Html:
+def _control(mask: MaskHere) -> Table:
     """What `train --control` measured."""
-    rows: list[Any] = []
+    rows: list[Row] = []
     for name, measured in mask.found.info.comparison.items():
         if not isinstance(measured, dict):
             continue
         loss, change, error = (measured.get(k) for k in ("loss", "difference", "standard_error"))
-        numbers = [f"{loss:.4f}" if isinstance(loss, int | float) else ""]
-        known = isinstance(change, int | float) and isinstance(error, int | float)
-        numbers.append(f"{signed(float(change))} ± {float(error):.4f}" if known else "")  # type: ignore[arg-type]
-        rows.append([name, *numbers])
-    return table(f"{mask.name}: against its controls, on validation rows", [["", "loss", "minus base ± error"]], rows)
+        difference = ""
+        if isinstance(change, int | float) and isinstance(error, int | float):
+            difference = f"{signed(float(change))} ± {float(error):.4f}"
+        rows.append([name, f"{loss:.4f}" if isinstance(loss, int | float) else "", difference])
+    return Table(f"{mask.name}: against its controls, on validation rows", [["", "loss", "minus base ± error"]], rows)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from mftmerge.evaluate.results import LOSS
+from mftmerge.names import ranges
 
 MINUS = "−"  # as wide as the plus sign, so that columns align
 
@@ -52,13 +53,7 @@ def plain(value: Any) -> str:
 
 def layers_in_words(values: list[int]) -> str:
     """Indices of layers: 4, 5, 6, 9 as "layers 4–6, 9", nothing as nothing."""
-    parts: list[list[int]] = []
-    for n in sorted(values):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    said = ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+    said = ranges(values, "–", ", ")
     return f"layer{'s' * (len(values) > 1)} {said}" if values else ""
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from mftmerge.errors import BadInput
-from mftmerge.mask import Mask, MaskInfo, Parent
+from mftmerge.mask import Mask
+from mftmerge.names import in_order, layer_name
 from mftmerge.overlap import Comparison, Overlap, Pair, compare
-from mftmerge.report.blocks import Cell, Section, details, heat, note, table
+from mftmerge.report.blocks import Bold, Cell, Content, Details, Paragraph, Row, Section, Small, Table, heat, note
 from mftmerge.report.collect import Collection, MaskHere
-from mftmerge.report.html import Html, el, join
 
 MOST_COMPARED = 16  # masks of one matrix: 120 pairs
 
@@ -58,16 +57,15 @@ def overlap_section(found: Collection, compared: Sequence[Comparison]) -> Sectio
     """Overlap of what masks prune, against chance and a common start."""
     if not compared:
         return None
-    ancestors = {m.name: _ancestors(m.found.info) for m in found.masks}
+    ancestors = {m.name: {p.digest for _, p in m.found.info.family()} for m in found.masks}
     digests = {m.name: m.found.digest for m in found.masks}
 
     def relation(pair: Pair) -> str:
         descends = digests[pair.a] in ancestors[pair.b] or digests[pair.b] in ancestors[pair.a]
         return "one made from the other" if descends else ""
 
-    parts: list[Any] = [
-        el(
-            "p",
+    parts: list[Content] = [
+        Paragraph(
             "Jaccard: weights pruned by both masks over weights pruned by either. Below it the two baselines: what two "
             "masks of these densities share by chance, and, where the mask that they started from is known, what two "
             "masks share that left it independently of each other.",
@@ -83,37 +81,33 @@ def overlap_section(found: Collection, compared: Sequence[Comparison]) -> Sectio
         parts.append(
             note(f"Not compared here ({MOST_COMPARED} masks at most): ", ", ".join(left), ". Use mftmerge compare.")
         )
-    return Section("overlap", "Overlap", join(parts))
+    return Section("overlap", "Overlap", parts)
 
 
-def _ancestors(info: MaskInfo | Parent) -> set[str]:
-    return {d for p in info.parents for d in (p.digest, *_ancestors(p))}
-
-
-def _overlap_matrix(comparison: Comparison) -> Html:
+def _overlap_matrix(comparison: Comparison) -> Table:
     totals: dict[frozenset[str], Pair] = {frozenset((p.a, p.b)): p for p in comparison.pairs}
-    rows: list[list[Any]] = []
+    rows: list[Row] = []
     for a in comparison.names:
-        row: list[Any] = [a]
+        row: Row = [a]
         for b in comparison.names:
             pair = totals.get(frozenset((a, b)))
             row.append(Cell("·", "n self") if a == b or pair is None or not pair.tensors else _overlap(pair.total))
         rows.append(row)
     caption = "Overlap of what masks prune: Jaccard, and below it by chance / from a common start"
-    return table(caption, [["mask", *comparison.names]], rows, "heatmap overlap")
+    return Table(caption, [["mask", *comparison.names]], rows, "heatmap overlap")
 
 
 def _overlap(o: Overlap) -> Cell:
     start = "" if o.jaccard_from_start is None else f" / {o.jaccard_from_start:.3f}"
-    shown = join([f"{o.jaccard:.3f}", el("span", f"{o.jaccard_independent:.3f}{start}", cls="sub")])
+    shown: Content = [f"{o.jaccard:.3f}", Small(f"{o.jaccard_independent:.3f}{start}")]
     return heat(o.jaccard, shown, 0.0, 1.0)
 
 
-def _pairs(comparison: Comparison, relation: Callable[[Pair], str]) -> Html:
-    heads = [
+def _pairs(comparison: Comparison, relation: Callable[[Pair], str]) -> Details:
+    heads: list[Row] = [
         ["masks", "Jaccard", "by chance", "common start", "agreement", "by chance", "matrices", Cell("remark", "word")]
     ]
-    rows = []
+    rows: list[Row] = []
     for p in comparison.pairs:
         o = p.total
         start = "unknown" if o.jaccard_from_start is None else f"{o.jaccard_from_start:.4f}"
@@ -121,15 +115,15 @@ def _pairs(comparison: Comparison, relation: Callable[[Pair], str]) -> Html:
         numbers += [f"{o.agreement:.4f}", f"{o.agreement_independent:.4f}", str(p.tensors)]
         rows.append([f"{p.a}, {p.b}", *numbers, Cell(relation(p), "word")])
     caption = "All pairs. Agreement: share of the weights on which both masks say the same"
-    return details(join([el("b", f"All {len(rows)} pairs"), " with exact numbers"]), table(caption, heads, rows))
+    return Details([Bold(f"All {len(rows)} pairs"), " with exact numbers"], Table(caption, heads, rows))
 
 
-def _by_layer(comparison: Comparison) -> Html:
-    layers = sorted({n for p in comparison.pairs for n in p.by_layer}, key=lambda n: (n is None, n or 0))
-    rows: list[list[Any]] = []
+def _by_layer(comparison: Comparison) -> Details:
+    layers = in_order(n for p in comparison.pairs for n in p.by_layer)
+    rows: list[Row] = []
     for p in comparison.pairs:
         cells = [heat(o.jaccard, f"{o.jaccard:.4f}", 0.0, 1.0) if (o := p.by_layer.get(n)) else "" for n in layers]
         rows.append([f"{p.a}, {p.b}", *cells])
-    heads = [["masks", *("other" if n is None else f"layer {n}" for n in layers)]]
-    shown = table("Jaccard of the pruned sets by layer", heads, rows, "heatmap")
-    return details(join([el("b", "Overlap by layer")]), shown)
+    heads: list[Row] = [["masks", *(layer_name(n, "layer ") for n in layers)]]
+    shown = Table("Jaccard of the pruned sets by layer", heads, rows, "heatmap")
+    return Details(Bold("Overlap by layer"), shown)

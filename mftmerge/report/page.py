@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,21 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import finite
 from mftmerge.files import refuse_existing, replacing
 from mftmerge.maskheader import info_json
-from mftmerge.names import layer_of
+from mftmerge.names import layer_name, layer_of
 from mftmerge.overlap import Comparison
+from mftmerge.report.blocks import Content, PathText
 from mftmerge.report.collect import Collection, MaskHere, ResultHere, collect
 from mftmerge.report.conclusion import conclusion_section
 from mftmerge.report.density import density_section
 from mftmerge.report.family import family_section
 from mftmerge.report.gains import results_sections
-from mftmerge.report.html import Html, el, join
-from mftmerge.report.html import path as path_text
 from mftmerge.report.masks import masks_section, trained_on, training_section, what
 from mftmerge.report.numbers import count, layers_in_words
 from mftmerge.report.overlap import comparisons, overlap_section
 from mftmerge.report.settings import settings_section
+from mftmerge.report.template import render
 
 NAME = "report.html"
-# The page needs nothing from anywhere: a browser that reads this line refuses scripts and every request.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -100,61 +97,46 @@ def page(found: Collection, compared: list[Comparison]) -> str:
     ]
     sections = [s for s in wanted if s is not None]
     name = found.directory.resolve().name or "masks and results"
-    contents = el("nav", *(el("a", s.title, href=f"#{s.id}") for s in sections), aria_label="Contents")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{name}: masks and results"),
-        el("style", Html(files("mftmerge.report").joinpath("style.css").read_text(encoding="utf-8"))),
-    )
-    header = el("header", el("p", "mftmerge report", cls="brand"), el("h1", name), _facts(found), _problems(found))
-    main = el("main", *(el("section", el("h2", s.title), s.body, id=s.id, tabindex="-1") for s in sections))
-    footer = el("footer", f"Made by mftmerge {__version__} from the files in {name}.")
-    body = el("body", header, contents, main, footer)
-    return f"<!DOCTYPE html>\n{el('html', head, body, lang='en')}\n"
+    facts = {"name": name, "version": __version__, "problems": found.problems}
+    return render("page.html", glance=_glance(found), sections=sections, **facts)
 
 
-def _facts(found: Collection) -> Html:
-    """What is here, at a glance."""
-    facts: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Fact:
+    """One thing at a glance: what it is about, in large letters, and more below it."""
+
+    about: str
+    value: Content
+    more: str
+
+
+def _glance(found: Collection) -> list[Fact]:
+    """What is here."""
+    facts: list[Fact] = []
     if found.masks:
         kinds = [m.kind for m in found.masks]
         said = [f"{kinds.count(k)} {w}" for k, w in _KINDS.items() if k in kinds]
-        facts["masks"] = join([el("b", str(len(kinds))), el("span", ", ".join(said), cls="sub")])
+        facts.append(Fact("masks", str(len(kinds)), ", ".join(said)))
         largest = max(found.masks, key=lambda m: m.found.total.size).found
         bases = sorted({m.found.info.base for m in found.masks if m.found.info.base})
         base = bases[0] if len(bases) == 1 else f"{len(bases)} different ones" if bases else "not recorded"
-        facts["base"] = join([el("b", path_text(base)), el("span", "that the masks were made for", cls="sub")])
+        facts.append(Fact("base", PathText(base), "that the masks were made for"))
         layers = layers_in_words(sorted({n for n in map(layer_of, largest.tensors) if n is not None}))
         covered = f"in {len(largest.tensors)} matrices{f' of {layers}' if layers else ''}"
-        facts["weights covered"] = join([el("b", count(largest.total.size)), el("span", covered, cls="sub")])
+        facts.append(Fact("weights covered", count(largest.total.size), covered))
     if found.results:
         rows = sum(len(r.result.models) for r in found.results)
         domains = list(dict.fromkeys(d for r in found.results for d in r.result.domains))
-        facts["models measured"] = join([el("b", str(rows)), el("span", f"on {', '.join(domains)}", cls="sub")])
+        facts.append(Fact("models measured", str(rows), f"on {', '.join(domains)}"))
     if found.sweeps:
         tried = sum(len(s.combinations) for s in found.sweeps)
-        facts["sweeps"] = join([el("b", str(len(found.sweeps))), el("span", f"settings tried: {tried}", cls="sub")])
-    day = time.strftime("%Y-%m-%d", time.gmtime(found.newest))
-    facts["newest file"] = join(
-        [el("b", day), el("span", time.strftime("%H:%M UTC", time.gmtime(found.newest)), cls="sub")]
-    )
-    return el("dl", *(el("div", el("dt", k), el("dd", v)) for k, v in facts.items()), cls="glance")
+        facts.append(Fact("sweeps", str(len(found.sweeps)), f"settings tried: {tried}"))
+    newest = time.gmtime(found.newest)
+    facts.append(Fact("newest file", time.strftime("%Y-%m-%d", newest), time.strftime("%H:%M UTC", newest)))
+    return facts
 
 
 _KINDS = {"trained": "trained", "combined": "combined", "other": "from elsewhere", "untrained": "not trained"}
-
-
-def _problems(found: Collection) -> Html | None:
-    """What could not be read, said where it cannot be missed."""
-    if not found.problems:
-        return None
-    lines = [el("li", el("b", name), ": ", said) for name, said in found.problems]
-    title = f"{len(lines)} {'thing is' if len(lines) == 1 else 'things are'} missing from this page"
-    return el("div", el("p", el("b", title)), el("ul", *lines), cls="problems", role="alert")
 
 
 def _mask_json(mask: MaskHere) -> dict[str, Any]:
@@ -168,7 +150,7 @@ def _mask_json(mask: MaskHere) -> dict[str, Any]:
     }
     plain |= {"digest": inside.digest, "density": inside.total.density, "weights": inside.total.size}
     plain |= {"tensors": len(inside.tensors), "base": inside.info.base, "trained_on": trained_on(mask) or None}
-    plain |= {"by_layer": {"other" if k is None else str(k): s.density for k, s in inside.by_layer().items()}}
+    plain |= {"by_layer": {layer_name(k): s.density for k, s in inside.by_layer().items()}}
     plain |= {"by_module": {k: s.density for k, s in inside.by_module().items()}}
     return plain | {"parents": info_json(inside.info).get("parents", [])}
 

@@ -113,6 +113,7 @@ def quantise(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool, ran
     unit = (blocks / scales[:, None].clamp(min=torch.finfo(torch.float32).tiny)).view(-1)[:size]
     index, low, high = _below(unit, signed)
     share = (unit - low) / (high - low)
+    # Up with the probability of its share of the way: expected value the exact one, so that small steps add up.
     codes.copy_(index.add_(torch.rand(size, generator=random, device=values.device) < share))
 
 

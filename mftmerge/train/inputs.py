@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from mftmerge import data as rows_of
 from mftmerge.checkpoint import resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
-from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer, parts
+from mftmerge.loading import check_directory, chosen_dtype, load_causal_lm, load_tokenizer, parts, placed
 from mftmerge.loss import fitted, positions, token_losses
 from mftmerge.naming import decoder_layers, unwrapped
 from mftmerge.train import batches, memory, scores, sharding
@@ -64,7 +63,7 @@ def load_model(
         if shard:
             sharding.shard(loaded, decoder_layers(loaded)[1])
         else:
-            loaded.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+            placed(loaded)
     elif shard:
         raise BadInput("FSDP shards a model while it is loaded: give train_mask the checkpoint's path, not a model")
     else:
@@ -238,14 +237,3 @@ def _evidence(
         out[t.name] = sharding.whole(t.parameter.grad).float() * change.float()
     model.zero_grad()
     return out
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """4,5,6,9 as "4-6,9"."""
-    parts: list[list[int]] = []
-    for n in sorted(numbers):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -88,6 +88,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         if self.pattern and p.shape[target.input_dim] % self.pattern[1]:
             raise BadInput(f"{target.name}: {p.shape[target.input_dim]} inputs do not divide by {self.pattern[1]}")
         local = shard.local(p)
+        # float32 whatever the weights are: steps of a bfloat16 score below its rounding would be lost.
         mine = shard.rows(scores).to(device=local.device, dtype=torch.float32, copy=True).contiguous()
         self.state[p] = {"score": mine, "original": local.detach().clone(), **adam.start(mine, self.adam_bits)}
         if dropped is not None:
@@ -107,6 +108,7 @@ class MaskOptimizer(torch.optim.Optimizer):
                 loss = closure()
         active = [t for t in self.targets if t.parameter.grad is not None]
         squares = each(self._prepare, active, self._device)
+        # Raises before the first score has moved: a step is whole or nothing.
         divisor = self._clip_divisor(active, squares)
         group = self.param_groups[0]
 
@@ -142,7 +144,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         """dL/d(W*M) * W [* sign(S)], in place of the weight's gradient: no memory of its own."""
         state = self.state[target.parameter]
         change = state["original"] if "dropped" not in state else state["original"] - state["dropped"]
-        gradient.mul_(change)
+        gradient.mul_(change)  # straight through the cut: dM/dS is taken as 1
         if not self.signed:
             gradient.mul_(state["score"].sign())
         return gradient
@@ -234,6 +236,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         """The original weights where kept, the dropped values (0 or the base's) elsewhere. Local rows."""
         state = self.state[target.parameter]
         original: Tensor = state["original"]
+        # Chosen, not multiplied: -0.0, inf or NaN times 0 is no 0, and base + delta * M would round.
         if "dropped" not in state:
             return kept_or_zero(kept, original)
         return choose(kept, original, state["dropped"])

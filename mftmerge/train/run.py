@@ -26,6 +26,7 @@ from mftmerge.files import replacing
 from mftmerge.machine import lacks_bfloat16
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
+from mftmerge.names import ranges
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress
@@ -282,7 +283,7 @@ class _Run:
         cut = scores.typical_cut(first, s.keep, scores.is_signed(s.init))
         self.say(
             f"{len(self.rows)} rows, {len(self.valid)} for validation; {len(self.targets)} tensors of layers "
-            f"{inputs.ranges(self.layers)}, {count:,} weights ({share:.1%} of these layers'), "
+            f"{ranges(self.layers)}, {count:,} weights ({share:.1%} of these layers'), "
             f"keep {s.pattern or s.keep}"
         )
         ratio = f" ({s.travel / cut:.1f} times)" if cut > 0 else ""
@@ -327,17 +328,17 @@ class _Run:
     def _mask(self, best: Best, first: Mapping[str, Tensor], comparison: dict[str, Any], gained: bool) -> Mask:
         checkpoint = self._checkpoint()
 
-        def convert(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-            named = naming.to_checkpoint(self.model, tensors, names=checkpoint.names if checkpoint else None)
+        def convert(tensors: Mapping[str, Tensor] | None) -> dict[str, Any]:
+            named = naming.to_checkpoint(self.model, tensors or {}, names=checkpoint.names if checkpoint else None)
             return {n: t.contiguous().numpy() for n, t in named.items()}
 
-        kept = convert(best.mask)  # type: ignore[arg-type]
+        kept = convert(best.mask)
         validation = [[h["step"], h["validation"]] for h in best.history if h.get("validation") is not None]
         training = self.settings.model_dump(exclude={"check_memory", "log_to", "control"}, exclude_none=True) | {
             "selection": "signed" if scores.is_signed(self.settings.init) else "abs",
             "init_digest": scores.digest(first),
             "lr": self.settings.learning_rate,
-            "layers": inputs.ranges(self.layers),
+            "layers": ranges(self.layers),
             "data": rows_of.digest(self.rows),
             "rows": len(self.rows),
             "validation": validation,
@@ -354,7 +355,7 @@ class _Run:
         )
         if not self.settings.scores:
             return Mask.from_bools(kept, info)
-        return Mask.from_bools(kept, info, convert(best.scores), convert(first))  # type: ignore[arg-type]
+        return Mask.from_bools(kept, info, convert(best.scores), convert(first))
 
     def _checkpoint(self) -> Checkpoint | None:
         """The files of the model, where it has any: names and fingerprints are always theirs."""

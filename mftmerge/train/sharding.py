@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mftmerge.errors import BadInput
 from mftmerge.train import selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def is_main() -> bool:
@@ -33,7 +36,7 @@ def requested() -> bool:
     return True
 
 
-def shard(model: Any, layers: Iterable[torch.nn.Module]) -> None:
+def shard(model: PreTrainedModel, layers: Iterable[torch.nn.Module]) -> None:
     """Split a model's parameters over all ranks with `fully_shard`, each decoder layer a unit of its own."""
     from torch.distributed.fsdp import fully_shard
 
@@ -88,7 +91,7 @@ class Shard:
         out = torch.zeros(
             p.shape, dtype=torch.float32 if local.is_floating_point() else torch.uint8, device=local.device
         )
-        out[self.start : self.stop] = local
+        out[self.start : self.stop] = local  # every row is one rank's, the others add 0: the sum is exact
         dist.all_reduce(out, group=self.group)
         return out if local.is_floating_point() else out.bool()
 
