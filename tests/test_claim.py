@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mftmerge import data  # noqa: E402
 from mftmerge.train.targets import Target  # noqa: E402
-from research.claim import page  # noqa: E402
+from research.claim import bench, page  # noqa: E402
 from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
 
 
@@ -59,3 +62,34 @@ def test_lora_moves_weights_by_its_product_alone() -> None:
     assert optimizer.bytes() == 2 * (2 * 5 + 2 * 6)
     optimizer.restore()
     assert torch.equal(weight, start)
+
+
+def test_a_cell_keeps_its_last_and_its_best_states(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """End to end on a tiny model: each state is measured on the test rows, and the initial one may be the best."""
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(10)]
+    source = tiny("llama")
+
+    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
+        return {"train": tokens[:4], "validation": tokens[4:7], "test": tokens[7:]}
+
+    monkeypatch.setattr(bench, "read_rows", read)
+    made = bench.Bench(source, "wikisql", tmp_path, tmp_path, 0, "1")
+    made.record("base", {})
+    before = {n: w.clone() for n, w in made.originals.items()}
+    losses = iter([(0.5, 0.1), (0.4, 0.1), (0.6, 0.2)])
+    monkeypatch.setattr(made, "validate", lambda: next(losses))
+    made.run(bench.Cell("mask", lr=1e-2), steps=2)
+    found = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert {n: f.get("step") for n, f in found.items()} == {
+        "base": None,
+        "mask last": 2,
+        "mask loss": 1,
+        "mask exact": 2,
+    }
+    assert found["mask last"]["loss"] == found["mask exact"]["loss"] != found["mask loss"]["loss"]
+    assert len(found["mask last"]["exact"]) == 3
+    assert [c["step"] for c in found["mask last"]["course"]] == [0, 1, 2]
+    assert all(torch.equal(before[t.name], t.parameter) for t in made.targets)

@@ -25,6 +25,7 @@ from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
+from mftmerge.train.validation import Judged
 from research.claim.common import DOMAINS, Tokens, load, read_rows, write_json
 from research.claim.lora import LoraOptimizer
 
@@ -54,18 +55,24 @@ class States(Best):
     def __init__(self, optimizer: Any, settings: TrainSettings, bench: Bench) -> None:
         super().__init__(optimizer, settings, None, lambda step: print("  ", step.done, dict(step.facts), flush=True))
         self.bench = bench
-        self.found: dict[str, tuple[Any, int, Weights]] = {}
+        self.states: dict[str, tuple[tuple[float, ...], int, Weights]] = {}
         self.course: list[dict[str, Any]] = []
+        self._seen: tuple[Weights, float, float] | None = None
 
-    def consider(self, step: int) -> float | None:
+    def measure(self) -> None:
         state = self.optimizer.mask()
         with self.optimizer.masked_by(state):
-            loss, exact = self.bench.validate()
+            self._seen = (state, *self.bench.validate())
+
+    def keep(self, step: int, found: Judged | None) -> float | None:
+        """Keep what was measured last, wherever it is the best so far; `found` says nothing here."""
+        assert self._seen is not None
+        state, loss, exact = self._seen
         self.course.append({"step": step, "loss": loss, "exact": exact})
         print("  ", self.course[-1], flush=True)
-        for how, value in (("loss", (loss,)), ("exact", (-exact, loss)), ("last", (-step,))):
-            if how not in self.found or value < self.found[how][0]:
-                self.found[how] = (value, step, state)
+        for how, value in {"loss": (loss,), "exact": (-exact, loss), "last": (-float(step),)}.items():
+            if how not in self.states or value < self.states[how][0]:
+                self.states[how] = (value, step, state)
         return loss
 
 
@@ -153,11 +160,11 @@ class Bench:
         facts = {"cell": vars(cell), "steps": steps, "course": best.course, "seed": self.seed}
         facts |= {"flipped": [h.get("flipped") for h in best.history][:12]}
         for how in states:
-            _, step, state = best.found[how]
+            _, step, state = best.states[how]
             with optimizer.masked_by(state):
                 weights = {t.name: t.parameter.detach().clone() for t in self.targets}
             optimizer.restore()
-            same = [other for other in states if other != how and best.found[other][1] == step]
+            same = [other for other in states if other != how and best.states[other][1] == step]
             twin = next(
                 (self.out / f"{cell.name} {o}.json" for o in same if (self.out / f"{cell.name} {o}.json").exists()),
                 None,
