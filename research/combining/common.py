@@ -90,9 +90,10 @@ class Bench:
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
-            try:
-                yield
-            finally:
+        try:
+            yield  # outside of `no_grad`: gradients may be asked for in between
+        finally:
+            with torch.no_grad():
                 for name in weights:
                     parameters[name].copy_(self.originals[name])
 

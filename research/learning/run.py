@@ -194,14 +194,15 @@ class Seed:
 
         self.cell(f"coefficients by {teacher}, {count} rows", make)
 
-    def masks(self, teacher: str, count: int, arithmetic: str = "sums", **settings: Any) -> None:
-        """The product: `mftmerge train --recipe` from checkpoints and row files."""
+    def masks(self, teacher: str, count: int, arithmetic: str = "sums", weight: float = 1.0, **settings: Any) -> None:
+        """The product: `mftmerge train --recipe` from checkpoints and row files. weight: of every expert's change."""
         named = "masks" if arithmetic == "sums" else "selection"
-        what = f"{named} by {teacher}, {count} rows" + "".join(f", {k} {v}" for k, v in settings.items())
+        extra = ({"weight": weight} if weight != 1 else {}) | settings
+        what = f"{named} by {teacher}, {count} rows" + "".join(f", {k} {v}" for k, v in extra.items())
 
         def make() -> tuple[Weights, dict[str, Any]]:
             self.rows(count)
-            recipe, out = self.recipe(count, arithmetic), self.place / f"{what}.masks"
+            recipe, out = self.recipe(count, arithmetic, weight), self.place / f"{what}.masks"
             product.PrefixCache = self.bench.new_cache  # type: ignore[assignment, misc]
             given = {
                 "teacher": teacher,
@@ -223,12 +224,12 @@ class Seed:
                     sum(float(k.sum()) for k in kept.values()) / sum(k.numel() for k in kept.values()), 4
                 )
                 for n, k in kept.items():
-                    found[n] = torch.where(k, found[n] + change[domain][n], found[n])
+                    found[n] = torch.where(k, found[n] + weight * change[domain][n], found[n])
             return found, {"density": density, "best_step": result.best_step, **cost}
 
         self.cell(what, make)
 
-    def recipe(self, count: int, arithmetic: str) -> dict[str, Any]:
+    def recipe(self, count: int, arithmetic: str, weight: float) -> dict[str, Any]:
         """The recipe with open masks that a user would write."""
         rows, models = self.bench.lab / "rows", list[dict[str, Any]]()
         for domain in self.bench.domains:
@@ -240,7 +241,7 @@ class Seed:
             models.append({"model": str(self.checkpoint(domain)), "mask": {"learn": learn}})
         method = "select"
         if arithmetic == "sums":
-            method, models = "task_arithmetic", [{**m, "parameters": {"weight": 1.0}} for m in models]
+            method, models = "task_arithmetic", [{**m, "parameters": {"weight": weight}} for m in models]
         head = {"merge_method": method, "base_model": self.bench.source, "dtype": "float32"}
         return {**head, "models": models}
 
@@ -330,6 +331,8 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(others, "fine-tuning", "expert", 100)
     learning(others, "coefficients", "expert", 100)
     learning(first, "masks", "expert", 100, start_density=1.0)
+    for teacher in TEACHERS:
+        learning(first, "masks", teacher, 100, weight=0.7, start_density=1.0)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)
     return found
