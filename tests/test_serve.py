@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -28,9 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftmerge.live import attach
 from mftmerge.mask import Mask
+from mftmerge.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+
+from mftmerge.serve.engine import Job  # noqa: E402
+from mftmerge.serve.service import Service  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 KEY = "secret"
@@ -414,6 +419,25 @@ def test_sigterm_lets_answers_finish_and_refuses_new_ones(model: Path, masks: Pa
         assert server.process.wait(30) == 0
         assert server.process.stderr is not None
         assert server.process.stderr.read().count("Traceback") == 0
+
+
+def test_a_prompt_that_is_read_is_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between waiting and being written: a server that stops then has an answer to finish."""
+    engine, seen, done = Service(str(model), ServeSettings()).engine, [], threading.Event()
+    read = engine._read
+
+    def reading(joining: Any, rows: Any) -> None:
+        seen.append((engine.idle, engine.load))
+        read(joining, rows)
+
+    monkeypatch.setattr(engine, "_read", reading)
+    engine.start()
+    assert engine.idle
+    engine.submit([Job(None, [5, 6, 7], 1, lambda event: done.set() if event.last else None)])
+    assert done.wait(60)
+    engine.close()
+    assert seen == [(False, (1, 0))]
+    assert engine.idle
 
 
 def test_masks_for_another_model_and_taken_ports_stop_the_start(

@@ -123,6 +123,7 @@ class Engine:
         takes = inspect.signature(model.forward).parameters
         self._takes_positions, self._takes_last = "position_ids" in takes, "logits_to_keep" in takes
         self._waiting: deque[_Row] = deque()
+        self._reading: list[_Row] = []  # their prompts, just now: these neither wait nor are written yet
         self._running: list[_Row] = []
         self._cache: RowCache | None = None
         self._commands: list[_Command] = []
@@ -161,12 +162,13 @@ class Engine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Answers that are being written, and that wait."""
-        return len(self._running), len(self._waiting)
+        """Answers that are being written or whose prompts are being read, and answers that wait."""
+        return len(self._reading) + len(self._running), len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        with self._change:  # not between two of the places that an answer goes through
+            return not (self._waiting or self._reading or self._running)
 
     @property
     def stopping(self) -> bool:
@@ -198,7 +200,7 @@ class Engine:
             with self._change:
                 self.broken = f"the server is broken: {' '.join(str(e).split()) or type(e).__name__}"
                 commands, self._commands = self._commands, []
-            self._fail(self.broken, [*self._running, *self._waiting])
+            self._fail(self.broken, [*self._reading, *self._running, *self._waiting])
             for command in commands:
                 command.result.set_exception(MftmergeError(self.broken))
         finally:
@@ -217,7 +219,7 @@ class Engine:
                         return True
                     self._change.wait()
                     continue
-                joining = self._admitted()
+                self._reading = joining = self._admitted()
             try:
                 if joining:
                     self._read(joining, rows)
@@ -271,7 +273,8 @@ class Engine:
         logits = self._logits(ids.to(self.model.device), read, positions)
         self._cache = read if self._cache is None else self._cache.joined(read)
         first = len(self._running)
-        self._running += joining
+        with self._change:
+            self._running, self._reading = [*self._running, *joining], []
         self._choose(logits, first)
 
     def _step(self, rows: RowMasks) -> None:
@@ -315,6 +318,7 @@ class Engine:
         with self._change:
             self._keep([row for row in self._running if row not in rows])
             self._waiting = deque(row for row in self._waiting if row not in rows)
+            self._reading = []
         for row in rows:
             row.job.emit(Event(row.index, error=message))
 

@@ -38,7 +38,8 @@ class _Server(uvicorn.Server):
 
     def _exit_when_idle(self) -> None:
         end = time.monotonic() + self.service.settings.drain
-        while not self.service.engine.idle and time.monotonic() < end:
+        # Until the last answer is written, and its client has read it.
+        while not (self.service.engine.idle and not self.server_state.tasks) and time.monotonic() < end:
             time.sleep(0.02)
         self.should_exit = True
 
