@@ -42,7 +42,7 @@ def place(tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_job_is_done_and_goes_on(place: Path) -> None:
+def test_a_job_is_done_and_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
     result = run_job("job.yml", note=told.append)
     made = {p.name for p in (place / "job").iterdir()}
@@ -59,6 +59,10 @@ def test_a_job_is_done_and_goes_on(place: Path) -> None:
     run_job("job.yml", note=told.append)
     assert {p.name: p.stat().st_mtime_ns for p in (place / "job").glob("*.mask")} == before
     assert "evaluating on test rows" in told, "only the test has other rows"
+    capsys.readouterr()
+    assert program("run", "job.yml") == 0
+    (wrote,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote in job: "))
+    assert set(wrote.partition(": ")[2].split(", ")) <= made
 
 
 def test_a_job_is_checked_before_anything_is_loaded(place: Path) -> None:

@@ -43,4 +43,4 @@ def command(
     say(f"wrote in {loaded.out}: {', '.join((*names, 'results.json', 'report.html'))}")
     best = Path(loaded.out) / names[-1]
     say(f"next: open {loaded.out}/report.html; mftmerge chat --model {loaded.model} --mask {best}")
-    say(f"then: mftmerge apply {best} --model {loaded.model} -o DIR")
+    say(f"next: mftmerge apply {best} --model {loaded.model} -o DIR")
