@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -35,7 +36,8 @@ def passed(journey: Callable[[], object]) -> list[CodeType]:
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
+        named = code.co_flags & CO_OPTIMIZED and not code.co_name.startswith("<")  # a class's body is no function
+        if event == "call" and named and code.co_filename.startswith(PACKAGE):
             seen.setdefault(code)
 
     threading.setprofile(note)
@@ -72,7 +74,7 @@ def journeys(here: Path) -> dict[str, Callable[[], object]]:
     model, tokenizer = load_causal_lm(here / "base"), load_tokenizer(here / "base")
 
     def mask() -> None:
-        mftmerge.train_mask(here / "base", here / "rows.jsonl", here / "learnt.mask", steps=2, rows=16)
+        mftmerge.train_mask(here / "base", here / "rows.jsonl", here / "learnt.mask", steps=2)
         mftmerge.apply_mask(here / "learnt.mask", here / "base", here / "applied")
 
     return {

@@ -35,6 +35,7 @@ LARGEST_TENSOR = 1 << 48  # weights
 BEST_DEFLATE = 1032  # deflate never expands more than this: a limit on what a small hostile file can ask for
 
 Info = TypeVar("Info", MaskInfo, Parent)
+Kind = TypeVar("Kind")
 Places = dict[str, tuple[str, int, int]]  # entry -> its dtype, and its bytes [start, stop) of the data
 
 
@@ -141,20 +142,20 @@ def parse_json(text: bytes | str) -> dict[str, Any]:
 # -- our own text -----------------------------------------------------------------------------------------------------
 
 
-def _need(value: Any, kind: type, what: str) -> Any:
+def _need(value: object, kind: type[Kind], what: str) -> Kind:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadInput(f"{what} should be {'an' if kind is int else 'a'} {kind.__name__}, is {type(value).__name__}")
     return value
 
 
-def _shape(value: Any, what: str) -> tuple[int, ...]:
+def _shape(value: object, what: str) -> tuple[int, ...]:
     shape = tuple(_need(n, int, f"{what}: dimension") for n in _need(value, list, f"{what}: shape"))
     if len(shape) > 32 or any(not 0 <= n <= LARGEST_TENSOR for n in shape) or math.prod(shape) > LARGEST_TENSOR:
         raise BadInput(f"{what}: shape {str(shape)[:80]} is out of range")
     return shape
 
 
-def _hex(value: Any, digits: int, what: str) -> str:
+def _hex(value: object, digits: int, what: str) -> str:
     if not isinstance(value, str) or len(value) != digits or not set(value) <= set(string.hexdigits.lower()):
         raise BadInput(f"{what} should be {digits} hexadecimal digits")
     return value
@@ -218,61 +219,61 @@ def _scores(entries: dict[str, Entry], found: Places, suffix: str) -> dict[str, 
     return {n: (start, stop) for n, (_, start, stop) in present.items()}
 
 
-def parse_info(value: Any) -> MaskInfo:
+def parse_info(value: object) -> MaskInfo:
     """MaskInfo from its JSON form; keys of later versions are ignored. Raises BadInput."""
-    generation: list[Any] = [_need(value, dict, "info")]
+    whole = _need(value, dict, "info")
+    generation: list[object] = [whole]
     for _ in range(DEEPEST_FAMILY + 1):  # counted here, before anything walks down the tree by recursion
         parents = [p["parents"] for p in generation if isinstance(p, dict) and isinstance(p.get("parents"), list)]
         generation = [p for several in parents for p in several]
     if generation:
         raise BadInput(f"info: more than {DEEPEST_FAMILY} generations of parents")
-    info = _described(MaskInfo, value, "info")
-    return info if "on" in value else _before_on(info)
+    info = _described(MaskInfo, whole, "info")
+    return info if "on" in whole else _before_on(info)
 
 
-def _described(kind: type[Info], value: Any, what: str) -> Info:
+def _described(kind: type[Info], value: object, what: str) -> Info:
     """A MaskInfo or a Parent from its JSON form: each field as its annotation says. Raises BadInput.
 
     By hand, because importing a library for it costs more than half of the time that opening a mask takes.
     """
-    _need(value, dict, what)
-    given = {}
+    described = _need(value, dict, what)
+    given: dict[str, Any] = {}
     for f in fields(kind):
-        if f.name in value:
-            given[f.name] = READ[str(f.type)](value[f.name], f"{what}.{f.name}")
+        if f.name in described:
+            given[f.name] = READ[str(f.type)](described[f.name], f"{what}.{f.name}")
         elif f.default is MISSING and f.default_factory is MISSING:
             raise BadInput(f"{what}.{f.name} is missing")
     return kind(**given)
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
         raise BadInput(f"{what} should be a number, is {type(value).__name__}")
     return float(value)
 
 
-def _count(value: Any, what: str) -> int:
-    if not 0 <= _need(value, int, what) <= MOST_FORGOTTEN:
+def _count(value: object, what: str) -> int:
+    if not 0 <= (count := _need(value, int, what)) <= MOST_FORGOTTEN:
         raise BadInput(f"{what} is out of range")
-    return int(value)
+    return count
 
 
-def _text(value: Any, what: str) -> str:
-    text: str = _need(value, str, what)
-    return text
+def _text(value: object, what: str) -> str:
+    return _need(value, str, what)
 
 
-def _texts(value: Any, what: str) -> dict[str, str]:
+def _texts(value: object, what: str) -> dict[str, str]:
     return {k: _text(v, f"{what}.{k[:80]}") for k, v in _need(value, dict, what).items()}
 
 
-def _kind_of_mask(value: Any, what: str) -> str:
+def _kind_of_mask(value: object, what: str) -> str:
     if value not in ("weights", "delta"):
         raise BadInput(f"{what} should be weights or delta")
     return str(value)
 
 
-READ: dict[str, Callable[[Any, str], Any]] = {  # annotation of a field -> how its JSON value is read
+READ: dict[str, Callable[[Any, str], object]] = {  # annotation of a field -> how its JSON value is read
     "str": _text,
     "str | None": lambda value, what: None if value is None else _text(value, what),
     "int": _count,

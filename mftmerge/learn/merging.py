@@ -8,7 +8,7 @@ Which experts keep a weight is a whole number, its *code*: bit k is 1 where the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +47,11 @@ class Part:
     """
 
     name: str
-    values: dict[Any, Tensor]
-    parent: Any
-    experts: tuple[Any, ...]
+    values: dict[Hashable, Tensor]
+    parent: Hashable
+    experts: tuple[Hashable, ...]
     task: ExecuteMergeMethodTask | None = None
-    math: dict[Any, torch.dtype | None] = field(default_factory=dict)
+    math: dict[Hashable, torch.dtype | None] = field(default_factory=dict)
     dtype: torch.dtype | None = None
 
     @property
@@ -114,13 +114,13 @@ class Part:
         assert out is not None
         return out.view(self.shape)
 
-    def _merged(self, tensors: dict[Any, Tensor]) -> Tensor:
+    def _merged(self, tensors: dict[Hashable, Tensor]) -> Tensor:
         assert self.task is not None
         result = self.task.execute(tensors={m: t.to(self.math.get(m) or t.dtype) for m, t in tensors.items()})
         assert result is not None  # of what every input has
         return result
 
-    def _selected(self, tensors: dict[Any, Tensor], kept: Sequence[Tensor] | None) -> Tensor:
+    def _selected(self, tensors: dict[Hashable, Tensor], kept: Sequence[Tensor] | None) -> Tensor:
         base = tensors[self.parent]
         merged = base.to(self.math.get(self.parent) or base.dtype)
         for number, expert in reversed(list(enumerate(self.experts))):  # the first one that keeps a weight wins
