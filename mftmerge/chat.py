@@ -79,6 +79,10 @@ class Chat:
             ids, labels = [*ids, end], [*labels, end]
         return {"input_ids": ids, "labels": labels}
 
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text before an answer to the messages. Raises BadInput, naming the row, for what the template refuses."""
+        return self._render(self._called([self._plain(m) for m in messages]), add_generation_prompt=True)
+
     # -- the ways to find a turn --------------------------------------------------------------------------------------
 
     def _between(self, text: str, messages: Sequence[Message], i: int) -> Span | None:

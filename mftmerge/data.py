@@ -88,6 +88,7 @@ def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise BadInput(f"{where}: a row must be an object with messages, prompt and completion, or text")
     row = _known_shape(dict(row), where)
+    row |= _for_template(row, where)
     if "messages" in row:
         _check_messages(row["messages"], where)
         said = list(row["messages"])
@@ -108,6 +109,24 @@ def _checked(row: Any, where: str) -> Row:
     return row
 
 
+def _for_template(row: Row, where: str) -> Row:
+    """What of a row goes to the chat template as it is, read where a table holds it as JSON text."""
+    found = {k: row[k] for k in ("tools", "chat_template_kwargs") if row.get(k) is not None}
+    for key, value in found.items():
+        try:
+            found[key] = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise BadInput(f"{where}: {key} is neither a list or object nor JSON text of one") from None
+    tools, options = found.get("tools"), found.get("chat_template_kwargs")
+    if tools is not None and not (
+        isinstance(tools, list | tuple) and all(isinstance(t, Mapping) or callable(t) for t in tools)
+    ):
+        raise BadInput(f"{where}: tools must be a list of objects")
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(k, str) for k in options)):
+        raise BadInput(f"{where}: chat_template_kwargs must be an object of names and values")
+    return found
+
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 ROLES |= {"system": "system", "tool": "tool", "function_call": "assistant", "observation": "tool"}
 
@@ -121,7 +140,7 @@ def _known_shape(row: Row, where: str) -> Row:
         messages = []
         for turn in turns:
             who = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
-            if who not in ROLES:
+            if not isinstance(who, str) or who not in ROLES:
                 raise BadInput(
                     f"{where}: conversations need turns with from and value; {str(who)[:40]!r} is no speaker"
                 )
@@ -156,7 +175,13 @@ def _check_messages(messages: Any, where: str) -> None:
     if not listed or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         raise BadInput(f"{where}: messages must be a list of objects with role and content")
     for number, message in enumerate(messages, 1):
-        content = message.get("content")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if calls and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):
+            raise BadInput(f"{where}: message {number}: tool_calls must be a list of objects")
+        if any(not isinstance(c.get("function") or {}, Mapping) for c in calls or ()):
+            raise BadInput(f"{where}: message {number}: the function of a tool call must be an object")
+        if not isinstance(message.get("weight", 1), int | float):
+            raise BadInput(f"{where}: message {number}: weight must be a number")
         if content is None and (message.get("tool_calls") or message["role"] != "user"):
             continue
         if not isinstance(content, str) and not (

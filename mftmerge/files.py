@@ -28,7 +28,7 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LI
 COMPANION_FOLDERS = ("additional_chat_templates",)
 POINTER = b"version https://git-lfs.github.com/spec/"
 # What flock says where a file system has none: Lustre without -o flock, NFS without lockd, some FUSE.
-NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
 
 
 def unsupported(*_: int) -> int:
@@ -44,15 +44,34 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around what writes to `path`: a full disk, which says neither where nor always what, becomes a MftmergeError."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise MftmergeError(f"{path}: cannot be written ({e.strerror or e})") from e
+    except Exception as e:
+        # As safetensors and torch's archives put it; torch's talks of positions, not of the disk.
+        if "I/O error" in str(e):
+            raise MftmergeError(f"{path}: cannot be written ({' '.join(str(e).split())})") from e
+        if "inline_container" in str(e):
+            raise MftmergeError(f"{path}: cannot be written; is the disk full?") from e
+        raise
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a name beside `path`, with its ending, to write to; the file takes its name when the block ends well."""
     path = Path(path)
     beside = temporary(path)
     try:
-        yield beside
-        os.replace(beside, path)
+        with writing(path):
+            yield beside
+            os.replace(beside, path)
     except OSError as e:
-        if e.filename in (None, str(beside)):  # a write that failed does not say where
+        if e.filename == str(beside):
             raise MftmergeError(f"{path}: cannot be written ({e.strerror or e})") from e
         raise
     finally:
@@ -140,7 +159,8 @@ def _same(a: Path, b: Path) -> bool:
 
 def _inside(path: Path, directory: Path) -> bool:
     """Whether `path` leads into `directory`, seen by inode, so that other mounts and spellings of it count."""
-    return any(_same(parent, directory) for parent in path.resolve().parents)
+    real = Path(os.path.realpath(path))  # unlike `resolve` it says nothing of links in a circle: their reader does
+    return any(_same(parent, directory) for parent in real.parents)
 
 
 def _hard_link(path: Path, out: Path) -> Path | None:
@@ -178,6 +198,13 @@ def refuse_pointer(path: Path, start: bytes | None = None) -> None:
         raise BadInput(f"{path}: a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`")
 
 
+def refuse_pointers(directory: Path) -> None:
+    """Raise BadInput where a file of a model's directory, pickled weights included, is Git LFS's stand-in."""
+    for path in sorted(directory.iterdir()):
+        if (is_companion(path.name) or path.suffix == ".bin") and path.is_file():
+            refuse_pointer(path)
+
+
 def lock(fd: int, out: Path, owner: Path) -> None:
     """Make this process the one that writes `out`, until the descriptor `fd` is closed and `owner` removed.
 
@@ -210,14 +237,24 @@ def lock(fd: int, out: Path, owner: Path) -> None:
 
 @contextmanager
 def locked(out: str | Path) -> Iterator[None]:
-    """For the length of the block nobody else who asks writes `out`. Raises MftmergeError when somebody does."""
+    """For the length of the block nobody else who asks writes into the directory `out`; made where there is none.
+
+    For work of many files that is continued after a stop. Raises MftmergeError when another run has it.
+    """
     out = Path(out)
-    path, owner = out.with_name(f".{out.name}.lock"), out.with_name(f".{out.name}.owner")
+    out.mkdir(parents=True, exist_ok=True)
+    path, owner = out / ".lock", out / ".owner"
     while True:
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         except OSError as e:
-            raise MftmergeError(f"{out}: cannot be written ({e.strerror})") from None
+            if not path.is_file():
+                raise MftmergeError(f"{out}: cannot be written ({e.strerror})") from None
+            try:  # what another user's run, which was killed, has left; a lock needs no right to write
+                fd = os.open(path, os.O_RDONLY | flags)
+            except OSError as e:
+                raise MftmergeError(f"{out}: cannot be locked ({path}: {e.strerror})") from None
         try:
             lock(fd, out, owner)
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
@@ -229,8 +266,9 @@ def locked(out: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        owner.unlink(missing_ok=True)
+        for ours in (path, owner):
+            with suppress(PermissionError):  # another user's, in a directory where everybody removes their own only
+                ours.unlink(missing_ok=True)
         os.close(fd)
 
 

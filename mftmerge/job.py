@@ -15,7 +15,7 @@ import xxhash
 from pydantic import Field
 
 from mftmerge.errors import worded
-from mftmerge.files import beside, replacing
+from mftmerge.files import beside, locked, replacing
 from mftmerge.progress import Progress
 from mftmerge.settings import Settings
 
@@ -98,29 +98,37 @@ def run_job(
         job = Job.make(job) if isinstance(job, Mapping) else load_job(job)
     from mftmerge.data import load_rows, require_disjoint
 
+    reading = _reading(job)
     rows = {
-        f"{name} {part}": load_rows(getattr(domain, part))
+        f"{name} {part}": load_rows(getattr(domain, part), **reading)
         for name, domain in job.domains.items()
         for part in ("train", "validation", "test")
     }
     require_disjoint(rows)  # all rows are read before a model is
-    return _Run(job, progress, note or (lambda line: None)).all()
+    with locked(job.out):
+        return _Run(job, progress, note or (lambda line: None)).all()
+
+
+def _reading(job: Job) -> dict[str, Any]:
+    """How rows of every domain are read: as those of training."""
+    from mftmerge.train.settings import TrainSettings
+
+    return TrainSettings.make(job.train).reading
 
 
 class _Run:
     def __init__(self, job: Job, progress: Progress | None, note: Callable[[str], None]) -> None:
         self.job, self.progress, self.note = job, progress, note
         self.out = Path(job.out)
-        self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / STATE
         self.state: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def all(self) -> GridResult:
-        from mftmerge.evaluate.files import evaluate_files
+        from mftmerge.evaluate.files import Measures, evaluate_files
         from mftmerge.evaluate.results import GridResult
         from mftmerge.report.page import write_report
 
-        job, results = self.job, self.out / "results.json"
+        job, results, how = self.job, self.out / "results.json", _reading(self.job)
         masks = {name: self._learn(name, domain) for name, domain in job.domains.items()}
         if len(masks) > 1:
             masks["general"] = self._choose(masks)
@@ -128,7 +136,8 @@ class _Run:
         facts = [job.model, _digests(tests), {name: _digest(path) for name, path in masks.items()}]
         if self._due("evaluating on test rows", results, facts):
             name = Path(job.model).name
-            found = evaluate_files({name: job.model}, masks, tests, progress=self.progress)
+            measures = Measures(columns=how["columns"] or {}, skip_bad_rows=how["skip_bad"])
+            found = evaluate_files({name: job.model}, masks, tests, measures=measures, progress=self.progress)
             found.to_json(results, overwrite=True)
             self._done(results, facts)
         self.note(f"writing {self.out / 'report.html'}")
@@ -161,12 +170,20 @@ class _Run:
     def _choose(self, masks: Mapping[str, Path]) -> Path:
         from mftmerge.evaluate.choosing import choose_combination
 
-        path = self.out / "general.mask"
+        path, how = self.out / "general.mask", _reading(self.job)
         rows = {name: domain.validation for name, domain in self.job.domains.items()}
         facts = [self.job.model, self.job.choose, _digests(rows), {name: _digest(m) for name, m in masks.items()}]
         if self._due("choosing a combination on validation rows", path, facts):
             choice = choose_combination(
-                self.job.model, masks, rows, path, candidates=self.job.choose, overwrite=True, progress=self.progress
+                self.job.model,
+                masks,
+                rows,
+                path,
+                candidates=self.job.choose,
+                columns=how["columns"],
+                skip_bad_rows=how["skip_bad"],
+                overwrite=True,
+                progress=self.progress,
             )
             self.note(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}")
             for line in choice.notes:

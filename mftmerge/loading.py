@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config, resolve
 from mftmerge.dtypes import BY_CODE
 from mftmerge.errors import BadInput
+from mftmerge.files import refuse_pointers
 from mftmerge.machine import lacks_bfloat16
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool | None = None) -> PreT
     """The tokenizer in a checkpoint directory. Raises BadInput where there is none; see `load_causal_lm`."""
     from transformers import AutoTokenizer
 
+    if path.is_dir():
+        refuse_pointers(path)
+
     def load() -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trusted(trust_remote_code)
@@ -105,6 +109,7 @@ def check_directory(path: Path) -> None:
     if not (path / "config.json").exists():
         raise BadInput(f"{path}: no config.json in it; give the directory of a transformers model")
     read_config(path)
+    refuse_pointers(path)
     if (path / SINGLE).exists() or (path / INDEX).exists():
         Checkpoint.open(path)
 
@@ -137,16 +142,17 @@ def trusted(given: bool | None) -> bool:
 
 def _guarded(path: Path, what: str, load: Callable[[], Loaded]) -> Loaded:
     """What `load` gives. transformers raises many kinds of error for what is wrong with a checkpoint."""
-    from safetensors import SafetensorError
+    from pickle import UnpicklingError
+
     from torch import OutOfMemoryError
 
     try:
         return load()
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError):
         raise
-    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError) as e:
-        error: Exception = e
-    except (SafetensorError, TypeError, ValueError) as e:
+    except UnpicklingError:  # torch's message advises to run the code
+        raise BadInput(f"{path}: its pickled weights cannot be read without running code in them") from None
+    except Exception as e:  # nothing but transformers and what it stands on has run
         error = e
     if "trust_remote_code" in str(error):
         raise BadInput(

@@ -79,6 +79,8 @@ class OutputDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         (self.path / OWNER).unlink(missing_ok=True)
         os.close(self._fd)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+            raise MftmergeError(f"{self.out}: cannot be written ({error.strerror or error})") from error
 
     def is_finished(self, name: str) -> bool:
         """Whether a previous run finished this file: size and checksum are those that were recorded."""

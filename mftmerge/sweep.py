@@ -25,7 +25,7 @@ from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.generation import Marker
 from mftmerge.evaluate.results import GridResult, finite, markdown_table, rich_table, write_whole
-from mftmerge.files import protect
+from mftmerge.files import locked, protect, writing
 from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
@@ -82,7 +82,7 @@ class Results:
             os.truncate(path, len(whole))
 
     def add(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as f:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -125,24 +125,25 @@ def run_sweep(
         for name, rows in raw.items()
     }
     out = Path(out)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    results = Results(out / RESULTS)
-    identity = _continue(results, model, tokens, plan)
-    runs = plan_runs(plan, identity, len(tokens["validation"]))
-    if runner is None or runner.runner == "here":
-        _train_missing(runs, results, model, tokenizer, tokens, out, say)
-    else:
-        _hand_out(plan, runs, results, out, runner, say)
-    done = results.runs()
-    lines = [done[run.id] for run in runs]
-    chosen = choose(lines)
-    say(f"testing {in_words(chosen)}")
-    test = _test(chosen, lines, model, tokenizer, tokens, plan, out)
-    results.add({"kind": "choice", "combination": chosen, "validation": validation_mean(lines, chosen)})
-    for name, metric in test.metrics:
-        for row in test.models:
-            results.add({"kind": "test", "combination": chosen, "row": row, **_cell(test, row, name, metric)})
-    return SweepResult(lines, chosen, test)
+    with locked(out):
+        (out / "masks").mkdir(exist_ok=True)
+        results = Results(out / RESULTS)
+        identity = _continue(results, model, tokens, plan)
+        runs = plan_runs(plan, identity, len(tokens["validation"]))
+        if runner is None or runner.runner == "here":
+            _train_missing(runs, results, model, tokenizer, tokens, out, say)
+        else:
+            _hand_out(plan, runs, results, out, runner, say)
+        done = results.runs()
+        lines = [done[run.id] for run in runs]
+        chosen = choose(lines)
+        say(f"testing {in_words(chosen)}")
+        test = _test(chosen, lines, model, tokenizer, tokens, plan, out)
+        results.add({"kind": "choice", "combination": chosen, "validation": validation_mean(lines, chosen)})
+        for name, metric in test.metrics:
+            for row in test.models:
+                results.add({"kind": "test", "combination": chosen, "row": row, **_cell(test, row, name, metric)})
+        return SweepResult(lines, chosen, test)
 
 
 def _continue(results: Results, model: PreTrainedModel, tokens: Mapping[str, Sequence[Tokens]], plan: SweepPlan) -> str:

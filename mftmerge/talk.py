@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from mftmerge.chat import Chat
 from mftmerge.errors import BadInput
 from mftmerge.live import attach
 from mftmerge.mask import Mask
@@ -92,8 +93,5 @@ class Talk:
         if self.tokenizer.chat_template is None:  # no chat model: the words alone
             text = "\n".join(message["content"] for message in chat)
             return self.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        found = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        assert isinstance(found, BatchEncoding)  # because of return_dict
-        return found
+        text = Chat(self.tokenizer, "the prompt").prompt(chat)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)

@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
     if path.stat().st_size > LARGEST:
         raise BadInput(f"{path}: {path.stat().st_size:,} bytes, too large to be settings or a recipe")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # the mark that some editors write is no part of the text
         refuse_pointer(path, text[:64].encode())
         return text
     except UnicodeDecodeError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_what_a_template_refuses_names_the_row() -> None:
 )
 def test_rows_of_other_tools(row: dict[str, Any]) -> None:
     assert learnt(BASIC + PROMPT, row) == ("<user>Qone<end><assistant>Aone<end>", "Aone<end>")
+
+
+def test_tools_and_template_arguments_as_json_text() -> None:
+    """Tables hold them so, since their objects differ from row to row."""
+    template = "{{ tools[0].function.name }}{{ tone }}" + BASIC + PROMPT
+    row = {"messages": [USER, ANSWER], "tools": TOOLS, "chat_template_kwargs": {"tone": "brief"}}
+    text = {k: json.dumps(v) if k != "messages" else v for k, v in row.items()}
+    assert learnt(template, text) == learnt(template, row)
+    assert learnt(template, row)[0].startswith("addbrief<user>")
 
 
 def test_alpacas_input_and_system() -> None:

@@ -84,13 +84,12 @@ def test_options_that_are_not_there(refused: Refused, command: str) -> None:
 
 SLOTS = [(command, m[1], m[2]) for command, line in WORKING.items() for m in SLOT.finditer(line) if m[2] in INPUTS]
 # What only the weights are read of, a mask is about; and settings may all be the usual ones.
-WEIGHTS_ALONE = {"no config", "config of an unknown kind", "no tokenizer"}
+WEIGHTS_ALONE = {"no config", "config of an unknown kind", "no tokenizer", "size that is text"}
+WEIGHTS_ALONE |= {"heads that do not divide"}
+UNREAD = WEIGHTS_ALONE | {"config that is no JSON", "config that is a list", "config that is a link to itself"}
 ACCEPTED = {
     "apply": WEIGHTS_ALONE,
-    "import": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
-    "diff-mask": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
-    "patch": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
-    "patch-apply": WEIGHTS_ALONE | {"config that is no JSON", "config that is a list"},
+    **dict.fromkeys(("import", "diff-mask", "patch", "patch-apply"), UNREAD),
     "train": {"empty"},
 }
 

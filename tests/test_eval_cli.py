@@ -45,6 +45,20 @@ def kitchen(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
     return SimpleNamespace(here=here, model=model, other=other, a=here / "a.mask", b=here / "b.mask")
 
 
+def test_rows_of_other_names_and_bad_ones(kitchen: SimpleNamespace, tmp_path: Path) -> None:
+    """As in training: the same file is measured as it was learnt; a path may have the sign that names are given by."""
+    rows = [{"question": r["prompt"], "answer": r["completion"]} for r in load_rows(kitchen.here / "math.jsonl")]
+    file = tmp_path / "a=b.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"question": "q", "answer": ""}]))
+    names = ["--columns", "prompt=question", "--columns", "completion=answer"]
+    common = ["eval", "--model", kitchen.model, "--mask", kitchen.a]
+    assert run(*common, "--data", file, *names) == 2  # the last row has no answer
+    assert run(*common, "--data", file, *names, "--skip-bad-rows", "--out", tmp_path / "a.json") == 0
+    assert run(*common, "--data", kitchen.here / "math.jsonl", "--out", tmp_path / "b.json") == 0
+    a, b = (json.loads((tmp_path / f"{n}.json").read_text())["domains"] for n in "ab")
+    assert [d["rows"] for d in a.values()] == [d["rows"] for d in b.values()] == [6]
+
+
 def test_the_whole_command(kitchen: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = ["--out", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png"]
     arguments = ["--model", f"fft={kitchen.model}", "--mask", kitchen.a, "--mask", f"second={kitchen.b}"]

@@ -136,6 +136,15 @@ def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[...,
         assert tokens["labels"][n - 1] == -100
     assert [q.reference for q in asked] == ["four", "e", "c"]
     assert generation.questions(data.tokenize(rows, tokenizer, 500), tokenizer) == asked
+    parts = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+    assert generation.questions([{"messages": parts}], tokenizer) == asked[2:]
+    tokenizer.chat_template = "{{ tools[0].name }}{{ tone }}" + str(tokenizer.chat_template)
+    more = {"tools": [{"name": "add"}], "chat_template_kwargs": {"tone": "brief"}}
+    (with_tools,) = generation.questions([{"messages": turns, **more}], tokenizer)
+    assert tokenizer.decode(with_tools.prompt).startswith("addbrief")
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(BadInput, match="row 1: the chat template refuses it: no"):
+        generation.questions(rows[:1], tokenizer)
     tokenizer.chat_template = None
     assert generation.questions(rows[:1], tokenizer)[0].prompt == tokenizer("two and two")["input_ids"]
     with pytest.raises(BadInput, match="row 1: a row of plain text"):

@@ -105,7 +105,7 @@ def test_temporary_names_are_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_one_run_an_output(tmp_path: Path) -> None:
-    out = tmp_path / "a.mask"
+    out = tmp_path / "job"
     with files.locked(out):
         with pytest.raises(MftmergeError, match="another run is writing it"), files.locked(out):
             pass
@@ -114,21 +114,21 @@ def test_one_run_an_output(tmp_path: Path) -> None:
         assert "another run" in done.stderr
     with files.locked(out):
         pass
-    assert not list(tmp_path.iterdir())
+    assert not list(out.iterdir())
 
 
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EBADF"])
 def test_a_lock_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     def no(*_: object) -> None:
         raise OSError(getattr(errno, code), "no flock here")
 
     monkeypatch.setattr(fcntl, "flock", no)
-    out, owner = tmp_path / "a.mask", tmp_path / ".a.mask.owner"
+    out, owner = tmp_path, tmp_path / ".owner"
     with files.locked(out):
         assert owner.exists()
         with pytest.raises(MftmergeError, match="another run"), files.locked(out):
             pass
-    assert not list(tmp_path.iterdir())
+    assert not list(out.iterdir())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     owner.write_text(f"{platform.node()} {gone.pid}")  # a run that was killed
@@ -140,6 +140,24 @@ def test_a_lock_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(owner) in str(caught.value)
 
 
+def test_a_lock_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user's run leaves it that was killed: root may write everything, so the refusal is made here."""
+    (tmp_path / ".lock").touch()
+    opened = os.open
+
+    def no(path: Path, flags: int, *more: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", no)
+    with files.locked(tmp_path), pytest.raises(MftmergeError, match="another run"), files.locked(tmp_path):
+        pass
+    (tmp_path / ".lock").unlink(missing_ok=True)
+    with pytest.raises(MftmergeError, match="Permission denied"), files.locked(tmp_path):
+        pass
+
+
 def test_other_trouble_with_a_lock_is_said_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -147,6 +165,23 @@ def test_other_trouble_with_a_lock_is_said_as_it_is(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fcntl, "flock", no)
     with pytest.raises(MftmergeError, match="Input/output error"), files.locked(tmp_path / "a"):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(MftmergeError, match=r"a\.pt: cannot be written"), files.writing(tmp_path / "a.pt"):
+        raise error
+    with pytest.raises(MftmergeError, match=r"a\.pt: cannot be written"), files.replacing(tmp_path / "a.pt"):
+        raise error
+    with pytest.raises(ZeroDivisionError), files.writing(tmp_path / "a.pt"):
+        raise ZeroDivisionError  # any other fault stays what it is
 
 
 def test_lfs_pointers_are_named_as_such(tmp_path: Path) -> None:

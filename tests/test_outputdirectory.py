@@ -69,6 +69,15 @@ def test_only_a_checkpoints_own_files_are_replaced(tmp_path: Path, monkeypatch: 
     assert content(out) == THEIRS | NEW
 
 
+def test_a_full_disk_names_the_output(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MftmergeError, match=r"out: cannot be written \(No space left"),
+        outputdirectory.OutputDirectory(tmp_path / "out", lambda: "job"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write into an open file puts it
+    assert not list(tmp_path.iterdir())
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -339,6 +339,37 @@ def small(folder: Path) -> Path:
     return path
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    text = "merge_method: linear\nmodels:\n  - {model: models/math, parameters: {weight: 1}}\n"
+    found = import_recipe(written("\ufeff" + text, tmp_path / "r.yml"))
+    assert "\ufeff" not in found.text
+    assert load_recipe(written(found.text, tmp_path / "r.yml")).documents[0].merge_method == "linear"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "line 3: .*config.json: .*hidden_size"),
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "line 3: .*tokenizer.json: a Git LFS pointer",
+        ),
+        ("pytorch_model.bin", "cos\nsystem\n(S'touch run'\ntR.", "line 3: .*pickled weights cannot be read"),
+    ],
+)
+def test_a_model_s_own_files_are_read_before_anything_is_merged(
+    file: str, content: str, said: str, kitchen: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(kitchen / "models/math", model)
+    (model / file).write_text(content)
+    if file.endswith(".bin"):
+        (model / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match=said):
+        load_recipe(written("merge_method: passthrough\nmodels:\n  - model: model\n", tmp_path / "r.yml"))
+
+
 def test_import_keeps_comments(tmp_path: Path) -> None:
     text = """\
 # what it is for

@@ -49,6 +49,13 @@ def command(
         help="Right answers choose there; RULE is number, text, sql or re:PATTERN.",
     ),
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
+    columns: list[str] = typer.Option(
+        [],
+        "--columns",
+        metavar="NAME=VALUE",
+        help="The data's names of fields, such as prompt=question; may be repeated.",
+    ),
+    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="Leave out rows that cannot be used."),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
@@ -94,6 +101,8 @@ def command(
             base=base,
             exact=pairs(exact, "--exact", "DOMAIN=RULE"),
             max_new_tokens=max_new_tokens,
+            columns=pairs(columns, "--columns"),
+            skip_bad_rows=skip_bad_rows,
             searching=SearchSettings.make(given or {}),
             progress=show,
         )

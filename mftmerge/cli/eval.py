@@ -34,6 +34,13 @@ def command(
         None, "--reference", help="Row that differences are taken against; the first model by default."
     ),
     base: str = typer.Option(None, "--base", help=BASE),
+    columns: list[str] = typer.Option(
+        [],
+        "--columns",
+        metavar="NAME=VALUE",
+        help="The data's names of fields, such as prompt=question; may be repeated.",
+    ),
+    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="Leave out rows that cannot be used."),
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     exact: list[str] = typer.Option(
@@ -106,6 +113,8 @@ def command(
                 base=base,
                 answers=answers,
                 journal=journal,
+                columns=pairs(columns, "--columns"),
+                skip_bad_rows=skip_bad_rows,
             ),
             max_length=max_length,
             limit=limit,

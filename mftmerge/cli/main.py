@@ -192,6 +192,7 @@ KNOWN = {
     "RecursionError": "something in a file is nested too deeply",
     "UnicodeDecodeError": "a file is no UTF-8 text",
     "UnicodeEncodeError": "a text cannot be written as UTF-8",
+    "StrictDataclassError": "a model's configuration is not valid",
     "DistributedError": "the processes of this run lost each other",
     "huggingface_hub": "the Hub did not give it",
     "httpx": "the network did not give it",
@@ -215,9 +216,9 @@ KNOWN = {
 def _unexpected(error: BaseException) -> str:
     """A line for an error that nobody caught: in the user's terms where its class tells, else as a fault of ours."""
     text = " ".join(str(error).split())
-    for kind in type(error).__mro__:
-        said = KNOWN.get(kind.__name__) or KNOWN.get(kind.__module__.partition(".")[0])
-        if said:
+    kinds = type(error).__mro__
+    for name in (*(k.__name__ for k in kinds), *(k.__module__.partition(".")[0] for k in kinds)):
+        if said := KNOWN.get(name):
             return f"{said}{f': {text}' if text else ''}; --debug shows where"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
 

@@ -176,7 +176,7 @@ def named(texts: list[str], option: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, sign, path = text.partition("=")
-        if not sign or "/" in name:
+        if not sign or "/" in name or Path(text).exists():
             file = Path(text)
             name, path = file.stem if file.suffix in (*MASKS, *ROWS) else file.name, text
         if not name or not path:

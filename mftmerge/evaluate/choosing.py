@@ -180,6 +180,8 @@ def choose_combination(
     base: str | None = None,
     exact: Mapping[str, str] | None = None,
     max_new_tokens: int = 256,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
     searching: SearchSettings | None = None,
     progress: Progress | None = None,
 ) -> Choice:
@@ -190,6 +192,7 @@ def choose_combination(
     whole or not at all. candidates: texts as `Candidate.parse` reads them in place of the default list. limit: first
     rows of each domain. base: model whose values dropped weights take, whatever the masks' headers say.
     exact: domain -> rule for right answers (see `generation.rule`), which then choose there instead of the loss.
+    columns, skip_bad_rows: how rows are read, see `data.load_rows`.
     searching: also look for better ones (see `search.search`); what was measured is kept in `OUT.search` while that
     lasts, and the same call goes on from there.
     Memory beside the model: one bit a weight for each candidate, and the weights they drop.
@@ -204,7 +207,7 @@ def choose_combination(
     if unknown := sorted({*(exact or {})} - {*data}):
         raise BadInput(f"exact match for {unknown[0]!r}: there is no such domain; there are {', '.join(data)}")
     opened = {domain: Mask.of(mask) for domain, mask in masks.items()}
-    rows = {domain: load_rows(data[domain])[:limit] for domain in masks}
+    rows = {d: load_rows(data[d], columns=columns, skip_bad=skip_bad_rows)[:limit] for d in masks}
     labels = [Path(path).name for path in paths.values()]
     tried, notes = ([Candidate.parse(c) for c in candidates], []) if candidates else defaults(opened)
     made, same = _made(tried, list(opened.values()), labels, progress)

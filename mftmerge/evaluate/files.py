@@ -34,7 +34,8 @@ class Measures:
     for lm-evaluation-harness, lm_eval_limit: documents a task at most. resamples: of the paired bootstrap, 0 for none.
     base: model whose values dropped weights take, whatever the masks' headers say. answers: rows of a domain that are
     answered, the first ones; all by default. The loss is on all rows. journal: file that keeps the answers while the
-    work goes on; a run that was stopped goes on from it.
+    work goes on; a run that was stopped goes on from it. columns, skip_bad_rows: how rows are read, see
+    `data.load_rows`.
     """
 
     exact: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +49,8 @@ class Measures:
     base: str | None = None
     answers: int | None = None
     journal: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_rows: bool = False
 
 
 def evaluate_files(
@@ -80,7 +83,10 @@ def evaluate_files(
         raise BadInput(f"reference {reference!r} is not one of the rows {every}")
     opened = {name: Mask.of(mask) for name, mask in masks.items()}
     require_delta_bases(opened, measures.base)  # what cannot be had is said before a model is loaded
-    domains = {name: rows_of.load_rows(source)[:limit] for name, source in data.items()}
+    domains = {
+        name: rows_of.load_rows(source, columns=measures.columns, skip_bad=measures.skip_bad_rows)[:limit]
+        for name, source in data.items()
+    }
     results = []
     for name, path in models.items():
         own = dict(zip(names[name][1:], opened.values(), strict=True))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mftmerge.chat import Chat
 from mftmerge.data import IGNORE, Row, Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import decoding, sandbox, sql
@@ -73,9 +74,13 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Quest
             return Question(ids, row["completion"], _tests(row, where), row.get("tables"))
     if turns[-1]["role"] != "assistant":
         raise BadInput(f"{where}: the last message is not the assistant's, so there is no answer to compare with")
-    text = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return Question(ids, turns[-1]["content"], _tests(row, where), row.get("tables"))
+    chat, answer = Chat(tokenizer, where, row.get("tools"), row.get("chat_template_kwargs")), turns[-1].get("content")
+    tests, tables = _tests(row, where), row.get("tables")
+    if not isinstance(answer, str):  # parts, or calls of tools alone: what the template makes of them
+        found = _of_tokens(chat.tokens(turns, len(turns) - 1), tokenizer)
+        return Question(found.prompt, found.reference, tests, tables)
+    ids = list(tokenizer(chat.prompt(turns[:-1]), add_special_tokens=False)["input_ids"])
+    return Question(ids, answer, tests, tables)
 
 
 def _of_tokens(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> Question:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mftmerge.files import writing
+
 
 class Journal:
     """The answers to one domain's rows by one model, in a file that several share.
@@ -32,6 +34,6 @@ class Journal:
     def add(self, row: int, ids: list[int]) -> None:
         """Put an answer on record."""
         self.answers[row] = ids
-        with self.path.open("a", encoding="utf-8") as f:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as f:
             f.write("\n" * self._torn + json.dumps({"key": self.key, "row": row, "ids": ids}) + "\n")
         self._torn = False

@@ -106,13 +106,17 @@ def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSett
     rows = [row for _, row in raw_rows(source)]
     asked = [isinstance(row, Mapping) and is_question(row) for row in rows]
     if not any(asked):
-        read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows)
+        read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows, columns=settings.columns)
         return rows_of.tokenize(read, tokenizer, settings.max_length)
     if settings.teacher != "expert":
         raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
     rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
     answered = (
-        rows_of.tokenize(rows_of.load_rows(rest, skip_bad=settings.skip_bad_rows), tokenizer, settings.max_length)
+        rows_of.tokenize(
+            rows_of.load_rows(rest, skip_bad=settings.skip_bad_rows, columns=settings.columns),
+            tokenizer,
+            settings.max_length,
+        )
         if rest
         else []
     )

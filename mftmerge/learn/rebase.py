@@ -163,7 +163,8 @@ class _Fit:
             rows = list(data)
         else:
             tokenizer = load_tokenizer(self.path, trust_remote_code=s.trust_remote_code or None)
-            rows = rows_of.tokenize(rows_of.load_rows(data, skip_bad=s.skip_bad_rows), tokenizer, s.max_length)
+            read = rows_of.load_rows(data, skip_bad=s.skip_bad_rows, columns=s.columns)
+            rows = rows_of.tokenize(read, tokenizer, s.max_length)
         wanted = s.rows or len(rows)
         if len(rows) < wanted or wanted < 4:
             raise BadInput(f"rows: {max(wanted, 4)} are needed, the data has {len(rows)}")

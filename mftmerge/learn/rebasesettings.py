@@ -24,6 +24,7 @@ class RebaseSettings(Settings):
     errors: float = Field(1.0, ge=0, description="standard errors that a gain on the validation rows must exceed")
     seed: int = Field(42, ge=0, description="seed of which rows are used and held out, and of their order")
     max_length: int = as_in_training("max_length")
+    columns: dict[str, str] | None = as_in_training("columns")
     skip_bad_rows: bool = as_in_training("skip_bad_rows")
     dtype: Literal["auto", "float32", "bfloat16"] = as_in_training("dtype")
     prefix: Literal["memory", "disk", "off"] = as_in_training("prefix")

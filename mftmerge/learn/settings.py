@@ -50,6 +50,7 @@ class LearnSettings(Settings):
 
     # The data
     max_length: int = as_in_training("max_length")
+    columns: dict[str, str] | None = as_in_training("columns")
     skip_bad_rows: bool = as_in_training("skip_bad_rows")
     answer_tokens: int = Field(
         128, ge=1, description="longest answer that an expert writes to a prompt without one, in tokens"

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from mftmerge.evaluate.results import GridResult
-from mftmerge.files import protect
+from mftmerge.files import locked, protect
 from mftmerge.quickstart.domains import write_domains
 from mftmerge.quickstart.page import page
 from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
@@ -43,12 +43,13 @@ def quickstart(directory: str | Path, plan: Plan, console: Console | None = None
     """
     at = Layout(Path(directory))
     protect(at.root, [m for m in (plan.model,) if m not in ("smollm2", "tiny")])
-    record = Record(at, plan, console or Console(stderr=True))
-    stage = record.stage
-    for made in (at.mask(""), at.row("")):
-        made.parent.mkdir(exist_ok=True)
-    quieten()
     with ExitStack() as stack:
+        stack.enter_context(locked(at.root))
+        record = Record(at, plan, console or Console(stderr=True))
+        stage = record.stage
+        for made in (at.mask(""), at.row("")):
+            made.parent.mkdir(exist_ok=True)
+        quieten()
         run = _Run(record, stack)
         stage("model", "The base model", run.model_path)
         stage("data", "Two domains, rows for training, validation and test", run.data)
@@ -244,7 +245,7 @@ class _Run:
 
         from mftmerge.evaluate.grid import grid
 
-        model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32, trust_remote_code=False).eval()
         with self.record.measuring("measuring the built checkpoint", len(DOMAINS)) as count:
             found = grid(
                 model, {}, self.test_rows, name="recipe (average)", reference="recipe (average)", progress=count

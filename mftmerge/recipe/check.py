@@ -102,6 +102,8 @@ def _check_chat_template(document: Document) -> Iterator[tuple[Location, str]]:
     names = [f.name.removesuffix(".jinja") for f in TEMPLATES.iterdir() if f.name.endswith(".jinja")]
     if text and "{" not in text and text not in ("auto", *names):
         yield ("chat_template",), f"chat_template: there is no template {text!r}{suggestion(text, ['auto', *names])}"
+    elif text and "{" in text and len(text) < 20:  # mergekit's own limit, which it comes to after the weights
+        yield ("chat_template",), f"chat_template: {text!r} is too short for a template"
 
 
 def groups(document: Document) -> Iterator[tuple[Location, tuple[ModelInput, ...], OutputSlice | Module | None]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftmerge.checkpoint import Checkpoint, read_config
 from mftmerge.errors import BadInput
-from mftmerge.files import refuse_pointer
+from mftmerge.files import refuse_pointer, refuse_pointers
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
@@ -146,6 +146,7 @@ class FileChecks:
                     else ""
                 )
                 raise BadInput(f"{reference.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[1]}){hint}")
+            refuse_pointers(found)
             if isinstance(quantised := read_config(found).get("quantization_config"), dict):
                 method = quantised.get("quant_method", "unknown")
                 raise BadInput(f"{reference.path!r} is quantised ({method}), {UNMERGED}")
@@ -160,8 +161,9 @@ class FileChecks:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""
         key = reference.path
         if key not in self._checkpoints and (found := self._directory(reference)) is not None:
-            from mftmerge.recipe.headers import opened  # torch
+            from mftmerge.recipe.headers import check_config, opened  # torch
 
+            check_config(found)
             has = any((found / name).is_file() for name in WEIGHTS)
             self._checkpoints[key] = opened(found, self.work) if has else None
             packed = next((e.name for e in self._checkpoints[key] or () if e.name.endswith(QUANTISED)), None)

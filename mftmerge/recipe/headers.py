@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 
 from mftmerge.checkpoint import SINGLE, Checkpoint, TensorEntry
 from mftmerge.dtypes import of_torch
+from mftmerge.errors import BadInput
 from mftmerge.recipe.locate import WEIGHTS
 
 Header = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -22,11 +25,25 @@ def header(model: Path) -> Header:
     if any((model / name).is_file() for name in WEIGHTS[:2]):
         return {e.name: (e.shape, e.element.torch) for e in Checkpoint.open(model, follow_links=True)}
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    index = ShardedTensorIndex.from_disk(str(model))
-    for shard in index.shards:
-        tensors = torch.load(model / shard.filename, map_location="meta", weights_only=True)
-        found |= {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    try:
+        for shard in ShardedTensorIndex.from_disk(str(model)).shards:  # it may read the files
+            tensors = torch.load(model / shard.filename, map_location="meta", weights_only=True)
+            found |= {n: (tuple(t.shape), t.dtype) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError):
+        raise BadInput(f"{model}: its pickled weights cannot be read without running code in them") from None
     return found
+
+
+def check_config(model: Path) -> None:
+    """Raise BadInput where transformers finds a value in a model's configuration that cannot be."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        with suppress(OSError, ValueError, KeyError, ImportError):  # of a kind that it does not know: mergekit's to say
+            AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except StrictDataclassError as e:
+        raise BadInput(f"{model / 'config.json'}: {' '.join(str(e).split())[:300]}") from None
 
 
 def hole(entries: Iterable[TensorEntry], path: Path) -> None:

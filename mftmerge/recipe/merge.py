@@ -88,7 +88,8 @@ def merge(
             with reading(options, inputs.loaders()):
                 return _merge(configuration, options, inputs, output)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
-            if isinstance(e, MftmergeError):
+            full = isinstance(e, OSError) and e.filename is None  # whoever has made the output says where
+            if isinstance(e, MftmergeError) or full:
                 raise
             raise MftmergeError(f"mergekit: {' '.join(str(e).split())}") from e
 

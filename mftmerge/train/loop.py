@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE
 from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.files import writing
 from mftmerge.loss import token_losses
 from mftmerge.progress import Progress, Step
 from mftmerge.train import selection
@@ -339,9 +340,10 @@ class Loop:
         state = {"random": self._random, "due": self._due}
         if main or self.sharded:  # with FSDP2 every rank holds the rows of the scores that it trains
             state["optimizer"] = self.optimizer.state_dict()
-        torch.save(state, self._own(directory))
-        if main:
-            torch.save(self.best.state_dict(), directory / "best.pt")
+        with writing(directory):
+            torch.save(state, self._own(directory))
+            if main:
+                torch.save(self.best.state_dict(), directory / "best.pt")
         self.accelerator.wait_for_everyone()  # all ranks' files are there
         if main:
             for path in directory.iterdir():

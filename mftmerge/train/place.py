@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import lock, protect, refuse_existing
+from mftmerge.files import lock, protect, refuse_existing, writing
 from mftmerge.train.loop import last_checkpoint
 from mftmerge.train.sharding import is_main
 
@@ -94,7 +94,8 @@ class Place:
             if changed:
                 raise BadInput(f"{self.out}: --resume needs the same settings; changed: {', '.join(changed)}")
         if is_main():
-            said.write_text(json.dumps(now), encoding="utf-8")
+            with writing(said):
+                said.write_text(json.dumps(now), encoding="utf-8")
         return found
 
 

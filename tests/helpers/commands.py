@@ -177,6 +177,12 @@ def _rows(add: Callable[..., None]) -> None:
         "text that is null": '{"text": null}',
         "other keys": '{"question": "a", "\\u001b[31manswer\\n": "b"}',
         "deep nesting": "[" * 100_000,
+        "template arguments that are a list": '{"prompt": "a", "completion": "b", "chat_template_kwargs": [5]}',
+        "tools that are words": '{"prompt": "a", "completion": "b", "tools": "hammer"}',
+        "calls that are a number": '{"messages": [{"role": "assistant", "tool_calls": 5}]}',
+        "call of a number": '{"messages": [{"role": "assistant", "tool_calls": [{"function": 5}]}]}',
+        "weight that is text": '{"messages": [{"role": "assistant", "content": "a", "weight": "b"}]}',
+        "speaker that is a list": '{"conversations": [{"from": ["human"], "value": "a"}]}',
         "lone surrogate": '{"text": "\\ud800"}',
     }.items():
         add("rows", what, good * 9 + line + "\n", ".jsonl")
@@ -225,6 +231,15 @@ def _models(here: Path, found: dict[str, str]) -> None:
     (variant("config that is no JSON") / "config.json").write_text('{"model_type": \n')
     (variant("config that is a list") / "config.json").write_text("[1]")
     (variant("config of an unknown kind") / "config.json").write_text('{"model_type": "no_such_model"}')
+    sizes = json.loads((model / "config.json").read_text())
+    (variant("size that is text") / "config.json").write_text(json.dumps(sizes | {"hidden_size": "x"}))
+    (variant("heads that do not divide") / "config.json").write_text(json.dumps(sizes | {"num_attention_heads": 3}))
+    looped = variant("config that is a link to itself") / "config.json"
+    looped.unlink()
+    looped.symlink_to(looped.name)
+    pickled = variant("pickle that runs code")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run-by-a-pickle'\ntR.")
     (variant("no tokenizer") / "tokenizer.json").unlink()
     (variant("no weights") / "model.safetensors").unlink()
     weights = variant("truncated weights") / "model.safetensors"
