@@ -19,12 +19,12 @@ import numpy as np
 from mftmerge import data as rows_of
 from mftmerge import notebook
 from mftmerge.data import Tokens
-from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.errors import BadInput, MftmergeError, shown
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.generation import Marker
-from mftmerge.evaluate.results import GridResult, finite, markdown_table, rich_table, write_whole
+from mftmerge.evaluate.results import GridResult, finite, in_markdown, markdown_table, rich_table, write_whole
 from mftmerge.files import locked, protect, writing
 from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.mask import Mask
@@ -339,8 +339,8 @@ def _cell(test: GridResult, row: str, domain: str, metric: str) -> dict[str, Any
 def _headings(result: SweepResult) -> list[str]:
     """Of the columns: numbers of the mask, of the base, and of the weights' control where it was trained."""
     mean = validation_mean(result.runs, result.chosen)
-    shown = ["settings", "seeds", *["right answers"] * ("mask answers" in mean), "validation loss", "± over seeds"]
-    return [*shown, "base", *["weights"] * ("weights" in mean), ""]
+    first = ["settings", "seeds", *["right answers"] * ("mask answers" in mean), "validation loss", "± over seeds"]
+    return [*first, "base", *["weights"] * ("weights" in mean), ""]
 
 
 def _rows(result: SweepResult) -> list[list[str]]:
@@ -370,8 +370,8 @@ def _numbers(mean: Mapping[str, float], seeds: int) -> list[str]:
         return f"{value:.1%}" if answers else f"{value:.4f}"
 
     own = {name: mean[f"{name} answers" if answers else name] for name in ("mask", "base", "weights") if name in mean}
-    shown = [*[text(own["mask"])] * answers, f"{mean['mask']:.4f}", text(mean["seed_deviation"]) if seeds > 1 else "-"]
-    return [*shown, text(own["base"]), *map(text, [own["weights"]] if "weights" in own else [])]
+    first = [*[text(own["mask"])] * answers, f"{mean['mask']:.4f}", text(mean["seed_deviation"]) if seeds > 1 else "-"]
+    return [*first, text(own["base"]), *map(text, [own["weights"]] if "weights" in own else [])]
 
 
 def verdict(result: SweepResult) -> str:
@@ -389,11 +389,18 @@ def verdict(result: SweepResult) -> str:
 def show(result: SweepResult, console: Console) -> None:
     """Print the combinations, the choice, and its result on the test rows."""
     console.print(rich_table(_headings(result), _rows(result)))
-    console.print(verdict(result), markup=False, highlight=False)
+    console.print(shown(verdict(result)), markup=False, highlight=False)
     result.test.show(console)
 
 
 def write_markdown(result: SweepResult, path: str | Path, *, overwrite: bool = False) -> None:
     """The same as Markdown."""
-    lines = [*markdown_table(_headings(result), _rows(result)), "", verdict(result), "", "On the test rows:", ""]
+    lines = [
+        *markdown_table(_headings(result), _rows(result)),
+        "",
+        in_markdown(verdict(result)),
+        "",
+        "On the test rows:",
+        "",
+    ]
     write_whole("\n".join(lines) + "\n" + result.test.to_markdown(), path, overwrite)

@@ -59,6 +59,21 @@ def test_rows_of_other_names_and_bad_ones(kitchen: SimpleNamespace, tmp_path: Pa
     assert [d["rows"] for d in a.values()] == [d["rows"] for d in b.values()] == [6]
 
 
+def test_names_are_shown_as_text(kitchen: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name is somebody else's: no escape sequence in the terminal, no HTML, link or column in Markdown."""
+    name = "a[v](x)<img src=x>|`\x1b[31m"
+    (tmp_path / f"{name}.mask").write_bytes(kitchen.a.read_bytes())
+    (tmp_path / f"{name}.jsonl").write_bytes((kitchen.here / "math.jsonl").read_bytes())
+    given = ["--mask", tmp_path / f"{name}.mask", "--data", tmp_path / f"{name}.jsonl"]
+    assert run("eval", "--model", kitchen.model, *given, "--markdown", tmp_path / "r.md") == 0
+    text = (tmp_path / "r.md").read_text()
+    for found in (capsys.readouterr().out, text):
+        assert "\x1b" not in found
+        assert "x1b[31m" in found
+    assert r"a[v]\(x)\<img src=x>\|\`\\x1b[31m" in text
+    assert "|`" not in text.replace(r"\|\`", "")
+
+
 def test_the_whole_command(kitchen: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = ["--out", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png"]
     arguments = ["--model", f"fft={kitchen.model}", "--mask", kitchen.a, "--mask", f"second={kitchen.b}"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftmerge import notebook, plots
 from mftmerge.data import Tokens, load_rows
-from mftmerge.errors import BadInput
+from mftmerge.errors import BadInput, shown
 from mftmerge.evaluate import files, prediction
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.candidates import Candidate, defaults
@@ -116,7 +116,7 @@ class Choice:
         """Print the table, the choice and the notes."""
         console.print(rich_table(*self._lines()))
         for text in (LEGEND, WARNING, *(f"note: {note}" for note in self.notes)):
-            console.print(text, markup=False, highlight=False)
+            console.print(shown(text), markup=False, highlight=False)
 
     def _lines(self) -> tuple[list[str], list[list[str]]]:
         headings = ["combination", "density", *self.grid.domains, "lowest share"]
@@ -125,8 +125,8 @@ class Choice:
     def _repr_html_(self) -> str:
         """In a notebook: the table, the choice, the notes, and a picture of the shares."""
         title = f"chosen: {self.chosen}, density {self.mask.density():.4f}"
-        shown = notebook.table(*self._lines(), title, [LEGEND, WARNING, *self.notes])
-        return shown + (notebook.picture(self.plot()) if find_spec("matplotlib") else "")
+        table = notebook.table(*self._lines(), title, [LEGEND, WARNING, *self.notes])
+        return table + (notebook.picture(self.plot()) if find_spec("matplotlib") else "")
 
     def plot(self) -> Figure:
         """A matplotlib figure: of each combination, the share of every domain's own gain that it keeps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -205,21 +206,21 @@ class GridResult:
     def to_markdown(self, path: str | Path | None = None, *, overwrite: bool = False) -> str:
         """A Markdown table, what did not help in words, and the data and versions; written to `path` too if given."""
         headings, rows = self._lines()
-        lines = [*markdown_table(headings, rows), "", f"Reference: {self.reference}. {LEGEND}", ""]
+        lines = [*markdown_table(headings, rows), "", f"Reference: {in_markdown(self.reference)}. {LEGEND}", ""]
         if self.harness:
             lines += [*markdown_table(*self._harness_lines()), ""]
         said = [*self.words(), *self.remarks()]
-        lines += [f"- {sentence}" for sentence in said] + ([""] if said else [])
+        lines += [f"- {in_markdown(sentence)}" for sentence in said] + ([""] if said else [])
         data = [f"{name}: {facts['rows']} rows, {facts['digest']}" for name, facts in self.domains.items()]
-        lines.append("Data: " + "; ".join(data) + ".")
-        lines.append("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".")
+        lines.append(in_markdown("Data: " + "; ".join(data) + "."))
+        lines.append(in_markdown("Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."))
         return write_whole("\n".join(lines) + "\n", path, overwrite)
 
     def _repr_html_(self) -> str:
         """In a notebook: the table, what did not help, and the heat map where there is something to compare."""
-        shown = notebook.table(*self._lines(), notes=[LEGEND, *self.words(), *self.remarks()])
+        table = notebook.table(*self._lines(), notes=[LEGEND, *self.words(), *self.remarks()])
         comparable = len(self.models) > 1 and find_spec("matplotlib")
-        return shown + (notebook.picture(self.plot()) if comparable else "")
+        return table + (notebook.picture(self.plot()) if comparable else "")
 
     def table(self) -> Table:
         """A rich table for the terminal."""
@@ -232,7 +233,7 @@ class GridResult:
         if self.harness:
             console.print(rich_table(*self._harness_lines()))
         for sentence in [*self.words(), *self.remarks()]:
-            console.print(sentence, markup=False, highlight=False)
+            console.print(shown(sentence), markup=False, highlight=False)
 
     def remarks(self) -> list[str]:
         """What to know about the masks and the marking."""
@@ -320,7 +321,7 @@ def rich_table(headings: list[str], rows: list[list[str]]) -> Table:
     table = Table()
     for i, heading in enumerate(headings):
         table.add_column(
-            Text(heading),  # names are the user's: no markup
+            Text(shown(heading)),  # names are the user's, or from a file: no markup, no escape sequences
             justify="left" if i == 0 else "right",
         )
     for row in rows:
@@ -334,7 +335,12 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(in_markdown, cells)) + " |"
+
+
+def in_markdown(text: str) -> str:
+    """Text with names in it, for a line of Markdown: no HTML, link, code or further column begins in it."""
+    return re.sub(r"[\\`<|]|(?<=\])\(", r"\\\g<0>", shown(text))
 
 
 def _styled(text: str) -> Any:
@@ -342,7 +348,7 @@ def _styled(text: str) -> Any:
 
     styles: Mapping[str, str] = {"gain)": "green", "worse)": "red"}
     style = next((s for end, s in styles.items() if text.endswith(end) and not text.endswith("no gain)")), "")
-    return Text(text.replace(" (", "\n(", 1), style=style)
+    return Text(shown(text).replace(" (", "\n(", 1), style=style)
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------

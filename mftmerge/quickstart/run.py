@@ -44,8 +44,8 @@ def quickstart(directory: str | Path, plan: Plan, console: Console | None = None
     at = Layout(Path(directory))
     protect(at.root, [m for m in (plan.model,) if m not in ("smollm2", "tiny")])
     with ExitStack() as stack:
-        stack.enter_context(locked(at.root))
         record = Record(at, plan, console or Console(stderr=True))
+        stack.enter_context(locked(at.root))
         stage = record.stage
         for made in (at.mask(""), at.row("")):
             made.parent.mkdir(exist_ok=True)
