@@ -335,12 +335,12 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(map(in_markdown, cells)) + " |"
+    return "| " + " | ".join(in_markdown(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def in_markdown(text: str) -> str:
-    """Text with names in it, for a line of Markdown: no HTML, link, code or further column begins in it."""
-    return re.sub(r"[\\`<|]|(?<=\])\(", r"\\\g<0>", shown(text))
+    """Text with names in it, for a line of Markdown: no HTML, link or code begins in it."""
+    return re.sub(r"[\\`<]|(?<=\])\(", r"\\\g<0>", shown(text))
 
 
 def _styled(text: str) -> Any:
