@@ -219,12 +219,9 @@ def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, Any]:
     shared = TrainSettings.make(plan.settings)
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=shared.trust_remote_code or None)
     sources = {"train": plan.train, "validation": plan.validation}
-    tokens = {
-        n: rows_of.tokenize(
-            rows_of.load_rows(s, **shared.reading), tokenizer, shared.max_length, skip_bad=shared.skip_bad_rows
-        )
-        for n, s in sources.items()
-    }
+    raw = {name: rows_of.load_rows(source, **shared.reading) for name, source in sources.items()}
+    skip = shared.skip_bad_rows
+    tokens = {n: rows_of.tokenize(rows, tokenizer, shared.max_length, skip_bad=skip) for n, rows in raw.items()}
     return train_one(run, model, tokenizer, tokens, out, None)
 
 
@@ -395,12 +392,6 @@ def show(result: SweepResult, console: Console) -> None:
 
 def write_markdown(result: SweepResult, path: str | Path, *, overwrite: bool = False) -> None:
     """The same as Markdown."""
-    lines = [
-        *markdown_table(_headings(result), _rows(result)),
-        "",
-        in_markdown(verdict(result)),
-        "",
-        "On the test rows:",
-        "",
-    ]
+    table = markdown_table(_headings(result), _rows(result))
+    lines = [*table, "", in_markdown(verdict(result)), "", "On the test rows:", ""]
     write_whole("\n".join(lines) + "\n" + result.test.to_markdown(), path, overwrite)
