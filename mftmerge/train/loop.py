@@ -7,7 +7,6 @@ trains masks and, as a control, weights: what it needs of an optimiser is `Learn
 from __future__ import annotations
 
 import math
-import os
 import random
 import shutil
 import signal
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import writing
+from mftmerge.files import sync_file, writing
 from mftmerge.loss import token_losses
 from mftmerge.progress import Progress, Step
 from mftmerge.train import selection
@@ -347,8 +346,7 @@ class Loop:
         self.accelerator.wait_for_everyone()  # all ranks' files are there
         if main:
             for path in directory.iterdir():
-                with path.open("rb") as f:
-                    os.fsync(f.fileno())
+                sync_file(path)
             (directory / COMPLETE).touch()
             for old in self.place.glob("checkpoint-*"):
                 if old != directory:
