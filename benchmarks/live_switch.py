@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    layers, rounds, k = (6, 4, 3) if options.quick else (30, 10, 4)
+    layers, rounds, k = (6, 4, 3) if options.quick else (30, 6, 4)
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"

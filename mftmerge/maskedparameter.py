@@ -315,11 +315,11 @@ def _select(
     for start in range(0, len(unsigned), CACHED):
         part = unsigned[start : start + CACHED]
         stop = start + len(part)
-        if first is not None:
-            part[:] = first[start:stop]
+        base, source = (None if v is None else v[start:stop] for v in (values, first))
         if kept is not None:
-            base = None if values is None else values[start:stop]
-            select(part, kept[start // 8 : (stop + 7) // 8].numpy(), base, scratch)
+            select(part, kept[start // 8 : (stop + 7) // 8].numpy(), base, scratch, source)
+        elif source is not None:
+            part[:] = source
 
 
 def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:

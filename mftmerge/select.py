@@ -23,12 +23,16 @@ Integers = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def select(
-    weights: Integers, packed: bits.Packed, base: Integers | None = None, scratch: bytearray | None = None
+    weights: Integers,
+    packed: bits.Packed,
+    base: Integers | None = None,
+    scratch: bytearray | None = None,
+    source: Integers | None = None,
 ) -> None:
-    """In place: keep `weights` where the bit is 1; elsewhere take 0, or `base`'s value.
+    """In place: keep `weights` (or take those of `source`) where the bit is 1; elsewhere take 0, or `base`'s value.
 
-    weights, base: unsigned integer views, shape (n,), of one width; packed: ceil(n / 8) bytes, element i being bit
-    i % 8 of byte i // 8. scratch: at least 8 * ceil(n / 8) elements' bytes, reused between calls.
+    weights, base, source: unsigned integer views, shape (n,), of one width; packed: ceil(n / 8) bytes, element i being
+    bit i % 8 of byte i // 8. scratch: at least 8 * ceil(n / 8) elements' bytes, reused between calls.
     Raises MftmergeError when `packed` is too short for `weights`.
     """
     n = len(weights)
@@ -40,10 +44,11 @@ def select(
     rows = np.frombuffer(room, weights.dtype, 8 * len(packed))
     # One table row a byte of bits: eight all-ones or all-zeros integers at a time, faster than unpacking and widening.
     np.take(_expanded(width), packed, axis=0, out=rows.reshape(-1, 8), mode="clip")
+    given = weights if source is None else source
     if base is None:
-        np.bitwise_and(weights, rows[:n], out=weights)
+        np.bitwise_and(given, rows[:n], out=weights)
     else:  # base ^ ((base ^ weights) & kept): exact, where base + (weights - base) * kept would round
-        np.bitwise_xor(weights, base, out=weights)
+        np.bitwise_xor(given, base, out=weights)
         np.bitwise_and(weights, rows[:n], out=weights)
         np.bitwise_xor(weights, base, out=weights)
 
