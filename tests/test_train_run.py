@@ -311,8 +311,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(base: Path, tm
         return output * float("nan") if calls > 3 else None
 
     model.lm_head.register_forward_hook(poison)
+    once = {"layers": "3", "steps": 6, "eval_share": 0, "batch_size": 1}  # one pass a step
     with pytest.raises(MftmergeError, match=r"step 4: the gradient is not finite.*resume=True"):
-        train_mask(model, ROWS, tmp_path / "a.mask", tokenizer=tokenizer, layers="3", steps=6, eval_share=0)
+        train_mask(model, ROWS, tmp_path / "a.mask", tokenizer=tokenizer, **once)  # type: ignore[arg-type]
     assert (tmp_path / "a.mask.run" / "checkpoint-3" / "complete").exists()
     assert not (tmp_path / "a.mask").exists()
 
@@ -453,6 +454,25 @@ def test_rows_may_count_equally_whatever_their_length(base: Path) -> None:
         for how in ({"batch_size": 4}, {"batch_size": 2, "accumulate": 2}, {"packing": True, "max_length": 64}):
             found = train_mask(model, rows, None, loss_average=average, **common, **how)  # type: ignore[arg-type]
             assert found.history[-1]["loss"] == pytest.approx(value, rel=1e-5)
+
+
+def test_rows_of_like_length_run_together_and_a_step_takes_the_same_rows(base: Path) -> None:
+    from mftmerge.loss import token_losses
+    from mftmerge.train.batches import loader
+
+    model, _ = loaded(base)
+    lengths = (300, 30, 40, 200, 35, 250)
+    rows = [{"input_ids": list(range(5, 5 + n % 50)) + [7] * (n - n % 50), "labels": [7] * n} for n in lengths]
+    found: list[torch.Tensor] = []
+    for tokens, shapes in ((None, {(6, 300)}), (512, {(1, 300), (2, 250), (3, 40)})):
+        (passes,) = loader(model, rows, 6, 0, tokens)
+        assert {tuple(p["input_ids"].shape) for p in passes} == shapes
+        assert sum(int((p["labels"] == 7).sum()) for p in passes) == sum(lengths)
+        model.zero_grad()
+        for p in passes:
+            token_losses(model, p["input_ids"], p["labels"])[0].sum().backward()
+        found.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_the_preset_gives_the_published_values_and_options_win() -> None:

@@ -37,8 +37,8 @@ class MergeLoop(Loop):
         )
 
     def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
-        def collate(rounds: list[tuple[int, ...]]) -> list[dict[str, Tensor]]:
-            return batch_of(self.domains, rounds, fill)
+        def collate(rounds: list[tuple[int, ...]]) -> list[list[dict[str, Tensor]]]:
+            return [batch_of(self.domains, rounds, fill)]
 
         sampler = RandomSampler(rows)
         return DataLoader(rows, self.settings.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]

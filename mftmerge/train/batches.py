@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE, Tokens
-from mftmerge.loss import padded, token_losses
+from mftmerge.loss import length_batches, padded, token_losses
 from mftmerge.train.settings import TrainSettings
 
 Batch = dict[str, Any]  # input_ids and labels, (rows, length), and what else the model's forward takes
 Pack = dict[str, list[int]]  # as Tokens, of several rows, with their seq_lengths
+# Padded tokens of a pass on a CPU, which products of a few hundred rows keep busy. A GPU wants whole batches; and where
+# parameters are sharded all ranks must run as many passes.
+PASS_TOKENS = 512
 # What attention with variable lengths and recurrent layers need to know, besides positions, of where rows begin.
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -31,11 +34,26 @@ def pack(rows: Sequence[Tokens], length: int) -> list[Pack]:
     return list(pack_dataset(Dataset.from_list([dict(r) for r in rows]), length, "bfd"))
 
 
-def loader(model: PreTrainedModel, rows: Sequence[Tokens] | Sequence[Pack], size: int, fill: int) -> DataLoader[Any]:
-    """Batches of `size` rows or packs, in an order that the seed decides."""
+def loader(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens] | Sequence[Pack],
+    size: int,
+    fill: int,
+    pass_tokens: int | None = None,
+) -> DataLoader[Any]:
+    """Batches of `size` rows or packs, in an order that the seed decides, each as a list of the passes it is run in.
 
-    def collate(batch: list[Any]) -> Batch:
-        return joined(model, batch, fill) if "seq_lengths" in batch[0] else _padded(batch, fill)
+    pass_tokens: rows of like length go through the model together, at most so many padded tokens at a time; the step
+    takes the same rows, and what is left of padding is a few per cent of their tokens. None: one pass a batch.
+    """
+
+    def collate(batch: list[Any]) -> list[Batch]:
+        if "seq_lengths" in batch[0]:
+            return [joined(model, batch, fill)]
+        if pass_tokens is None:
+            return [_padded(batch, fill)]
+        parts = length_batches([len(row["input_ids"]) for row in batch], pass_tokens)
+        return [_padded([batch[i] for i in part], fill) for part in parts]
 
     return DataLoader(rows, size, sampler=RandomSampler(rows), collate_fn=collate)  # type: ignore[arg-type]
 

@@ -31,7 +31,7 @@ from mftmerge.files import sync_file, writing
 from mftmerge.loss import token_losses
 from mftmerge.progress import Progress, Step
 from mftmerge.train import selection
-from mftmerge.train.batches import Batch, labelled_rows, loader, row_numbers, row_shares
+from mftmerge.train.batches import PASS_TOKENS, Batch, labelled_rows, loader, row_numbers, row_shares
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.sharding import Shard
 from mftmerge.train.stops import Interrupted, Stops
@@ -190,7 +190,8 @@ class Loop:
         self._due = False  # the last step's validation is still to come
 
     def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
-        return loader(self.model, rows, self.settings.batch_size, fill)
+        whole = self.model.device.type != "cpu" or self.sharded
+        return loader(self.model, rows, self.settings.batch_size, fill, None if whole else PASS_TOKENS)
 
     def run(self, resume: Path | None = None) -> None:
         """Train to the last step, or until validation says that more is no use.
@@ -296,7 +297,7 @@ class Loop:
         return wait
 
     def _groups(self) -> Iterator[list[Batch]]:
-        """The batches of each step from the next one on; the last step of an epoch may have fewer."""
+        """What each step from the next one on takes, as passes; the last step of an epoch may have fewer batches."""
         size = self.settings.accumulate
         steps_an_epoch = -(-len(self.batches) // size)
         epoch, done = divmod(self.step, steps_an_epoch)
@@ -304,11 +305,11 @@ class Loop:
             self.batches.set_epoch(epoch)
             rest = self.accelerator.skip_first_batches(self.batches, done * size) if done else self.batches
             group: list[Batch] = []
-            for number, batch in enumerate(rest):
-                if done and not number:  # opening an epoch draws a number, which a run that goes on has drawn already
+            for number, batch in enumerate(rest, 1):
+                if done and number == 1:  # opening an epoch draws a number, which a run that goes on has drawn already
                     set_random_state(self._random)
-                group.append(batch)
-                if len(group) == size:
+                group += batch
+                if number % size == 0:
                     yield group
                     group = []
             if group:
