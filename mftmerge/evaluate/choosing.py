@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,14 +273,15 @@ def _searched(
         return {d: _share(table, candidate.text, d)[0] for d in choice.judged}
 
     with cache.use() if model.device.type == "cpu" else nullcontext():
-        slopes, why = None, prediction.predictable(own) if settings.guided else None
-        if settings.guided and why is None:
-            rows = {d: tokens[d] for d in own}
-            slopes = prediction.measure(model, own, rows, progress=progress)
+        why = prediction.predictable(own) if settings.guided else None
         if why:
             notes.append(f"the search is not guided by predictions: {why}")
+        rows = {d: tokens[d] for d in own}
+        predict = (
+            partial(prediction.predict, model, own, rows, progress=progress) if settings.guided and not why else None
+        )
         scores = all(m.has_scores for m in masks.values())
-        made = search(masks, measure, settings, scores=scores, slopes=slopes, progress=progress)
+        made = search(masks, measure, settings, scores=scores, predict=predict, progress=progress)
     every = {**choice.candidates, **made}
     best = max(every, key=lambda name: _lowest(table, name, choice.judged))
     notes.append(f"the search measured {len(made)} combinations beside the {len(choice.candidates)} usual ones")

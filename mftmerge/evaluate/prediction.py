@@ -1,144 +1,166 @@
-"""What a combination of masks will do to each domain, predicted before it is built.
+"""What combinations of masks will do to each domain, predicted before one of them is measured.
 
-Of a domain with its own mask m, learnt from the untrained mask s, the loss and its gradient are measured at s and at m:
-two passes over some rows. Along m - s the mean of the two slopes is exact where the loss is quadratic, and the measured
-losses say how far it is not, so for a kept set c
+Of a domain with its own mask m, every row's gradient g (of its summed loss, by weight, at the masked weights) is taken
+once; for a kept set c the weights change by d = w * (c - m), and over rows with T labelled tokens together
 
-    loss(c) = loss(s) + k * sum over weights of v * (c - s),   v = w * (gradient(s) + gradient(m)) / 2,
-    k = (loss(m) - loss(s)) / sum of v * (m - s).
+    loss(c) = loss(m) + (sum of g.d) / T + (sum of (g.d)^2) / 2T:
 
+the second-order model with the empirical Fisher matrix in the place of the curvature (rows are the samples), all of it:
+g.d is one number a row, so that how the changes act on each other costs nothing, where a diagonal would leave it out.
 docs/interference.md says how far this gets, beside simpler predictors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from mftmerge import cut, naming
+from mftmerge import naming
+from mftmerge.cut import Floats
 from mftmerge.data import Tokens
 from mftmerge.live import attach
-from mftmerge.loss import evaluating, length_batches, padded, token_losses
+from mftmerge.loss import evaluating, mean_loss, padded, row_losses, token_losses
 from mftmerge.mask import Mask
-from mftmerge.overlap import untrained
 from mftmerge.progress import Progress, Step
 
-BATCH_TOKENS = 2048
+Values = npt.NDArray[np.float64]
+ROWS = 32  # of a domain at most: each costs a backward pass
+EFFECTS = 2**29  # bytes of gradients that are held at once
 
 
 @dataclass(frozen=True)
-class Slope:
-    """One domain: losses (nats a token) without mask, at the untrained mask and at the own one; v by tensor; and k."""
+class Outlook:
+    """One domain: loss (nats a token) without mask, under its own mask, and as predicted for each proposal."""
 
     base: float
-    start: float
     own: float
-    effects: Mapping[str, cut.Floats]
-    untrained: Mask
-    scale: float
+    losses: Values
 
-    def loss(self, kept: Mask) -> float:
-        """The predicted loss under a mask. Tensors that it does not cover keep everything."""
-        moved = 0.0
-        for name, effect in self.effects.items():
-            before = self.untrained.kept(name).astype(np.float32)
-            after = kept.kept(name).astype(np.float32) if name in kept else np.ones_like(before)
-            moved += float(np.vdot(effect, after - before))
-        return self.start + self.scale * moved
-
-    def share(self, kept: Mask) -> float:
-        """The share of the own mask's gain that a mask is predicted to keep."""
-        return (self.base - self.loss(kept)) / (self.base - self.own)
+    @property
+    def shares(self) -> Values:
+        """The shares of the own mask's gain that the proposals are predicted to keep."""
+        return (self.base - self.losses) / (self.base - self.own)
 
 
 def predictable(masks: Mapping[str, Mask]) -> str | None:
     """Why nothing can be predicted for these masks, in words; None where it can."""
-    for label, mask in masks.items():
-        if mask.info.on == "delta":
-            return f"{label} is over a delta"
-        if untrained(mask) is None:
-            return f"it is not known where {label} started from"
-    return None
+    over = next((label for label, mask in masks.items() if mask.info.on == "delta"), None)
+    return f"{over} is over a delta" if over else None
 
 
-def measure(
+def predict(
     model: PreTrainedModel,
     masks: Mapping[str, Mask],
     domains: Mapping[str, Sequence[Tokens]],
+    proposals: Sequence[Mask],
     *,
     progress: Progress | None = None,
-) -> dict[str, Slope]:
-    """Slopes of each domain's loss on its rows, the model left as it was.
+) -> dict[str, Outlook]:
+    """What every proposal will do to each domain, the model left as it was.
 
-    masks, domains: own mask and tokenised rows, by domain; see `predictable`. Domains whose mask does not gain over
-    the base on these rows are left out. Memory: a float32 a masked weight and domain, and the gradients of one.
+    masks, domains: own mask and tokenised rows, by domain, of which at most `ROWS` are taken; see `predictable`.
+    proposals: combined masks; tensors that they do not cover keep everything. Domains whose mask does not gain over the
+    base on these rows are left out. Time: a backward pass a row, whatever the number of proposals. Memory: the
+    gradients of some rows, up to `EFFECTS` bytes.
     """
-    found: dict[str, Slope] = {}
-    for domain, own in masks.items():
-        start = untrained(own)
-        assert start is not None
-        read = partial(_kept, own)
-        covered = {name for name, _ in naming.iter_parameters(model, own.names, read, fill=True)}
-        plain = {n: p.detach().float().cpu() for n, p in model.named_parameters() if n in covered}
-        weights = naming.to_checkpoint(model, plain, names=own)
-        switcher = attach(model, {"own": own, "start": start})
+    found: dict[str, Outlook] = {}
+    for number, (domain, own) in enumerate(masks.items()):
+        given = domains[domain]
+        rows = [given[i] for i in np.linspace(0, len(given) - 1, min(ROWS, len(given))).astype(int)]
+        base = mean_loss(row_losses(model, rows))
+        weights, covered = _whole(model, own)
+        switcher = attach(model, {"own": own})
         try:
-            losses: dict[str | None, float] = {}
-            gradients: dict[str, dict[str, torch.Tensor]] = {}
-            for place in (None, "start", "own"):
-                if progress:
-                    progress(Step("measuring slopes", 3 * len(found) + len(losses), 3 * len(masks), detail=domain))
-                with switcher.use(place):
-                    losses[place], found_here = _gradients(model, covered, domains[domain], place is not None)
-                    gradients |= {place: found_here} if place else {}
+            with switcher.use("own"):
+                held = mean_loss(row_losses(model, rows))
+                if held >= base:
+                    continue
+                changes = np.zeros(len(proposals))
+                tokens = 0
+                for chunk in _effects(model, own, weights, covered, rows):
+                    if progress:
+                        progress(Step("predicting", number, len(masks), "runs", detail=domain))
+                    along = np.stack([_along(chunk.effects, kept) for kept in proposals])  # (proposals, rows)
+                    along -= _along(chunk.effects, own)
+                    changes += along.sum(1) + np.square(along).sum(1) / 2
+                    tokens += chunk.tokens
         finally:
             switcher.detach()
-        if losses["own"] >= losses[None]:
-            continue
-        slopes = {place: naming.to_checkpoint(model, given, names=own) for place, given in gradients.items()}
-        effects, moved = {}, 0.0
-        for name in own.names:
-            effect = ((slopes["start"][name] + slopes["own"][name]) / 2 * weights[name]).numpy()
-            effects[name] = effect
-            moved += float(np.vdot(effect, own.kept(name).astype(np.float32) - start.kept(name)))
-        scale = (losses["own"] - losses["start"]) / moved if moved else 0.0
-        found[domain] = Slope(losses[None], losses["start"], losses["own"], effects, start, scale)
+        found[domain] = Outlook(base, held, held + changes / tokens)
     return found
 
 
-def _kept(mask: Mask, name: str) -> torch.Tensor:
-    return torch.from_numpy(mask.kept(name))
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows: gradient times weight, float32 (rows, weights) by tensor of the mask; and their labelled tokens."""
+
+    effects: Mapping[str, Floats]
+    tokens: int
 
 
-def _gradients(
-    model: PreTrainedModel, covered: Set[str], rows: Sequence[Tokens], wanted: bool
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean loss and, where wanted, its gradient by parameter, both of the weights as they are in the model.
+def _along(effects: Mapping[str, Floats], kept: Mask) -> Values:
+    """Sums over the kept weights, float64 (rows,)."""
+    found = np.zeros(len(next(iter(effects.values()))))
+    for name, effect in effects.items():
+        found += effect @ kept.kept(name).reshape(-1).astype(np.float32) if name in kept else effect.sum(1)
+    return found
 
-    The gradient at a dropped weight is that of its place: what the loss would do were it given a value.
+
+def _effects(
+    model: PreTrainedModel, own: Mask, weights: Mapping[str, Floats], covered: Set[str], rows: Sequence[Tokens]
+) -> Iterator[_Chunk]:
+    """The rows in chunks that fit `EFFECTS`. The model holds the masked weights; `weights` are the whole ones, flat.
+
+    The gradient at a dropped weight is that of its place: what the loss would do were it given its value back.
     """
+    size = max(1, EFFECTS // (4 * sum(w.size for w in weights.values())))
+    with _differentiated(model, covered) as parameters:
+        for first in range(0, len(rows), size):
+            few = rows[first : first + size]
+            effects = {n: np.empty((len(few), w.size), np.float32) for n, w in weights.items()}
+            tokens = 0
+            for i, row in enumerate(few):
+                ids, labels, attention = padded([row], model.device)
+                losses, _ = token_losses(model, ids, labels, attention_mask=attention)
+                losses.sum().backward()
+                tokens += len(losses)
+                # An expert that no token of the row reaches has no gradient: nothing of it acts on this row.
+                gradients = {
+                    n: torch.zeros(p.shape) if p.grad is None else p.grad.float().cpu() for n, p in parameters.items()
+                }
+                for name, gradient in naming.to_checkpoint(model, gradients, names=own).items():
+                    np.multiply(gradient.reshape(-1).numpy(), weights[name], out=effects[name][i])
+                for p in parameters.values():
+                    p.grad = None
+            yield _Chunk(effects, tokens)
+
+
+@contextmanager
+def _differentiated(model: PreTrainedModel, covered: Set[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Gradients of the covered parameters, and of no others, inside the block; everything as it was after it."""
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    total, tokens = 0.0, 0
     try:
         for n, p in model.named_parameters():
-            p.requires_grad_(wanted and n in covered)
-        with evaluating(model), torch.set_grad_enabled(wanted):
-            for batch in length_batches([len(r["input_ids"]) for r in rows], BATCH_TOKENS):
-                ids, labels, attention = padded([rows[i] for i in batch], model.device)
-                losses, _ = token_losses(model, ids, labels, attention_mask=attention)
-                total += float(losses.detach().double().sum())
-                tokens += len(losses)
-                if wanted:
-                    losses.sum().backward()
-        given = {n: p.grad for n, p in model.named_parameters() if n in covered and p.grad is not None}
-        return total / tokens, {n: g.detach().float().cpu() / tokens for n, g in given.items()}
+            p.requires_grad_(n in covered)
+        with evaluating(model), torch.enable_grad():
+            yield {n: p for n, p in model.named_parameters() if n in covered}
     finally:
         for n, p in model.named_parameters():
             p.requires_grad_(flags[n])
             if n in covered:
                 p.grad = None
+
+
+def _whole(model: PreTrainedModel, own: Mask) -> tuple[dict[str, Floats], set[str]]:
+    """The weights that a mask covers, flat float32 by its names, and the names of their parameters."""
+    read = {name: torch.from_numpy(own.kept(name)) for name in own.names}
+    covered = {name for name, _ in naming.iter_parameters(model, own.names, read.__getitem__, fill=True)}
+    plain = {n: p.detach().float().cpu() for n, p in model.named_parameters() if n in covered}
+    named = naming.to_checkpoint(model, plain, names=own)
+    return {n: w.reshape(-1).numpy() for n, w in named.items()}, covered

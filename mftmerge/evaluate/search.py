@@ -1,8 +1,8 @@
 """Search for a combination: operation, density and weights, proposed by optuna and guided by predictions.
 
 A proposal is a candidate as `mftmerge choose --try` takes it, so that what is found is a command. Where predictions can
-be had (`prediction`), optuna first looks for what they favour, which costs no forward pass, and the best of that is
-measured first; then it goes on from what was measured. All measurements go to a journal, a line each: a search that was
+be had (`prediction`), many proposals are drawn and predicted at once, and those that are predicted best are measured
+first; then optuna goes on from what was measured. All measurements go to a journal, a line each: a search that was
 stopped proposes the same candidates again and takes from the journal what it holds.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.candidates import Candidate
-from mftmerge.evaluate.prediction import Slope
+from mftmerge.evaluate.prediction import Outlook
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
@@ -36,13 +36,13 @@ def search(
     settings: SearchSettings,
     *,
     scores: bool,
-    slopes: Mapping[str, Slope] | None = None,
+    predict: Callable[[list[Mask]], Mapping[str, Outlook]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Mask]:
     """Candidates that were measured, text -> mask, in order.
 
     measure: builds nothing, gives the shares under a combined mask. scores: whether the masks can be added by their
-    scores; else votes are searched. slopes: of every judged domain, for predictions.
+    scores; else votes are searched. predict: what masks will do to every judged domain.
     """
     import optuna
 
@@ -56,15 +56,13 @@ def search(
         return candidate.combine(list(masks.values()), [f"{d}.mask" for d in masks])
 
     guesses: list[tuple[float, dict[str, Any]]] = []
-    if settings.guided and slopes:
-        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.search_seed))
-        for number in range(settings.proposals):
-            say(Step("predicting", number, settings.proposals))
-            trial = study.ask()
-            kept = build(_proposal(trial, list(masks), density, scores))
-            value = min(slope.share(kept) for slope in slopes.values())
-            study.tell(trial, value)
-            guesses.append((value, trial.params))
+    if predict is not None:
+        drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=settings.search_seed))
+        trials = [drawn.ask() for _ in range(settings.proposals)]
+        outlooks = predict([build(_proposal(trial, list(masks), density, scores)) for trial in trials])
+        if outlooks:
+            lowest = np.min([o.shares for o in outlooks.values()], axis=0)
+            guesses = [(float(value), trial.params) for value, trial in zip(lowest, trials, strict=True)]
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.search_seed))
     for params in _best(guesses, round(FIRST * settings.search)):
         study.enqueue_trial(params)

@@ -49,7 +49,7 @@ def shares(found: Found, record: Record) -> dict[str, dict[str, dict[str, float]
             gain = lost("base") - lost(f"{seed}/{domain} mask")
             start = (lost("base") - lost("untrained mask")) / gain
             said = {
-                p: values[p] if p in ("jaccard", "second order") else start + (1 - start) * values[p]
+                p: values[p] if p in ("jaccard", "diagonal", "second order") else start + (1 - start) * values[p]
                 for p in PREDICTORS
             }
             seen = (lost("base") - lost(f"{seed}/{combination}")) / gain
@@ -97,7 +97,7 @@ def side_by_side(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     for combination in SHOWN:
         mine = [d for name, d in values.items() if name.split("/", 1)[1] == combination]
         if mine:
-            means = [[np.mean([m[d][which] for m in mine]) for which in ("mean slope", "measured")] for d in domains]
+            means = [[np.mean([m[d][which] for m in mine]) for which in ("second order", "measured")] for d in domains]
             cells = [f"{100 * said:.0f} / {100 * seen:.0f}" for said, seen in means]
             rows.append([combination, *cells])
     return markdown_table(["predicted / measured, %", *(LONG.get(d, d) for d in domains)], rows)
@@ -127,7 +127,7 @@ def tables() -> str:
     parts: Sequence[list[str]] = (
         ["Spearman's correlation of predicted and measured shares over the combinations, one number a seed:"],
         agreement_table(values),
-        ["What the product's predictor (mean slope) says of some combinations, beside what was measured:"],
+        ["What the product's predictor (second order) says of some combinations, beside what was measured:"],
         side_by_side(values),
         ["Lowest share over domains, on validation rows, found by a search that measures a fifth of the combinations:"],
         search_table(values),

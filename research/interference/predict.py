@@ -10,8 +10,10 @@ jaccard            overlap of the pruned sets of c and m
 own changes        the share of the bits in which m differs from s that c has too
 evidence           the domain's evidence along c - s, over that along m - s
 first order        the slope at s along c - s, over that along m - s
-mean slope         the mean of the slopes at s and at m, likewise: what `evaluate.prediction` uses
-second order       around m: 1 minus (its slope along c - m plus half the curvature there) over m's gain
+mean slope         the mean of the slopes at s and at m, likewise
+diagonal           around m: 1 minus (its slope along c - m plus half the diagonal curvature there) over m's gain over s
+second order       around m, with the rows' whole Fisher matrix (`quadratic.py`), over m's gain over the base: what
+                   `evaluate.prediction` uses
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from research.combining.common import Bench
 from research.interference.measure import family, measured, open_bench
 
 MEASURED = Path(__file__).parent.parent / "combining" / "results" / "instruct.json"
-PREDICTORS = ("jaccard", "own changes", "evidence", "first order", "mean slope", "second order")
+PREDICTORS = ("jaccard", "own changes", "evidence", "first order", "mean slope", "diagonal", "second order")
 
 
 def shares(record: Mapping[str, Any], seed: int, domains: list[str]) -> dict[str, dict[str, float]]:
@@ -90,7 +92,7 @@ def predicted(
             "evidence": both["evidence"][0] / both["evidence"][1],
             "first order": both["at start"][0] / both["at start"][1],
             "mean slope": mean[0] / mean[1],
-            "second order": 1 - change / gain[domain],
+            "diagonal": 1 - change / gain[domain],
         }
     return out
 
@@ -108,9 +110,15 @@ def main() -> None:
     found: dict[str, Any] = {}
     for seed in given.seed:
         masks, known = family(bench, seed), shares(record, seed, bench.domains)
+        rows = json.loads((given.out / f"seed{seed}" / "quadratic.json").read_text(encoding="utf-8"))
+        lost = {d: record["records"]["base"]["validation"][d] for d in bench.domains}
+        own = {d: record["records"][f"seed{seed}/{d} mask"]["validation"][d] for d in bench.domains}
         for name, make in combinations.untuned(masks).items():
             if name in known and "gain" not in name and name != "average of the masks":  # shares of weights are no mask
                 one = predicted(bench, masks, seed, make(), gains(record, seed, bench.domains))
+                for d in bench.domains:
+                    moved = rows[d]["own"][name]
+                    one[d]["second order"] = 1 - (moved["slope"] + moved["square"] / 2) / (lost[d] - own[d])
                 found[f"seed{seed}/{name}"] = {d: one[d] | {"measured": known[name][d]} for d in bench.domains}
                 print(seed, name, flush=True)
     with replacing(given.result) as temporary:
