@@ -219,6 +219,12 @@ def test_it_opens_with_what_the_combinations_keep(tmp_path: Path) -> None:
     assert page.text.index("both keeps") < page.text.index("share of each own gain")
     row = page.row("both", f"{100 * share:.0f} %")
     assert "75 %" in row
+    assert page.text.index("share of each own gain") < page.text.index("who helps and who harms whom")
+    harm = result.difference("math", "code")
+    (met,) = (r for r in page.rows if r[0] == "math " and "harms" in " ".join(r))
+    assert f"{harm.mean:+.4f} ± {harm.standard_error:.4f}" in met[1]
+    assert "its own" in met[2]
+    assert any(r[0] == "code " and "could be chance" in " ".join(r) for r in page.rows)
     cells["code", "code", "loss"] = cells["fft", "code", "loss"]  # a mask that gains nothing has nothing to keep
     result.to_json(tmp_path / "results.json", overwrite=True)
     assert 'id="conclusion"' not in made(tmp_path)[1].source

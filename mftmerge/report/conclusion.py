@@ -1,4 +1,4 @@
-"""What the results come to, before everything else: how much of each domain's own gain a combination keeps."""
+"""What the results come to, before everything else: what combinations keep of each own gain, and who harms whom."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import math
 from dataclasses import dataclass
 
 from mftmerge.evaluate.results import LOSS, GridResult
-from mftmerge.report.blocks import Bar, Bold, Cell, Content, Paragraph, Row, Section, Span, Table, note
+from mftmerge.report.blocks import Bar, Bold, Cell, Content, Paragraph, Row, Section, Small, Span, Table, note
 from mftmerge.report.collect import Collection, ResultHere
+from mftmerge.report.numbers import measured
 
 LEGEND = (
     "Kept: what a row gains over the reference on a domain, of what its own mask gains there, ± one standard "
     "error; 100 % is all of it, below 0 is worse than the reference. A domain counts where that gain is beyond two "
     "standard errors. Best is the row whose worst served domain keeps most."
 )
+OTHERS = (
+    "What each domain's own mask does to the other domains' loss, nats per token ± one paired standard error: helps or "
+    "harms beyond two of them, else it could be chance."
+)
+WORDS = {"gain": "helps", "worse": "harms", "identical": "changes nothing"}
 MOST = 12  # rows of the table
 
 
@@ -30,9 +36,12 @@ class Kept:
 
 
 def conclusion_section(found: Collection) -> Section | None:
-    """The share of each own gain that is kept, for the results that have masks of several domains; else none."""
-    parts = [part for here in found.results if (part := _result(here)) is not None]
-    return Section("conclusion", "What the combinations keep", parts) if parts else None
+    """For the results that have masks of several domains, the share of each own gain that is kept, and what each own
+    mask does to the others' domains; else none."""
+    kept_shares = [part for here in found.results if (part := _result(here)) is not None]
+    others = [part for here in found.results if (part := _others(here)) is not None]
+    title = "What the combinations keep" if kept_shares else "Who helps and who harms whom"
+    return Section("conclusion", title, [*kept_shares, *others]) if kept_shares or others else None
 
 
 def own_masks(result: GridResult) -> dict[str, str]:
@@ -82,3 +91,22 @@ def _result(here: ResultHere) -> Content:
 def _share(share: float, error: float) -> Cell:
     words = f"{100 * share:.0f} % ± {100 * error:.0f}" if math.isfinite(error) else f"{100 * share:.0f} %"
     return Cell([Bar(share), Span(words.replace("-", "\u2212"), "num")], "pic share")
+
+
+def _others(here: ResultHere) -> Content:
+    """Who helps and who harms whom: the own masks on each other's domains, where all of these were measured."""
+    result, own = here.result, own_masks(here.result)
+    if not own or any((row, domain, LOSS) not in result.cells for row in own.values() for domain in own):
+        return None
+    heads: list[Row] = [["own mask of", *(Cell(f"on {domain}", "pic") for domain in own)]]
+    body: list[Row] = []
+    for domain, row in own.items():
+        cells: Row = [Span(domain)]
+        for other in own:
+            change, verdict = result.difference(row, other), result.verdict(row, other)
+            said = f"{measured(change.mean, LOSS, sign=True)} ± {measured(change.standard_error, LOSS)}"
+            word = "its own" if other == domain else WORDS.get(verdict, "could be chance")
+            style = "even" if other == domain else {"gain": "good", "worse": "bad"}.get(verdict, "even")
+            cells.append(Cell([said, Small(word)], f"n {style}"))
+        body.append(cells)
+    return [Table(f"{here.path}: who helps and who harms whom", heads, body, "grid"), note(OTHERS)]
