@@ -22,6 +22,7 @@ from mftmerge.evaluate import candidates
 from mftmerge.mask import Mask
 from mftmerge.operations import OPERATIONS
 from mftmerge.recipe.catalogue import ABOUT, METHODS
+from mftmerge.recipe.schema import MaskExpression
 
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text(encoding="utf-8")
 
@@ -91,6 +92,12 @@ def test_the_operation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (program,) = (b for b in blocks("python") if "combine_files" in b)
     exec(compile(program, "extending.md", "exec"), {})
     assert Mask.load(place / "d.mask").digest == made.digest
+
+    # as scripts and recipes for version 0.1.0 give an option of a plug-in
+    assert command("mftmerge combine a.mask b.mask c.mask --op overruled --set least=2 -o e.mask") == 0
+    assert Mask.load(place / "e.mask").info == made.info
+    old = MaskExpression.model_validate({"op": "overruled", "of": ["a.mask"], "set": {"least": 2}})
+    assert old == MaskExpression.model_validate({"op": "overruled", "of": ["a.mask"], "least": 2})
 
     cut = mftmerge.combine_masks("overruled", masks, density=0.5)
     assert cut.kept("w").sum() == 1000

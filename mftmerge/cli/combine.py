@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from pydantic import Field, create_model
 
 from mftmerge import operations, plugins
-from mftmerge.cli.options import MASKS, Archive, AsJson, MaskOut, Overwrite, files, options
+from mftmerge.cli.options import MASKS, Archive, AsJson, MaskOut, Overwrite, files, options, pairs
 from mftmerge.cli.reporting import print_json, say
 from mftmerge.errors import BadInput
 from mftmerge.settings import Flag
@@ -31,6 +32,9 @@ def combine(
     archive: Archive = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", hidden=True, help="NAME=VALUE: as --NAME VALUE, for scripts of 0.1.0.")
+    ] = None,
 ) -> None:
     """Combine masks into one and say what that did: densities, and how many bits changed.
 
@@ -42,6 +46,7 @@ def combine(
     from mftmerge.combine import combine_files
 
     op = given.pop("op", "vote")
+    given |= {name: _scalar(value) for name, value in pairs(settings or [], "--set").items()}
     report = combine_files(op, masks, out, archive=archive, overwrite=overwrite, **given)
     if as_json:
         print_json(report.to_json())
@@ -56,6 +61,14 @@ def combine(
         say(f"note: {note}")
     say(f"wrote {report.out} ({out.stat().st_size:,} bytes)")
     say(f"next: mftmerge eval --model MODEL --mask {report.out} --data NAME=FILE, or mftmerge apply {report.out}")
+
+
+def _scalar(text: str) -> Any:
+    """A value as YAML reads it, so that an option means the same in a recipe."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def __getattr__(name: str) -> Callable[..., None]:

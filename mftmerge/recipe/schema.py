@@ -33,6 +33,8 @@ class MaskExpression(Strict):
             return {"file": value}
         if not isinstance(value, dict | MaskExpression):
             raise ValueError("a mask is a file, a name from masks:, or a mapping with op: and of:")
+        if isinstance(value, dict) and "op" in value and isinstance(value.get("set"), dict):  # as in version 0.1.0
+            return {name: given for name, given in value.items() if name != "set"} | value["set"]
         return value
 
     @model_validator(mode="after")
