@@ -134,6 +134,28 @@ def test_an_own_loop_ends_with_a_mask(tiny: Callable[..., Path]) -> None:
         mftmerge.mask_optimizer(model, init="taylor")
 
 
+def test_masks_of_an_own_loop_can_be_added_by_their_scores(tiny: Callable[..., Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = []
+    for answer in (5, 9):
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+        optimizer = mftmerge.mask_optimizer(model, steps=2, lr=0.05, scores=True)
+        for _ in range(2):
+            ids = torch.tensor([[1, 2, answer]])
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        made.append(mftmerge.learnt_mask(model, optimizer, tiny("llama")))
+    both = mftmerge.combine_masks("score", made, density=0.9)
+    name = both.names[0]
+    start = made[0].initial_scores(name)
+    added = start + sum(m.scores(name) - m.initial_scores(name) for m in made)
+    assert np.array_equal(made[1].initial_scores(name), start)
+    assert added[both.kept(name)].min() >= added[~both.kept(name)].max()
+
+
 def test_training_choosing_and_evaluating_show_themselves(tiny: Callable[..., Path], tmp_path: Path) -> None:
     rows = {}
     for domain in ("code", "math"):

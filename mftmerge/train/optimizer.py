@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -30,6 +31,15 @@ from mftmerge.train.sharding import Shard
 from mftmerge.train.targets import Target
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where scores began, for a mask that is to carry them: how they were made, and float32 scores by name."""
+
+    init: str
+    seed: int
+    scores: Mapping[str, Tensor]
 
 
 class MaskOptimizer(torch.optim.Optimizer):
@@ -75,6 +85,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         self.flipped = 0  # weights switched on or off by the last step (weights that are exactly 0 never count)
         self.gradient_norm = 0.0  # of all score gradients together at the last step, before clipping
         self.steps = 0
+        self.start: Start | None = None  # kept by whoever wants the mask to carry scores
         super().__init__([t.parameter for t in self.targets], {"lr": lr, "betas": betas, "eps": eps})
         with torch.no_grad():
             for t in self.targets:
