@@ -216,6 +216,18 @@ def test_masks_and_recipe_are_written_and_say_where_they_are_from(kitchen: Calla
     assert result.domains.keys() == {"count", "letters", "say"}
 
 
+def test_rows_decide_how_long_and_from_whom_it_is_learnt() -> None:
+    def settled(rows: int, answered: bool, **given: Any) -> tuple[int | None, str]:
+        found = LearnSettings.make(given).settled(rows, answered)
+        return found.steps, found.teacher
+
+    assert settled(10, True) == (20, "expert"), "few answers would be learnt by heart"
+    assert settled(60, True) == (36, "answers")
+    assert settled(1000, False) == (60, "expert"), "a row without an answer has only its expert to learn from"
+    assert settled(1000, True, teacher="expert", steps=5) == (5, "expert")
+    assert settled(10, True, teacher="answers")[1] == "answers"
+
+
 def test_a_density_is_exact(kitchen: Callable[..., Path]) -> None:
     result = learn_merge(open_recipe(kitchen()), steps=2, density=0.3)
     for mask in result.masks.values():

@@ -108,7 +108,7 @@ def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSett
     if not any(asked):
         read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows, columns=settings.columns)
         return rows_of.tokenize(read, tokenizer, settings.max_length)
-    if settings.teacher != "expert":
+    if settings.teacher == "answers":
         raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
     rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
     answered = (

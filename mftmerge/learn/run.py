@@ -189,7 +189,8 @@ class _Run:
         self.domains = [
             read_domain(name, learn, data.get(name), recipe.folder, tokenizer, settings) for name, (_, learn) in wanted
         ]
-        self.settings = settings.with_steps(min(len(d.train) for d in self.domains))
+        answered = all(row["labels"] for d in self.domains for row in (*d.train, *d.valid))
+        self.settings = settings.settled(min(len(d.train) for d in self.domains), answered)
         changed = memory.differing(self.merging)
         if settings.check_memory:
             needed = memory.estimate(self.merging, changed, self.domains, self.settings)

@@ -14,6 +14,9 @@ from mftmerge.train.settings import TrainSettings
 # Steps by the rows that the smallest domain trains on. With 10 and 30 rows 20 steps had done what 60 did; 100 rows gave
 # one point more by step 60.
 FEWEST, MOST, PER_ROW = 20, 60, 0.6
+# Rows of the smallest domain from which their answers teach more than the experts do, where every row has one
+# (docs/learnt-merges.md): experts can teach what they know, from any row; fewer answers are learnt by heart.
+ANSWERS_FROM = 60
 TRAVEL = 1.0  # how far a score can move in the run; scores are ranks, from 0 to 1
 
 
@@ -26,8 +29,10 @@ class LearnSettings(Settings):
     """Settings of `learn_merge`."""
 
     # What is learnt
-    teacher: Literal["expert", "answers"] = Field(
-        "expert", description="what a domain's rows ask for: the expert's own next-token distribution, or the answers"
+    teacher: Literal["auto", "expert", "answers"] = Field(
+        "auto",
+        description="what a domain's rows ask for: the expert's own next-token distribution, or the answers; auto: "
+        f"the answers where every row has one and the smallest domain {ANSWERS_FROM} rows",
     )
     start_density: float = Field(
         0.5, ge=0, le=1, description="share of each expert's changes in a tensor that is kept at first, the largest"
@@ -75,11 +80,17 @@ class LearnSettings(Settings):
     trust_remote_code: bool = as_in_training("trust_remote_code")
     check_memory: bool = as_in_training("check_memory")
 
-    def with_steps(self, rows: int) -> LearnSettings:
-        """The settings with their steps, where the smallest domain trains on so many rows."""
-        if self.steps is not None:
-            return self
-        return self.model_copy(update={"steps": min(MOST, max(FEWEST, math.ceil(PER_ROW * rows)))})
+    def settled(self, rows: int, answered: bool) -> LearnSettings:
+        """The settings with their steps and teacher, where the smallest domain trains on so many rows.
+
+        answered: whether every row has an answer.
+        """
+        found: dict[str, Any] = {}
+        if self.steps is None:
+            found["steps"] = min(MOST, max(FEWEST, math.ceil(PER_ROW * rows)))
+        if self.teacher == "auto":
+            found["teacher"] = "answers" if answered and rows >= ANSWERS_FROM else "expert"
+        return self.model_copy(update=found)
 
     def of_loop(self) -> TrainSettings:
         """What the training loop needs to know of these settings, which have their steps."""
