@@ -48,7 +48,7 @@ def toy(ours: list[float], few: list[float]) -> tables.Record:
             "base": cell([20, 30, 40, 10]),
             "seed0/expert math": cell([10, 20, 30, 0]),
             "seed0/TIES": cell([13, 22, 33, 2]),
-            "seed0/masks by expert, 100 rows": cell(ours),
+            "seed0/masks by answers, 100 rows": cell(ours),
             "seed0/masks by expert, 10 rows": cell(few),
             "seed0/fine-tuning by answers, 100 rows": cell([11, 21, 31, 1]),
             "seed0/fine-tuning by answers, 10 rows": cell([15, 25, 35, 5]),
@@ -66,14 +66,14 @@ def test_shares_and_the_goal() -> None:
     changes = np.array([-7, -8, -7, -8]) / 10
     assert mean == pytest.approx(changes.mean())
     assert error == pytest.approx(changes.std(ddof=1) / 2)
-    found = {v.what: v.met for v in tables.verdicts(record, page.OURS, page.WITHOUT_DATA, page.LONG)}
+    found = {v.what: v.met for v in tables.verdicts(record, page.OURS, page.FEW, page.WITHOUT_DATA, page.LONG)}
     assert found == {
         "98 % of the gain of GSM8K with 100 rows, lowest seed 95 %": True,
         "ahead of every merge without data on GSM8K by two standard errors": True,
         "ahead of fine-tuning the merge on the same 10 rows on GSM8K": False,
         "less forgetting than fine-tuning at 100 rows": True,
     }
-    worse = tables.verdicts(toy([13, 22, 33, 2], [10, 20, 30, 0]), page.OURS, page.WITHOUT_DATA, page.LONG)
+    worse = tables.verdicts(toy([13, 22, 33, 2], [10, 20, 30, 0]), page.OURS, page.FEW, page.WITHOUT_DATA, page.LONG)
     assert [v.met for v in worse] == [False, False, True, False]
 
 

@@ -331,8 +331,9 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(others, "fine-tuning", "expert", 100)
     learning(others, "coefficients", "expert", 100)
     learning(first, "masks", "expert", 100, start_density=1.0)
-    for teacher in TEACHERS:
-        learning(first, "masks", teacher, 100, weight=0.7, start_density=1.0)
+    for count in (100, 30, 10):
+        for teacher in TEACHERS:
+            learning(first, "masks", teacher, count, weight=0.7, start_density=1.0)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)
     return found

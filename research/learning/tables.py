@@ -111,8 +111,8 @@ def ahead(record: Record, model: str, reference: str, domain: str, errors: float
     return mean < -errors * error
 
 
-def verdicts(record: Record, ours: str, without_data: list[str], long: dict[str, str]) -> list[Verdict]:
-    """The goal, checked. ours: the kind of merge that is judged, such as "masks by expert"."""
+def verdicts(record: Record, ours: str, few: str, without_data: list[str], long: dict[str, str]) -> list[Verdict]:
+    """The goal, checked. ours, few: the kind that is judged with 100 and with fewer rows: "masks by expert"."""
     found = []
     main = f"{ours}, 100 rows"
     for d in record.domains if record.seeds_of(main) else []:
@@ -135,7 +135,7 @@ def verdicts(record: Record, ours: str, without_data: list[str], long: dict[str,
             Verdict(f"ahead of every merge without data on {long[d]} by two standard errors", not behind, numbers)
         )
     for count in (30, 10):
-        ours_few, tuned = f"{ours}, {count} rows", f"fine-tuning by answers, {count} rows"
+        ours_few, tuned = f"{few}, {count} rows", f"fine-tuning by answers, {count} rows"
         for d in record.domains if record.seeds_of(ours_few, tuned) else []:
             mean, error = record.difference(ours_few, tuned, d)
             found.append(
