@@ -1,4 +1,4 @@
-"""Write the tables of docs/learnt-merges.md: `python -m research.learning.page [LAB]`.
+"""Write the tables of docs/learnt-merges.md and the README's first: `python -m research.learning.page [LAB]`.
 
 With LAB its record is copied to results/ first. The prose is written by hand; what stands between `<!-- NAME -->` and
 `<!-- end -->` is the table of that name, made from the record. A test checks that page and record agree.
@@ -18,6 +18,7 @@ from research.combining.tables import markdown
 from research.learning.tables import Record, np, verdicts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "learnt-merges.md"
+README = PAGE.parents[1] / "README.md"
 RECORDS = Path(__file__).resolve().parent / "results"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
 OURS, FEW = "masks by answers", "masks by expert"  # what the product does with 100 rows, and with fewer
@@ -152,6 +153,26 @@ def answers(record: Record) -> str:
     return markdown(["model (first seed)", "GSM8K, % right (rows)", "WikiSQL, % right (rows)"], rows)
 
 
+SHORT = {  # the README's rows
+    "plain average": "plain average of the three",
+    "TIES": "best TIES merge (scale and density tuned)",
+    "masks by expert, 10 rows": "masks learnt from 10 rows a skill, without answers",
+    "masks by answers, 100 rows": "**masks learnt from 100 rows a skill**",
+    "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
+}
+
+
+def readme(record: Record) -> str:
+    """What the README shows of it."""
+    rows = []
+    for model, words in SHORT.items():
+        if seeds := record.seeds_of(model):
+            kept = (f"{100 * record.share(model, d)[0]:.0f} %" for d in record.domains)
+            rows.append([f"{words} ({len(seeds)})", *kept, difference(record, model, "base", "other").strip("*")])
+    names = [f"keeps of {LONG[d]}" for d in record.domains]
+    return markdown(["one model of three (seeds)", *names, "loss elsewhere"], rows)
+
+
 def table(make: Callable[[Record], str], record: Record) -> str:
     text = make(record)
     return text if text.count("\n") > 2 else "Not measured.\n"
@@ -160,7 +181,7 @@ def table(make: Callable[[Record], str], record: Record) -> str:
 def blocks() -> dict[str, Callable[[], str]]:
     """Name of a block on the page -> its table."""
     found: dict[str, Callable[[], str]] = {}
-    tables = (shares, losses, by_rows, against_fine_tuning, goal, chosen, answers)
+    tables = (shares, losses, by_rows, against_fine_tuning, goal, chosen, answers, readme)
     for name in SETTINGS:
         path = RECORDS / f"{name}.jsonl"
         if path.exists():
@@ -184,8 +205,9 @@ def main() -> None:
         RECORDS.mkdir(exist_ok=True)
         lab = Path(sys.argv[1])
         shutil.copy(lab / "cells.jsonl", RECORDS / f"{'full' if lab.name.endswith('full') else 'four'}.jsonl")
-    with replacing(PAGE) as temporary:
-        temporary.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (PAGE, README):
+        with replacing(path) as temporary:
+            temporary.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
