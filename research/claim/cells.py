@@ -27,15 +27,17 @@ def cells(before: str | None) -> list[Cell]:
         Cell("weights 1e-4", "weights", lr=1e-4),
         Cell("mask, a tenth of the rate", lr=RATE / 10),
         Cell("lora of equal bytes", "lora", lr=3e-4, rank=21),
-        Cell("weights 1e-5", "weights", lr=1e-5),
+        Cell("lora of equal bytes, 1e-3", "lora", lr=1e-3, rank=21),
+        Cell("weights 3e-4", "weights", lr=3e-4),
+        Cell("mask, twice the rate", lr=2 * RATE),
         Cell("weights 3e-5", "weights", lr=3e-5),
-        Cell("lora of equal bytes, 1e-4", "lora", lr=1e-4, rank=21),
+        Cell("lora of equal bytes, 3e-3", "lora", lr=3e-3, rank=21),
         Cell("paper's start", lr=2 * 0.0187 / STEPS, init="normal"),
         Cell("mask, keep 0.99", lr=RATE / 10, keep=0.99),
     ]
     if before:
-        found.insert(4, Cell("delta mask, keep 0.5", lr=RATE, keep=0.5, delta=before))
-        found.insert(5, Cell("delta mask, keep 0.9", lr=RATE, keep=0.9, delta=before))
+        found.insert(6, Cell("delta mask, keep 0.5", lr=RATE, keep=0.5, delta=before))
+        found.insert(7, Cell("delta mask, keep 0.9", lr=RATE, keep=0.9, delta=before))
     return found
 
 
