@@ -231,7 +231,7 @@ def test_what_libraries_raise_is_said_in_words(
 
 
 def test_foreign_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
-    names = {"model.layers.0.[/x]a.weight": np.ones(8, bool), "model.layers.0.$x^{$.weight": np.ones(8, bool)}
+    names = {"model.layers.0.[/x]a.weight": np.ones(8, bool), "model.layers.0.$x^{$.weight": np.arange(8) > 2}
     info = mftmerge.MaskInfo(base="\x1b]0;title\x07\x1b[2J\rdensity 1.0000, verified")
     for name in ("e.mask", "code[v2].mask"):
         mftmerge.Mask.from_bools(names, info).save(tmp_path / name)

@@ -231,7 +231,7 @@ def test_a_swap_that_fails_keeps_the_old(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(outputdirectory, "exchange", broken)
     out = tmp_path / "out"
     fill(out, OLD | THEIRS)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(MftmergeError, match=f"{out}: cannot be written .Input/output error"):
         replace(out)
     assert content(out) == OLD | THEIRS
     assert os.listdir(tmp_path) == ["out"]

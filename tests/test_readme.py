@@ -72,8 +72,9 @@ def test_the_first_five_lines_and_a_job_from_one_file(workplace: Path, tmp_path:
     for here in (first, second):
         shutil.copytree(workplace, here)
     top = README.split("\n## ", 1)[0]
-    (script,) = re.findall(r"```sh\n(.*?)```", top, re.DOTALL)
+    script, learnt = re.findall(r"```sh\n(.*?)```", top, re.DOTALL)  # the second's files are those of docs/learning.md
     assert len(lines(script)) == 5
+    assert [line.split()[1] for line in lines(learnt)] == ["train", "build"]
     for command in lines(script):
         run(command, first)
     assert (first / "my-better-model/model.safetensors").is_file()

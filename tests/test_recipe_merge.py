@@ -166,7 +166,7 @@ def test_shards_and_index(kitchen: Path, tmp_path: Path) -> None:
         work = tmp_path / f"{name}-work"
         merge.merge(
             recipe.documents[0],
-            recipe.folder,
+            recipe.masks(recipe.documents[0]),
             tmp_path / name,
             work,
             recipe.tensors(recipe.documents[0]),
