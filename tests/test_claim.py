@@ -36,8 +36,10 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     (out / "mask last.json").write_text(
         json.dumps({"loss": [[s - 1, n] for s, n in losses], "exact": [1, 1, 1, 1], "step": 4, "course": []})
     )
+    (out / "weights last.json").write_text(json.dumps({"loss": losses, "exact": [1, 1, 1, 0], "step": 4, "course": []}))
     page.collect(out, "toy")
     text = page.tables()
+    assert "| weights | -0.1000 ± 0.0000 | +25.0 [" in text, "the mask minus the weights"
     assert "| the base |  | 0.2500 | 50.0%" in text
     assert "| mask | last step | -0.1000 ± 0.0000 | 100.0% | +50.0 [" in text
     assert "| 0.50 |" in text  # two rows differ, both in one direction: 2 / 2^2

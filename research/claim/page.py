@@ -83,8 +83,25 @@ def _table(states: dict[str, Any]) -> list[str]:
         change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
         rows.append([title, kept, change, share, points, f"{pairing.mcnemar(marks, base_marks):.2f}"])
     head = ["state", "kept", "loss, minus the base's", "exact match", "points over the base, 95 %", "McNemar's p"]
+    table = markdown_table(head, rows)
     said = f"{len(base_loss)} test rows; of these, differences below {100 * widest:.1f} points would mostly be missed."
-    return [*markdown_table(head, rows), "", said]
+    return [*table, "", said, *_against(states)]
+
+
+def _against(states: dict[str, Any]) -> list[str]:
+    """The default mask's last state minus that of every other run, row by row: both say the same of most rows."""
+    if "mask last" not in states:
+        return []
+    losses, marks = _arrays(states["mask last"])
+    rows = []
+    for name in sorted(n for n in states if n.endswith(" last") and n != "mask last"):
+        other_losses, other_marks = _arrays(states[name])
+        loss, (low, high) = pairing.paired(losses, other_losses), pairing.newcombe(marks, other_marks)
+        points = f"{100 * pairing.paired(marks, other_marks).mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
+        rows.append([name.removesuffix(" last"), change, points, f"{pairing.mcnemar(marks, other_marks):.2f}"])
+    head = ["the mask minus ...", "loss", "points of exact match, 95 %", "McNemar's p"]
+    return ["", *markdown_table(head, rows)] if rows else []
 
 
 def page(text: str) -> str:
