@@ -21,7 +21,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "learnt-merges.md"
 README = PAGE.parents[1] / "README.md"
 RECORDS = Path(__file__).resolve().parent / "results"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
-OURS, FEW = "masks by answers", "masks by expert"  # what the product does with 100 rows, and with fewer
+# What is judged with 100 rows, and with fewer: the product's teachers; for few rows, weight and start as is advised.
+OURS, FEW = "masks by answers, {} rows", "masks by expert, {} rows, weight 0.7, start_density 1.0"
 WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
 COUNTS = (10, 30, 100, 300)
 SETTINGS = {"four": "the four-layer experts", "full": "experts fine-tuned in all layers"}
@@ -156,7 +157,7 @@ def answers(record: Record) -> str:
 SHORT = {  # the README's rows
     "plain average": "plain average of the three",
     "TIES": "best TIES merge (scale and density tuned)",
-    "masks by expert, 10 rows": "masks learnt from 10 rows a skill, without answers",
+    FEW.format(30): "masks learnt from 30 rows a skill, without answers",
     "masks by answers, 100 rows": "**masks learnt from 100 rows a skill**",
     "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
 }

@@ -112,9 +112,9 @@ def ahead(record: Record, model: str, reference: str, domain: str, errors: float
 
 
 def verdicts(record: Record, ours: str, few: str, without_data: list[str], long: dict[str, str]) -> list[Verdict]:
-    """The goal, checked. ours, few: the kind that is judged with 100 and with fewer rows: "masks by expert"."""
+    """The goal, checked. ours, few: what is judged with 100 and with fewer rows, such as "masks by expert, {} rows"."""
     found = []
-    main = f"{ours}, 100 rows"
+    main = ours.format(100)
     for d in record.domains if record.seeds_of(main) else []:
         share, by_seed = record.share(main, d)[0], record.by_seed(main, d)
         numbers = f"{100 * share:.1f} %, lowest seed {100 * min(by_seed):.1f} %"
@@ -135,7 +135,7 @@ def verdicts(record: Record, ours: str, few: str, without_data: list[str], long:
             Verdict(f"ahead of every merge without data on {long[d]} by two standard errors", not behind, numbers)
         )
     for count in (30, 10):
-        ours_few, tuned = f"{few}, {count} rows", f"fine-tuning by answers, {count} rows"
+        ours_few, tuned = few.format(count), f"fine-tuning by answers, {count} rows"
         for d in record.domains if record.seeds_of(ours_few, tuned) else []:
             mean, error = record.difference(ours_few, tuned, d)
             found.append(
