@@ -164,14 +164,17 @@ SHORT = {  # the README's rows
 
 
 def readme(record: Record) -> str:
-    """What the README shows of it."""
+    """What the README shows of it: the seeds that have all of its rows."""
+    seeds = record.seeds_of(*SHORT)
+    if not seeds:
+        return ""
+    same = Record({k: v for k, v in record.cells.items() if "/" not in k or k.split("/")[0] in seeds})
     rows = []
     for model, words in SHORT.items():
-        if seeds := record.seeds_of(model):
-            kept = (f"{100 * record.share(model, d)[0]:.0f} %" for d in record.domains)
-            rows.append([f"{words} ({len(seeds)})", *kept, difference(record, model, "base", "other").strip("*")])
+        kept = (f"{100 * same.share(model, d)[0]:.0f} %" for d in same.domains)
+        rows.append([words, *kept, difference(same, model, "base", "other").strip("*")])
     names = [f"keeps of {LONG[d]}" for d in record.domains]
-    return markdown(["one model of three (seeds)", *names, "loss elsewhere"], rows)
+    return markdown([f"one model of three ({len(seeds)} seed{'s' * (len(seeds) > 1)})", *names, "loss elsewhere"], rows)
 
 
 def table(make: Callable[[Record], str], record: Record) -> str:
