@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from common import interleaved
+from common import interleaved, small_llama
 from train_common import finish
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from mftmerge.learn.experts import load
 from mftmerge.learn.merging import Merging
@@ -34,15 +34,7 @@ EXPERTS = ("one", "two", "three")
 def recipe(folder: Path, dtype: str) -> Path:
     """Write the models, which differ in all matrices of the layers, and a recipe with a mask to learn for each."""
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+    config = small_llama(len(tokenizer), layers=4)
     random_checkpoint(folder / "base", config, tokenizer, dtype=dtype)
     entries = []
     for seed, name in enumerate(EXPERTS, 1):

@@ -14,9 +14,9 @@ import random
 import time
 
 import torch
-from common import interleaved
+from common import interleaved, small_llama
 from train_common import finish
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from mftmerge.data import Tokens
 from mftmerge.loss import token_losses
@@ -46,15 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, 16 rows a step")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+    config = small_llama(VOCABULARY, layers=2)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     data = rows()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from copy import deepcopy
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from mftmerge.errors import BadInput
@@ -50,6 +51,13 @@ def to_checkpoint(
         return converted
     tied = _tied(model)
     return {_known(k, names, _prefix(model), _aliases(k, tied)): t for k, t in converted.items()}
+
+
+def to_arrays(
+    model: torch.nn.Module, tensors: Tensors, *, names: Container[str] | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """`to_checkpoint` as numpy arrays, which masks are made of; tensors: on the CPU."""
+    return {n: t.contiguous().numpy() for n, t in to_checkpoint(model, tensors, names=names).items()}
 
 
 def to_parameters(

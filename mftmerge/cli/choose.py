@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mftmerge.cli.options import MASKS, ROWS, files, named, options, pairs
+from mftmerge.cli.options import COLUMNS, MASKS, ROWS, SKIP_BAD_ROWS, files, named, options, pairs
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
@@ -49,13 +49,8 @@ def command(
         help="Right answers choose there; RULE is number, text, sql or re:PATTERN.",
     ),
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
-    columns: list[str] = typer.Option(
-        [],
-        "--columns",
-        metavar="NAME=VALUE",
-        help="The data's names of fields, such as prompt=question; may be repeated.",
-    ),
-    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="Leave out rows that cannot be used."),
+    columns: list[str] = COLUMNS,
+    skip_bad_rows: bool = SKIP_BAD_ROWS,
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),

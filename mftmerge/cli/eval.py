@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mftmerge.cli.options import MASKS, ROWS, files, named, pairs
+from mftmerge.cli.options import COLUMNS, MASKS, ROWS, SKIP_BAD_ROWS, files, named, pairs
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import quiet, say
 from mftmerge.errors import BadInput
@@ -34,13 +34,8 @@ def command(
         None, "--reference", help="Row that differences are taken against; the first model by default."
     ),
     base: str = typer.Option(None, "--base", help=BASE),
-    columns: list[str] = typer.Option(
-        [],
-        "--columns",
-        metavar="NAME=VALUE",
-        help="The data's names of fields, such as prompt=question; may be repeated.",
-    ),
-    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="Leave out rows that cannot be used."),
+    columns: list[str] = COLUMNS,
+    skip_bad_rows: bool = SKIP_BAD_ROWS,
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
     exact: list[str] = typer.Option(

@@ -67,8 +67,7 @@ def learnt_mask(model: PreTrainedModel, optimizer: MaskOptimizer, base: str | Pa
     checkpoint = _opened(reference)
 
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        named = naming.to_checkpoint(model, tensors, names=checkpoint.names if checkpoint else None)
-        return {name: tensor.contiguous().numpy() for name, tensor in named.items()}
+        return naming.to_arrays(model, tensors, names=checkpoint.names if checkpoint else None)
 
     kept, start = convert(optimizer.mask()), optimizer.start
     training = {"steps": optimizer.steps, "lr": float(optimizer.param_groups[0]["lr"]), "loop": "own"}

@@ -329,8 +329,7 @@ class _Run:
         checkpoint = self._checkpoint()
 
         def convert(tensors: Mapping[str, Tensor] | None) -> dict[str, Any]:
-            named = naming.to_checkpoint(self.model, tensors or {}, names=checkpoint.names if checkpoint else None)
-            return {n: t.contiguous().numpy() for n, t in named.items()}
+            return naming.to_arrays(self.model, tensors or {}, names=checkpoint.names if checkpoint else None)
 
         kept = convert(best.mask)
         validation = [[h["step"], h["validation"]] for h in best.history if h.get("validation") is not None]

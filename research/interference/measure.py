@@ -20,11 +20,16 @@ from research.combining.common import Bench, Plan, read_rows
 Slopes = dict[str, torch.Tensor]  # "gradient/NAME" and "curvature/NAME" for each masked tensor
 
 
+def differentiated(bench: Bench) -> dict[str, torch.nn.Parameter]:
+    """The masked parameters, of which alone gradients are taken from now on."""
+    for name, p in bench.model.named_parameters():
+        p.requires_grad_(name in bench.originals)
+    return {n: p for n, p in bench.model.named_parameters() if n in bench.originals}
+
+
 def slope(bench: Bench, domain: str) -> Slopes:
     """Of the mean loss (nats a token) of a domain's validation rows, with the model as it is."""
-    parameters = {n: p for n, p in bench.model.named_parameters() if n in bench.originals}
-    for name, p in bench.model.named_parameters():
-        p.requires_grad_(name in parameters)
+    parameters = differentiated(bench)
     found = {f"{kind}/{n}": torch.zeros_like(p) for kind in ("gradient", "curvature") for n, p in parameters.items()}
     tokens = 0
     with bench.cache.use():
@@ -52,8 +57,21 @@ def measured(bench: Bench, seed: int, domain: str, where: str, kept: combination
     return load_file(path)
 
 
-def open_bench(out: Path, model: str, sources: dict[str, str]) -> Bench:
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What all programs of this study are told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--domain", action="append", required=True, help="NAME=FILE.jsonl or NAME=stdlib")
+    parser.add_argument("--seed", type=int, action="append", required=True)
+    return parser
+
+
+def open_bench(out: Path, model: str, domains: list[str]) -> Bench:
+    """domains: as `--domain` takes them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    sources = dict(d.split("=", 1) for d in domains)
 
     logging.set_verbosity_error()
     plan, tokenizer = Plan(), AutoTokenizer.from_pretrained(model)
@@ -68,13 +86,8 @@ def family(bench: Bench, seed: int) -> combinations.Family:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", required=True, help="NAME=FILE.jsonl or NAME=stdlib")
-    parser.add_argument("--seed", type=int, action="append", required=True)
-    given = parser.parse_args()
-    bench = open_bench(given.out, given.model, dict(d.split("=", 1) for d in given.domain))
+    given = options(__doc__).parse_args()
+    bench = open_bench(given.out, given.model, given.domain)
     for seed in given.seed:
         masks = family(bench, seed)
         for domain, mask in zip(bench.domains, masks.masks, strict=True):

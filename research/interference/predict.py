@@ -18,7 +18,6 @@ second order       around m, with the rows' whole Fisher matrix (`quadratic.py`)
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,8 @@ import torch
 from mftmerge.files import replacing
 from research.combining import combinations
 from research.combining.common import Bench
-from research.interference.measure import family, measured, open_bench
+from research.interference.measure import family, measured, open_bench, options
+from research.interference.quadratic import compared
 
 MEASURED = Path(__file__).parent.parent / "combining" / "results" / "instruct.json"
 PREDICTORS = ("jaccard", "own changes", "evidence", "first order", "mean slope", "diagonal", "second order")
@@ -98,24 +98,20 @@ def predicted(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", required=True)
-    parser.add_argument("--seed", type=int, action="append", required=True)
+    parser = options(__doc__)
     parser.add_argument("-o", "--result", type=Path, required=True)
     given = parser.parse_args()
     record = json.loads(MEASURED.read_text(encoding="utf-8"))
-    bench = open_bench(given.out, given.model, dict(d.split("=", 1) for d in given.domain))
+    bench = open_bench(given.out, given.model, given.domain)
     found: dict[str, Any] = {}
     for seed in given.seed:
         masks, known = family(bench, seed), shares(record, seed, bench.domains)
         rows = json.loads((given.out / f"seed{seed}" / "quadratic.json").read_text(encoding="utf-8"))
         lost = {d: record["records"]["base"]["validation"][d] for d in bench.domains}
         own = {d: record["records"][f"seed{seed}/{d} mask"]["validation"][d] for d in bench.domains}
-        for name, make in combinations.untuned(masks).items():
-            if name in known and "gain" not in name and name != "average of the masks":  # shares of weights are no mask
-                one = predicted(bench, masks, seed, make(), gains(record, seed, bench.domains))
+        for name, kept in compared(masks).items():
+            if name in known:
+                one = predicted(bench, masks, seed, kept, gains(record, seed, bench.domains))
                 for d in bench.domains:
                     moved = rows[d]["own"][name]
                     one[d]["second order"] = 1 - (moved["slope"] + moved["square"] / 2) / (lost[d] - own[d])

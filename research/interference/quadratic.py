@@ -13,10 +13,8 @@ loss, where the rows are the samples. Written to OUT/seedN/quadratic.json; `pred
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,22 +23,22 @@ from mftmerge.files import replacing
 from mftmerge.loss import padded, token_losses
 from research.combining import combinations
 from research.combining.common import Bench
-from research.interference.measure import family, open_bench
+from research.interference.measure import differentiated, family, open_bench, options
 
 Sums = dict[str, dict[str, float]]  # kept set -> "slope" and "square"
 
 
 def compared(masks: combinations.Family) -> dict[str, combinations.Kept]:
-    """Every combination of which a loss can be predicted, by name."""
+    """Every combination of which a loss can be predicted, by name; shares of weights are no mask."""
     made = combinations.untuned(masks).items()
-    return {n: make() for n, make in made if "gain" not in n and n != "average of the masks"}
+    return {
+        n: make() for n, make in made if "gain" not in n and n != "average of the masks"
+    }  # shares of weights are no mask
 
 
 def sums(bench: Bench, domain: str, at: combinations.Kept, kept: Mapping[str, combinations.Kept]) -> Sums:
     """Slopes and squares of kept sets on a domain's validation rows, around the mask `at`."""
-    parameters = {n: p for n, p in bench.model.named_parameters() if n in bench.originals}
-    for name, p in bench.model.named_parameters():
-        p.requires_grad_(name in parameters)
+    parameters = differentiated(bench)
     moved: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
     for what, given in kept.items():
         for n in parameters:
@@ -69,13 +67,8 @@ def sums(bench: Bench, domain: str, at: combinations.Kept, kept: Mapping[str, co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", required=True)
-    parser.add_argument("--seed", type=int, action="append", required=True)
-    given = parser.parse_args()
-    bench = open_bench(given.out, given.model, dict(d.split("=", 1) for d in given.domain))
+    given = options(__doc__).parse_args()
+    bench = open_bench(given.out, given.model, given.domain)
     for seed in given.seed:
         masks = family(bench, seed)
         start = combinations.bools(masks.start)
