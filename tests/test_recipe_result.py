@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +333,43 @@ def test_masks_over_pickled_weights_and_over_adapters_in_slices(kitchen: Path, t
     )
     for i in (0, 1):
         assert np.array_equal(found[name.format(i)], expected[name.format(i + 1)])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_pickled_weights_are_opened_lazily_where_that_is_asked_for_and_by_one_thread_alone(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    import torch
+    from mergekit.io import loader
+    from safetensors.torch import load_file
+
+    for name in ("math", "code"):
+        shutil.copytree(kitchen / "models" / name, tmp_path / name)
+        torch.save(load_file(tmp_path / name / "model.safetensors"), tmp_path / name / "pytorch_model.bin")
+        (tmp_path / name / "model.safetensors").unlink()
+    inside, most = [], []
+    original, register = loader.torch_lazy_load, torch.nn.Module.register_parameter
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        inside.append(1)
+        most.append(len(inside))
+        with original():
+            time.sleep(0.01)  # the other threads come meanwhile, if there are any
+            yield
+        inside.pop()
+
+    monkeypatch.setattr(loader, "torch_lazy_load", watched)
+    mask = kitchen / "masks/math.mask"
+    head, tail = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: math, mask: ", "}, {model: code}]\n"
+    build(written(f"{head}{mask}{tail}", tmp_path / "r.yml"), tmp_path / "out", lazy_unpickle=lazy, num_threads=4)
+    assert set(most) == ({1} if lazy else set())
+    assert torch.nn.Module.register_parameter is register
+    for name in ("math", "code"):
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(kitchen / "models" / name, tmp_path / name)
+    build(tmp_path / "r.yml", tmp_path / "plain")
+    assert_equal(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
 
 
 def small(folder: Path) -> Path:

@@ -124,6 +124,7 @@ class MaskedInputs(Inputs):
             "lora_merge_dtype": options.lora_merge_dtype,
             "trust_remote_code": options.trust_remote_code,
         }
+        self.lazy_unpickle = options.lazy_unpickle
         self.views: dict[tuple[str, str], str] = {}
         self._loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = {}
 
@@ -166,7 +167,9 @@ class MaskedInputs(Inputs):
             mask = self.book.evaluate(use)
             names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self._delta_base(use)
             view = ModelReference.model_validate(str(path))
-            self._loaders[view] = lambda: MaskedLoader(merged.lazy_loader(), mask, names, base)
+            self._loaders[view] = lambda: MaskedLoader(
+                merged.lazy_loader(lazy_unpickle=self.lazy_unpickle), mask, names, base
+            )
             self.views[key] = str(path)
         return self.views[key]
 

@@ -152,6 +152,10 @@ def _write(
         Job(t, tensors[t.tensor_name].size) for t in targets if isinstance(t, SaveTensor) and t.tensor_name in tensors
     ]
     threads = min(output.settings.threads if evaluation.device.type == "cpu" else 1, len(jobs))
+    if options.lazy_unpickle and not all(loader.index.is_safetensors for loader in LoaderCache().loaders.values()):
+        # mergekit opens such files under patches of pickle and of torch.nn.Module that hold for the whole process: two
+        # threads would undo each other's, and every model made afterwards would be without data.
+        threads = 1
     if METHODS[method].random:  # the same draws for the same tensors as mergekit, whose graph decides their order
         order = {handle.task(): i for i, handle in enumerate(Executor(list(targets)).schedule.tasks)}
         jobs.sort(key=lambda j: order[j.task.tensor_task])
