@@ -79,6 +79,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             beside.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[object] = ()) -> None:
     """Raise BadInput for an output file that is there and may not be replaced, is a directory, or has none to be in.
 

@@ -15,7 +15,7 @@ import xxhash
 from pydantic import Field
 
 from mftmerge.errors import worded
-from mftmerge.files import beside, locked, replacing
+from mftmerge.files import beside, locked, write_text
 from mftmerge.progress import Progress
 from mftmerge.settings import Settings
 
@@ -203,8 +203,7 @@ class _Run:
         self._save()
 
     def _save(self) -> None:
-        with replacing(self.out / STATE) as temporary:
-            temporary.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+        write_text(self.out / STATE, json.dumps(self.state, indent=1) + "\n")
 
 
 def _identity(facts: Any) -> str:

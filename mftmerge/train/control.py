@@ -23,7 +23,7 @@ from mftmerge.train import scores
 from mftmerge.train.loop import Best, Loop
 from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.targets import Target
+from mftmerge.train.targets import Target, learning_alone
 from mftmerge.train.validation import Judge, Judged, judged
 
 
@@ -155,12 +155,13 @@ def trained_weights(
     plain = settings.model_copy(
         update={"lr": lr, "scores": False, "keep_warmup": 0, "log_to": "none", "keep_last": False}
     )
-    weights = WeightOptimizer(targets, lr, settings.clip)
-    best = Best(weights, plain, judge, progress)
-    best.consider(0)
-    try:
-        Loop(model, rows, weights, best, plain, pad=pad, name=f"control, weights at {lr:g}").run()
-        with weights.masked_by(best.mask or {}):
-            yield best
-    finally:
-        weights.restore()
+    with learning_alone(model, targets):
+        weights = WeightOptimizer(targets, lr, settings.clip)
+        best = Best(weights, plain, judge, progress)
+        best.consider(0)
+        try:
+            Loop(model, rows, weights, best, plain, pad=pad, name=f"control, weights at {lr:g}").run()
+            with weights.masked_by(best.mask or {}):
+                yield best
+        finally:
+            weights.restore()

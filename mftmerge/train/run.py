@@ -22,7 +22,7 @@ from mftmerge import naming
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput, worded
-from mftmerge.files import replacing
+from mftmerge.files import write_text
 from mftmerge.machine import lacks_bfloat16
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.matching import over_delta
@@ -111,8 +111,7 @@ def train_mask(
             sources = {"data": inputs.named(data)} | (
                 {} if eval_data is None else {"eval_data": inputs.named(eval_data)}
             )
-            with replacing(f"{out}.yaml") as temporary:
-                temporary.write_text(chosen.to_yaml(model=reference, **sources), encoding="utf-8")
+            write_text(f"{out}.yaml", chosen.to_yaml(model=reference, **sources))
     return result
 
 
@@ -171,20 +170,17 @@ class _Run:
     def train(self, directory: Path, *, save: bool, resume: Path | None) -> TrainResult:
         """Train, validate, and put the model back as it was."""
         start = time.monotonic()
-        flags = targets.freeze_others(self.model, self.targets)
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         training, drawn = self.model.training, random_state()
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             with ExitStack() as stack:
+                stack.enter_context(targets.learning_alone(self.model, self.targets))
                 if self.cache is not None:
                     stack.enter_context(self.cache.use())
                 return self._train(directory, save, resume, start)
         finally:
-            for name, p in self.model.named_parameters():
-                p.requires_grad_(flags[name])
-                p.grad = None
             self.model.train(training)
             set_random_state(drawn)  # the caller's generators too are as they were
             if self.settings.gradient_checkpointing and not checkpointing:

@@ -7,7 +7,8 @@ state decay of recurrent layers (A_log) and whatever chooses experts or streams 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import xxhash
@@ -81,7 +82,7 @@ def parse_layers(text: str | None, count: int) -> list[int]:
     return sorted(set(numbers))
 
 
-def share(model: nn.Module, targets: list[Target], layers: str | None = None) -> float:
+def share(model: nn.Module, targets: Sequence[Target], layers: str | None = None) -> float:
     """Of all weights in the chosen layers, the share that the targets hold."""
     stack = decoder_layers(model)[1]
     chosen = parse_layers(layers, len(stack))
@@ -151,13 +152,25 @@ def is_attention(name: str) -> bool:
     return any("attn" in p or "attention" in p for p in name.split("."))
 
 
-def freeze_others(model: nn.Module, targets: list[Target]) -> dict[str, bool]:
+def freeze_others(model: nn.Module, targets: Sequence[Target]) -> dict[str, bool]:
     """Let gradients flow to the targets only: backward never goes below them. Returns the flags as they were."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     learnt = {t.name for t in targets}
     for name, p in model.named_parameters():
         p.requires_grad_(name in learnt)
     return flags
+
+
+@contextmanager
+def learning_alone(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
+    """`freeze_others` inside the block; after it all parameters have their flags again, and no gradients."""
+    flags = freeze_others(model, targets)
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+            p.grad = None
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

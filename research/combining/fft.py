@@ -16,7 +16,7 @@ from mftmerge.loss import row_losses
 from mftmerge.train.control import trained_weights
 from mftmerge.train.inputs import pad_id
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.targets import find, freeze_others
+from mftmerge.train.targets import find
 from research.combining.common import Plan, read_rows
 
 
@@ -51,7 +51,6 @@ def main() -> None:
         }
     )
     targets = find(model, layers)
-    freeze_others(model, targets)
 
     def losses() -> object:
         found = row_losses(model, valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mftmerge.train.control import trained_weights
 from mftmerge.train.inputs import pad_id
 from mftmerge.train.run import train_mask
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.targets import find, freeze_others
+from mftmerge.train.targets import find
 from research.combining.common import Bench, Weights
 
 
@@ -49,27 +50,15 @@ def weights(bench: Bench, seed: int, name: str, domains: list[str], **more: Any)
     valid = [row for domain in domains for row in bench.rows[domain]["validation"]]
     settings = TrainSettings.make(bench.plan.settings(seed, **more))
     targets = find(bench.model, settings.layers)
-    flags = freeze_others(bench.model, targets)
     lowest, kept = float("inf"), {}
-    try:
-        for rate in bench.plan.weight_rates:
-            with (
-                bench.cache.use(),
-                trained_weights(
-                    bench.model,
-                    targets,
-                    rows,
-                    settings,
-                    lambda: row_losses(bench.model, valid),
-                    lr=rate,
-                    pad=pad_id(bench.tokenizer),
-                ) as best,
-            ):
-                print(f"seed {seed}: weights {name}: rate {rate:g}, step {best.step}, {best.loss:.4f}", flush=True)
-                if best.loss < lowest:
-                    lowest, kept = best.loss, {t.name: t.parameter.detach().clone() for t in targets}
-    finally:
-        for parameter_name, parameter in bench.model.named_parameters():
-            parameter.requires_grad_(flags[parameter_name])
+    judge, pad = partial(row_losses, bench.model, valid), pad_id(bench.tokenizer)
+    for rate in bench.plan.weight_rates:
+        with (
+            bench.cache.use(),
+            trained_weights(bench.model, targets, rows, settings, judge, lr=rate, pad=pad) as best,
+        ):
+            print(f"seed {seed}: weights {name}: rate {rate:g}, step {best.step}, {best.loss:.4f}", flush=True)
+            if best.loss < lowest:
+                lowest, kept = best.loss, {t.name: t.parameter.detach().clone() for t in targets}
     save_file(kept, path)
     return kept
