@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from mftmerge.bits import Words
 from mftmerge.errors import BadInput
 from mftmerge.mask import PIECE, Mask
 from mftmerge.maskstore import require_one_kind
+from mftmerge.names import in_order, layer_of
 from mftmerge.operations import Operation, find
 
 SCORED_PIECE = 1 << 17  # weights handled at a time where scores (4 bytes each, several times) are read too
@@ -27,7 +29,7 @@ class Combination:
         masks: Sequence[Mask],
         names: Sequence[str],
         *,
-        density: float | str | None = None,
+        density: float | str | Sequence[float] | None = None,
         uncovered: Literal["abstain", "keep"] = "abstain",
         **options: Any,
     ) -> None:
@@ -42,8 +44,13 @@ class Combination:
         self.shapes = self._shapes()
         if self.op.support is None:
             self._check_scores()
-        if self.density is not None:
-            cut.drop_count(0, self.density)
+        self.shares = [] if self.density is None else cut.profile(self.density)
+        layers = in_order(map(layer_of, self.shapes))
+        self.layers = [layer for layer in layers if layer is not None]
+        if len(self.shares) > max(len(self.layers), 1):
+            raise BadInput(
+                f"density has {len(self.shares)} shares for {len(self.layers)} covered layers; give at most one a layer"
+            )
 
     def _check_arguments(self) -> None:
         most = self.op.most
@@ -140,9 +147,16 @@ class Combination:
         """The masks with a say on a tensor (all of them where an uncovered tensor counts as kept)."""
         return [d for d, m in enumerate(self.masks) if name in m or self.uncovered == "keep"]
 
-    def density_of(self, name: str) -> float | str | None:
-        """The density that a tensor is cut to, None where it is not cut."""
-        return self.alone if self.alone is not None and len(self.covering(name)) == 1 else self.density
+    def density_of(self, name: str) -> float | Fraction | None:
+        """The density that a tensor is cut to, None where it is not cut; what is in no layer gets the mean."""
+        if self.alone is not None and len(self.covering(name)) == 1:
+            return self.alone
+        if len(self.shares) < 2:
+            return self.shares[0] if self.shares else None
+        layer = layer_of(name)
+        if layer is None:
+            return sum(self.shares, Fraction(0)) / len(self.shares)
+        return cut.between(self.shares, Fraction(self.layers.index(layer), len(self.layers) - 1))
 
     def _options(self, covering: list[int]) -> dict[str, Any]:
         weights = self.options.get("weights")

@@ -174,7 +174,7 @@ def _describe(combination: Combination) -> MaskInfo:
         Parent(label, mask.digest, weight, mask.info.operation, mask.info.options, mask.info.parents)
         for label, mask, weight in zip(combination.names, combination.masks, weights, strict=True)
     ]
-    keep = None if combination.density is None else float(cut.exact(combination.density))
+    keep = float(combination.shares[0]) if len(combination.shares) == 1 else None
     info, notes = combined(infos, combination.shapes, combination.op.name, _written(combination), parents, keep)
     combination.notes += notes
     return info
@@ -183,8 +183,9 @@ def _describe(combination: Combination) -> MaskInfo:
 def _written(combination: Combination) -> dict[str, Any]:
     """The options as they are recorded: those that were given, and what was taken in their place."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in combination.options.items()}
-    if combination.density is not None:
-        options["density"] = float(cut.exact(combination.density))
+    if combination.shares:
+        given = [float(share) for share in combination.shares]
+        options["density"] = given[0] if len(given) == 1 else given
     if combination.uncovered != "abstain":
         options["uncovered"] = combination.uncovered
     return options
@@ -209,15 +210,16 @@ def combine(
     masks: Sequence[Mask | str | Path],
     *,
     names: Sequence[str] | None = None,
-    density: float | str | None = None,
+    density: float | str | Sequence[float] | None = None,
     uncovered: Literal["abstain", "keep"] = "abstain",
     **options: Any,
 ) -> Mask:
     """Combine masks, or .mask files, into one in memory. op: one of `OPERATIONS`, which says what `options` it takes.
 
     names: what the inputs are called in the result's family tree. density: cut every tensor to exactly this share of
-    kept weights, by votes, then scores, then position (of equals the lowest index is dropped). uncovered: a mask
-    abstains on a tensor that it does not cover, or counts as keeping all of it. Raises BadInput.
+    kept weights, by votes, then scores, then position (of equals the lowest index is dropped); several shares go from
+    the first covered layer to the last, on straight lines between them where there are fewer than layers. uncovered: a
+    mask abstains on a tensor that it does not cover, or counts as keeping all of it. Raises BadInput.
     """
     labels = names or [f"mask {i}" for i in range(1, len(masks) + 1)]
     combination = Combination(op, [Mask.of(m) for m in masks], labels, density=density, uncovered=uncovered, **options)
@@ -238,7 +240,7 @@ def combine_files(
     names: Sequence[str] | None = None,
     archive: bool = False,
     overwrite: bool = False,
-    density: float | str | None = None,
+    density: float | str | Sequence[float] | None = None,
     uncovered: Literal["abstain", "keep"] = "abstain",
     **options: Any,
 ) -> CombineReport:

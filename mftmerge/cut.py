@@ -23,6 +23,7 @@ from mftmerge import bits
 from mftmerge.bits import Words
 from mftmerge.errors import BadInput
 
+Density = float | Fraction | str | Sequence[float]  # several stand for the layers, see `profile`
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.uint32]
@@ -54,6 +55,29 @@ def drop_count(size: int, keep: float | Fraction | str, *, reference: bool = Fal
         raise BadInput(f"density {keep} is out of range; give a share above 0 and at most 1, such as 0.9")
     dropped = (1 - share) * size
     return int((1 - float(share)) * size) if reference else dropped.numerator // dropped.denominator
+
+
+def profile(density: Density) -> list[Fraction]:
+    """The share that was written, or several of them from the first layer to the last: 0.9, "0.95,0.9", [0.95, 0.9].
+
+    Raises BadInput.
+    """
+    if isinstance(density, str):
+        written: Sequence[float | Fraction | str] = density.split(",")
+    else:
+        written = density if isinstance(density, Sequence) else [density]
+    if not written:
+        raise BadInput("density has no value; give a share such as 0.9, or several from the first layer to the last")
+    for share in written:
+        drop_count(0, share)
+    return [exact(share) for share in written]
+
+
+def between(shares: Sequence[Fraction], place: Fraction) -> Fraction:
+    """The share at a place from 0 (the first layer) to 1 (the last): on straight lines, as mergekit's gradients."""
+    step = place * (len(shares) - 1)
+    left = min(int(step), max(len(shares) - 2, 0))
+    return shares[left] + (step - left) * (shares[min(left + 1, len(shares) - 1)] - shares[left])
 
 
 def locate(counts: npt.NDArray[np.int64], dropped: int) -> tuple[int, int]:

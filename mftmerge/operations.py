@@ -39,8 +39,10 @@ Weights = tuple[float, ...] | None
 class Everywhere(Settings):
     """The options that every operation has."""
 
-    density: float | str | None = Field(
-        None, description="cut every tensor to exactly this share of kept weights: by votes, then scores, then position"
+    density: float | str | tuple[float, ...] | None = Field(
+        None,
+        description="cut every tensor to exactly this share of kept weights: by votes, then scores, then position; "
+        "several shares, as in 0.95,0.9, go from the first covered layer to the last",
     )
     uncovered: Literal["abstain", "keep"] = Field(
         "abstain", description="a mask on a tensor that it does not cover: 'abstain', or 'keep' all of it"

@@ -19,6 +19,7 @@ from mftmerge.evaluate.grid import grid
 from mftmerge.live import attach
 from mftmerge.loss import mean_loss, padded, row_losses, token_losses
 from mftmerge.mask import Mask, MaskInfo
+from mftmerge.names import layer_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_prediction_is_the_second_order_model_around_the_own_mask(
     model: Any = trained.model
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     up, down = trained.masks.values()
-    proposals = [up, combine("intersection", [up, down])]
+    proposals = [up, combine("intersection", [up, down]), combine("union", [up, down])]  # drops more, and restores
     found = prediction.predict(model, trained.masks, trained.tokens, proposals)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -66,20 +67,25 @@ def test_a_prediction_is_the_second_order_model_around_the_own_mask(
     assert found["up"].losses[0] == found["up"].own, "nothing changes under the own mask"
     assert found["up"].shares[0] == 1
 
-    tokens, slope, square = 0, 0.0, 0.0  # by hand, a row at a time
-    parameters = dict(model.named_parameters())
+    parameters, tokens = dict(model.named_parameters()), 0
+    along = np.zeros((2, 2, len(rows)))  # (proposals, layers, rows), by hand, a row at a time
     with attach(model, {"up": up}).use("up"):
-        for row in rows:
+        for r, row in enumerate(rows):
             losses, _ = token_losses(model, *padded([row])[:2])
+            tokens += len(losses)
             gradients = torch.autograd.grad(losses.sum(), [parameters[n] for n in up])
-            change = [
-                before[n] * torch.from_numpy(proposals[1].kept(n).astype(np.float32) - up.kept(n).astype(np.float32))
-                for n in up
-            ]
-            along = sum(float((g.double() * d).sum()) for g, d in zip(gradients, change, strict=True))
-            tokens, slope, square = tokens + len(losses), slope + along, square + along**2
-    expected = found["up"].own + (slope + square / 2) / tokens
-    assert found["up"].losses[1] == pytest.approx(expected, rel=1e-4)
+            for p, proposal in enumerate(proposals[1:]):
+                for n, g in zip(up, gradients, strict=True):
+                    change = torch.from_numpy(proposal.kept(n).astype(np.float32) - up.kept(n).astype(np.float32))
+                    along[p, layer_of(n), r] += float((g.double() * before[n] * change).sum())
+    whole = along.sum(1)
+    assert (np.abs(whole) > 0).all(), "a proposal changes something for every row"
+    expected = found["up"].own + (whole.sum(1) + np.square(whole).sum(1) / 2) / tokens
+    assert found["up"].losses[1:] == pytest.approx(expected, rel=1e-4)
+    by_layer = (along.sum(2) + np.square(along).sum(2) / 2) / tokens
+    assert found["up"].layers == (0, 1)
+    assert found["up"].by_layer[0].tolist() == [0, 0]
+    assert found["up"].by_layer[1:] == pytest.approx(by_layer, rel=1e-3, abs=1e-6)
 
     monkeypatch.setattr(prediction, "EFFECTS", 1)  # a row at a time: the same within rounding
     again = prediction.predict(model, trained.masks, trained.tokens, proposals)

@@ -17,7 +17,7 @@ from mftmerge import choose_combination
 from mftmerge.cli import main
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
-from mftmerge.evaluate import choosing, files
+from mftmerge.evaluate import choosing, files, search
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.train.run import train_mask
@@ -42,7 +42,14 @@ def trained(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
         "code": [{"prompt": f"f{i}", "completion": f"def f(x): return x * {i}"} for i in range(8)],
     }
     model, tokenizer = files.load_model(path, dtype="float32")
-    options: dict[str, Any] = {"steps": 12, "batch_size": 8, "lr": 0.02, "scores": True, "eval_rows": 2, "layers": "1"}
+    options: dict[str, Any] = {
+        "steps": 12,
+        "batch_size": 8,
+        "lr": 0.02,
+        "scores": True,
+        "eval_rows": 2,
+        "layers": "0-1",
+    }
     for domain in DOMAINS:
         (here / f"{domain}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[domain]))
         tokens = tokenize(rows[domain], tokenizer, 64)
@@ -78,11 +85,17 @@ def test_a_search_measures_what_it_may_and_chooses_among_all(trained: SimpleName
 
 
 def test_what_is_found_is_a_command(trained: SimpleNamespace, tmp_path: Path) -> None:
-    found = searched(trained, tmp_path / "out.mask")
-    best = max((n for n in found.candidates if n not in FEW), key=found.lowest)
-    command = choosing.Candidate.parse(best).command([str(p) for p in trained.paths.values()], str(tmp_path / "c.mask"))
-    assert run(*shlex.split(command)[1:]) == 0
-    assert Mask.load(tmp_path / "c.mask").digest == found.candidates[best].digest
+    found = searched(trained, search=8)
+    mine = [n for n in found.candidates if n not in FEW]
+    by_layer = next(n for n in mine if ":" in n.split(",")[0])  # score@FIRST:LAST,...: a share of each layer too
+    first, last = (layer.density for layer in found.candidates[by_layer].inspect().by_layer().values())
+    shares = [float(d) for d in by_layer.split(",")[0].removeprefix("score@").split(":")]
+    assert [first, last] == pytest.approx(shares, abs=2e-3)
+    for name in (max(mine, key=found.lowest), by_layer):
+        out = tmp_path / f"{mine.index(name)}.mask"
+        command = choosing.Candidate.parse(name).command([str(p) for p in trained.paths.values()], str(out))
+        assert run(*shlex.split(command)[1:], "--overwrite") == 0
+        assert Mask.load(out).digest == found.candidates[name].digest
 
 
 def test_a_search_that_was_stopped_goes_on_from_its_journal(
@@ -136,8 +149,12 @@ def test_without_scores_votes_are_searched(trained: SimpleNamespace) -> None:
     assert not any("not guided" in note for note in found.notes), "predictions need no scores"
 
 
-def test_predictions_lead(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one to be measured is what the predictions favour most."""
+@pytest.mark.parametrize(("held", "groups"), [(2**30, [20]), (1, [1, 1, 1])])
+def test_predictions_lead(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, held: int, groups: list[int]
+) -> None:
+    """The first one to be measured is what the predictions favour most; a low `HELD` is a proposal at a time."""
+    monkeypatch.setattr(search, "HELD", held)
     seen: list[tuple[list[Mask], dict[str, Any]]] = []
     real = choosing.prediction.predict
 
@@ -146,10 +163,11 @@ def test_predictions_lead(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPa
         return seen[-1][1]
 
     monkeypatch.setattr(choosing.prediction, "predict", watched)
-    found = searched(trained, search=5, proposals=20)
-    ((proposals, outlooks),) = seen
-    assert len(proposals) == 20
-    best = proposals[int(np.argmax(np.min([o.shares for o in outlooks.values()], axis=0)))]
+    found = searched(trained, search=2, proposals=sum(groups))
+    assert [len(group) for group, _ in seen] == groups
+    proposals = [mask for group, _ in seen for mask in group]
+    lowest = [share for _, found in seen for share in np.min([o.shares for o in found.values()], axis=0)]
+    best = proposals[int(np.argmax(lowest))]
     assert found.candidates[list(found.candidates)[len(FEW)]].digest == best.digest
 
 

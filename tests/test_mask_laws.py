@@ -170,6 +170,38 @@ def test_the_number_dropped_is_exact_and_wipes_nothing(size: int, keep: Any) -> 
     assert dropped < size or size == 0
 
 
+def test_several_densities_go_from_the_first_covered_layer_to_the_last() -> None:
+    """Where there are as many as layers each has its own, exactly; between fewer there are straight lines."""
+    rng = np.random.default_rng(0)
+    names = [f"layers.{i}.w" for i in (3, 4, 7)]  # covered layers count, not their numbers
+    masks = [Mask.from_bools({n: rng.random((40, 25)) < 0.9 for n in [*names, "head"]}) for _ in range(2)]
+    for density in ("0.95,0.5,0.9", [0.95, 0.5, 0.9], (0.95, 0.5, 0.9)):
+        found = combine("vote", masks, density=density)
+        assert [found.count(n) for n in names] == [950, 500, 900]
+        assert found.count("head") == 784, "the mean of the shares; 0.7833 of 1000 drops 216"
+        for name, one in zip(names, ("0.95", "0.5", "0.9"), strict=True):
+            np.testing.assert_array_equal(found.kept(name), combine("vote", masks, density=one).kept(name))
+    assert found.info.keep is None
+    assert found.info.options["density"] == [0.95, 0.5, 0.9]
+    found = combine("vote", masks, density="0.9,0.7")
+    assert [found.count(n) for n in names] == [900, 800, 700]
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        ("0.9,", "density '' is not a number"),
+        ("0.9,1.2", "density 1.2 is out of range"),
+        ([], "density has no value"),
+        ("0.9,0.8,0.7", "3 shares for 2 covered layers"),
+    ],
+)
+def test_wrong_lists_of_densities_are_refused(density: Any, message: str) -> None:
+    mask = Mask.from_bools({f"layers.{i}.w": np.ones(8, np.bool_) for i in range(2)})
+    with pytest.raises(BadInput, match=message):
+        combine("union", [mask], density=density)
+
+
 @pytest.mark.parametrize("keep", [0, -0.1, 1.0001, "x", float("nan"), "1/0", None])
 def test_densities_out_of_range_are_refused(keep: Any) -> None:
     with pytest.raises(BadInput, match="density"):

@@ -18,13 +18,13 @@ from mftmerge.mask import Mask
 from mftmerge.operations import OPERATIONS, Operation, find
 from mftmerge.settings import parsed
 
-SYNTAX = "OP[@DENSITY][,OPTION=VALUE...], such as score@0.93, vote,threshold=2 or score@0.9,elect,weights=2:1"
+SYNTAX = "OP[@DENSITY][,OPTION=VALUE...], such as score@0.93, vote,threshold=2 or score@0.95:0.9,elect,weights=2:1"
 OWN = re.compile(r"@own(?:\+([0-9.]+))?")  # in a preset, see `Operation`
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to combine masks. text: as it is written, and what it is called; density: the decimal as written."""
+    """One way to combine masks. text: as it is written, and what it is called; density: as `combine` takes it."""
 
     text: str
     op: str
@@ -52,7 +52,7 @@ class Candidate:
             options = {name: _value(found, name, value) for name, value in options.items()}
         except BadInput as e:
             raise BadInput(f"candidate {text!r}: {e}") from None
-        return cls(",".join([head, *settings]), op, density or None, options)
+        return cls(",".join([head, *settings]), op, density.replace(":", ",") or None, options)
 
     def combine(self, masks: Sequence[Mask], names: Sequence[str]) -> Mask:
         """The masks combined in memory. Raises BadInput that names the candidate."""

@@ -7,7 +7,8 @@ once; for a kept set c the weights change by d = w * (c - m), and over rows with
 
 the second-order model with the empirical Fisher matrix in the place of the curvature (rows are the samples), all of it:
 g.d is one number a row, so that how the changes act on each other costs nothing, where a diagonal would leave it out.
-docs/interference.md says how far this gets, beside simpler predictors.
+It is a sum over the layers, and one layer's part of it says what the loss would be if only that layer of the own mask
+were replaced. docs/interference.md says how far this gets, beside simpler predictors.
 """
 
 from __future__ import annotations
@@ -21,26 +22,34 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from mftmerge import naming
+from mftmerge import bits, naming
 from mftmerge.cut import Floats
 from mftmerge.data import Tokens
 from mftmerge.live import attach
 from mftmerge.loss import evaluating, mean_loss, padded, row_losses, token_losses
 from mftmerge.mask import Mask
+from mftmerge.names import in_order, layer_of
 from mftmerge.progress import Progress, Step
 
 Values = npt.NDArray[np.float64]
 ROWS = 32  # of a domain at most: each costs a backward pass
 EFFECTS = 2**29  # bytes of gradients that are held at once
+BLOCK = 2**18  # weights of all proposals that are unpacked at once
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """One domain: loss (nats a token) without mask, under its own mask, and as predicted for each proposal."""
+    """One domain: loss (nats a token) without mask, under its own mask, and as predicted for each proposal.
+
+    layers: those that the own mask covers, None for what is in none. by_layer: (proposals, layers), the predicted loss
+    minus `own` of the own mask with that one layer of the proposal in the place of its own.
+    """
 
     base: float
     own: float
     losses: Values
+    layers: tuple[int | None, ...]
+    by_layer: Values
 
     @property
     def shares(self) -> Values:
@@ -81,19 +90,26 @@ def predict(
                 held = mean_loss(row_losses(model, rows))
                 if held >= base:
                     continue
-                changes = np.zeros(len(proposals))
+                layers = in_order(map(layer_of, own))
+                changes, alone = np.zeros(len(proposals)), np.zeros((len(proposals), len(layers)))
                 tokens = 0
                 for chunk in _effects(model, own, weights, covered, rows):
                     if progress:
                         progress(Step("predicting", number, len(masks), "runs", detail=domain))
-                    along = np.stack([_along(chunk.effects, kept) for kept in proposals])  # (proposals, rows)
-                    along -= _along(chunk.effects, own)
-                    changes += along.sum(1) + np.square(along).sum(1) / 2
+                    along = _along(chunk.effects, own, proposals, layers)
+                    changes += _second_order(along.sum(1))
+                    alone += _second_order(along)
                     tokens += chunk.tokens
         finally:
             switcher.detach()
-        found[domain] = Outlook(base, held, held + changes / tokens)
+        found[domain] = Outlook(base, held, held + changes / tokens, tuple(layers), alone / tokens)
     return found
+
+
+def _second_order(along: Values) -> Values:
+    """The change of the rows' summed losses (the last axis) from g.d of each row."""
+    change: Values = along.sum(-1) + np.square(along).sum(-1) / 2
+    return change
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,23 @@ class _Chunk:
     tokens: int
 
 
-def _along(effects: Mapping[str, Floats], kept: Mask) -> Values:
-    """Sums over the kept weights, float64 (rows,)."""
-    found = np.zeros(len(next(iter(effects.values()))))
+def _along(effects: Mapping[str, Floats], own: Mask, proposals: Sequence[Mask], layers: Sequence[int | None]) -> Values:
+    """g.d of each layer, float64 (proposals, layers, rows)."""
+    found = np.zeros((len(proposals), len(layers), len(next(iter(effects.values())))))
     for name, effect in effects.items():
-        found += effect @ kept.kept(name).reshape(-1).astype(np.float32) if name in kept else effect.sum(1)
+        for a in range(0, own.size(name), BLOCK):
+            b = min(a + BLOCK, own.size(name))
+            before = _kept(own, name, a, b)
+            change = np.stack([_kept(one, name, a, b) - before for one in proposals])  # (proposals, weights)
+            found[:, layers.index(layer_of(name))] += change @ effect[:, a:b].T
     return found
+
+
+def _kept(mask: Mask, name: str, start: int, stop: int) -> Floats:
+    """1 for the kept weights, everything where the mask does not cover the tensor."""
+    if name not in mask:
+        return np.ones(stop - start, np.float32)
+    return bits.unpack(mask.read(name, start, stop), stop - start).astype(np.float32)
 
 
 def _effects(
@@ -120,7 +147,7 @@ def _effects(
     The gradient at a dropped weight is that of its place: what the loss would do were it given its value back.
     """
     size = max(1, EFFECTS // (4 * sum(w.size for w in weights.values())))
-    with _differentiated(model, covered) as parameters:
+    with differentiated(model, covered) as parameters:
         for first in range(0, len(rows), size):
             few = rows[first : first + size]
             effects = {n: np.empty((len(few), w.size), np.float32) for n, w in weights.items()}
@@ -142,7 +169,7 @@ def _effects(
 
 
 @contextmanager
-def _differentiated(model: PreTrainedModel, covered: Set[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
+def differentiated(model: PreTrainedModel, covered: Set[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Gradients of the covered parameters, and of no others, inside the block; everything as it was after it."""
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     try:
@@ -161,6 +188,7 @@ def _whole(model: PreTrainedModel, own: Mask) -> tuple[dict[str, Floats], set[st
     """The weights that a mask covers, flat float32 by its names, and the names of their parameters."""
     read = {name: torch.from_numpy(own.kept(name)) for name in own.names}
     covered = {name for name, _ in naming.iter_parameters(model, own.names, read.__getitem__, fill=True)}
-    plain = {n: p.detach().float().cpu() for n, p in model.named_parameters() if n in covered}
+    # Copies: the model's own memory would show a dropped weight as 0 as soon as the mask is on.
+    plain = {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in model.named_parameters() if n in covered}
     named = naming.to_checkpoint(model, plain, names=own)
     return {n: w.reshape(-1).numpy() for n, w in named.items()}, covered

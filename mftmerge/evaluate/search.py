@@ -1,4 +1,4 @@
-"""Search for a combination: operation, density and weights, proposed by optuna and guided by predictions.
+"""Search for a combination: operation, density (by layer too) and weights, proposed by optuna, guided by predictions.
 
 A proposal is a candidate as `mftmerge choose --try` takes it, so that what is found is a command. Where predictions can
 be had (`prediction`), many proposals are drawn and predicted at once, and those that are predicted best are measured
@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from mftmerge.evaluate.candidates import Candidate
 from mftmerge.evaluate.prediction import Outlook
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.mask import Mask
+from mftmerge.names import layer_of
 from mftmerge.progress import Progress, Step
 
 Shares = dict[str, float]  # domain -> share of the own mask's gain
 FIRST = 0.4  # of the evaluations, for what the predictions favour
 WEIGHTS = (0.35, 2.5)  # of a mask's evidence
+SHARES = 4  # of a density by layer at most, from the first layer to the last: few enough for a search to learn about
+HELD = 2**30  # bytes of proposals that are held at once; more are predicted in groups, with backward passes for each
 
 
 def search(
@@ -48,7 +52,7 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     say = progress or (lambda step: None)
-    density = _own_density(list(masks.values()))
+    space = _Space(list(masks), _own_density(masks.values()), _places(masks.values()), scores)
     made: dict[str, Mask] = {}
     digests: set[str] = set()
 
@@ -59,10 +63,12 @@ def search(
     if predict is not None:
         drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=settings.search_seed))
         trials = [drawn.ask() for _ in range(settings.proposals)]
-        outlooks = predict([build(_proposal(trial, list(masks), density, scores)) for trial in trials])
-        if outlooks:
-            lowest = np.min([o.shares for o in outlooks.values()], axis=0)
-            guesses = [(float(value), trial.params) for value, trial in zip(lowest, trials, strict=True)]
+        size = _group(masks.values())
+        for group in (trials[i : i + size] for i in range(0, len(trials), size)):
+            outlooks = predict([build(space.proposal(trial)) for trial in group])
+            if outlooks:
+                lowest = np.min([o.shares for o in outlooks.values()], axis=0)
+                guesses += [(float(value), trial.params) for value, trial in zip(lowest, group, strict=True)]
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.search_seed))
     for params in _best(guesses, round(FIRST * settings.search)):
         study.enqueue_trial(params)
@@ -71,7 +77,7 @@ def search(
         if settings.minutes is not None and time.monotonic() - started > 60 * settings.minutes:
             break
         trial, asked = study.ask(), asked + 1
-        candidate = _proposal(trial, list(masks), density, scores)
+        candidate = space.proposal(trial)
         kept = build(candidate)
         if candidate.text in made or kept.digest in digests:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the same mask again: nothing to learn from it
@@ -83,20 +89,45 @@ def search(
     return made
 
 
-def _own_density(masks: Sequence[Mask]) -> float:
+def _own_density(masks: Iterable[Mask]) -> float:
     return float(np.mean([mask.density() for mask in masks]))
 
 
-def _proposal(trial: Any, domains: Sequence[str], density: float, scores: bool) -> Candidate:
-    """A candidate from a trial's parameters; weights are relative, and scaled to a mean of 1."""
-    kept = density + (1 - density) * trial.suggest_float("room", 0.0, 0.7)
-    weights = [trial.suggest_float(f"weight {domain}", *WEIGHTS, log=True) for domain in domains]
-    mean = sum(weights) / len(weights)
-    text = ":".join(f"{w / mean:.2f}" for w in weights)
-    if not scores:
-        return Candidate.parse(f"vote@{kept:.4f},weights={text}")
-    elect = ",elect" if trial.suggest_categorical("elect", [False, True]) else ""
-    return Candidate.parse(f"score@{kept:.4f}{elect},weights={text}")
+def _places(masks: Iterable[Mask]) -> int:
+    """How many shares a density by layer has: `SHARES`, or one a layer where there are fewer."""
+    return min(SHARES, len({layer_of(name) for mask in masks for name in mask} - {None}))
+
+
+def _group(masks: Iterable[Mask]) -> int:
+    """How many combined masks, of a bit a weight, `HELD` bytes have room for."""
+    sizes = {name: mask.size(name) for mask in masks for name in mask}
+    return max(1, 8 * HELD // max(1, sum(sizes.values())))
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What a trial's parameters mean. density: the masks' own; shares: of a density by layer."""
+
+    domains: Sequence[str]
+    density: float
+    shares: int
+    scores: bool
+
+    def proposal(self, trial: Any) -> Candidate:
+        """A candidate; weights are relative, and scaled to a mean of 1."""
+        room = trial.suggest_float("room", 0.0, 0.7)
+        rooms = [room]
+        if self.shares > 1 and trial.suggest_categorical("by layer", [False, True]):
+            around = [trial.suggest_float(f"layer {i}", -0.3, 0.3) for i in range(self.shares)]
+            rooms = [min(max(room + a, 0.0), 0.9) for a in around]
+        density = ":".join(f"{self.density + (1 - self.density) * r:.4f}" for r in rooms)
+        weights = [trial.suggest_float(f"weight {domain}", *WEIGHTS, log=True) for domain in self.domains]
+        mean = sum(weights) / len(weights)
+        text = ":".join(f"{w / mean:.2f}" for w in weights)
+        if not self.scores:
+            return Candidate.parse(f"vote@{density},weights={text}")
+        elect = ",elect" if trial.suggest_categorical("elect", [False, True]) else ""
+        return Candidate.parse(f"score@{density}{elect},weights={text}")
 
 
 def _best(guesses: list[tuple[float, dict[str, Any]]], count: int) -> Iterator[dict[str, Any]]:
@@ -111,7 +142,8 @@ def _best(guesses: list[tuple[float, dict[str, Any]]], count: int) -> Iterator[d
 
 
 def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    return max(abs(float(a[name]) - float(b[name])) for name in a)
+    """Of the parameters that both have: one with a density by layer is apart from one without, by what says so."""
+    return max(abs(float(a[name]) - float(b[name])) for name in a.keys() & b.keys())
 
 
 class SearchJournal:
