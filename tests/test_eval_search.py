@@ -164,9 +164,11 @@ def test_predictions_lead(
 
     monkeypatch.setattr(choosing.prediction, "predict", watched)
     found = searched(trained, search=2, proposals=sum(groups))
+    last, _ = seen.pop()
+    assert [m.digest for m in last] == [found.mask.digest], "its layers"
     assert [len(group) for group, _ in seen] == groups
     proposals = [mask for group, _ in seen for mask in group]
-    lowest = [share for _, found in seen for share in np.min([o.shares for o in found.values()], axis=0)]
+    lowest = [share for _, said in seen for share in np.min([o.shares for o in said.values()], axis=0)]
     best = proposals[int(np.argmax(lowest))]
     assert found.candidates[list(found.candidates)[len(FEW)]].digest == best.digest
 
@@ -188,4 +190,6 @@ def test_the_command_line_searches(
     found = json.loads(capsys.readouterr().out)
     assert len(found["table"]) == 1 + len(DOMAINS) + 1 + 2
     assert any("the search measured 2" in note for note in found["notes"])
+    assert {d: list(layers) for d, layers in found["predicted_by_layer"].items()} == {d: ["0", "1"] for d in DOMAINS}
+    assert sum("layer 0 " in note for note in found["notes"]) == len(DOMAINS)
     assert torch.is_grad_enabled()

@@ -16,6 +16,7 @@ from mftmerge.combine import combine
 from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
 from mftmerge.operations import OPERATIONS, Operation, find
+from mftmerge.progress import Progress, Step
 from mftmerge.settings import parsed
 
 SYNTAX = "OP[@DENSITY][,OPTION=VALUE...], such as score@0.93, vote,threshold=2 or score@0.95:0.9,elect,weights=2:1"
@@ -72,6 +73,25 @@ class Candidate:
             else:
                 words.append(f"{option}={','.join(map(_number, value)) if isinstance(value, tuple) else value}")
         return shlex.join([*words, *(["--archive"] if archive else []), "-o", out])
+
+
+def combined(
+    candidates: Sequence[Candidate], masks: Sequence[Mask], labels: Sequence[str], progress: Progress | None
+) -> tuple[dict[str, Mask], list[str]]:
+    """The combined masks by the candidates' texts, and notes on those left out because another one is the same mask."""
+    made: dict[str, Mask] = {}
+    notes = []
+    different = {c.text: c for c in candidates}
+    for number, candidate in enumerate(different.values()):
+        if progress:
+            progress(Step("combining", number, len(different), "runs", detail=candidate.text))
+        mask = candidate.combine(masks, labels)
+        equal = next((text for text, other in made.items() if other.digest == mask.digest), None)
+        if equal is None:
+            made[candidate.text] = mask
+        else:
+            notes.append(f"{candidate.text} is the same mask as {equal}")
+    return made, notes
 
 
 def defaults(masks: Mapping[str, Mask]) -> tuple[list[Candidate], list[str]]:

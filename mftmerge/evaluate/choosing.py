@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput, shown
 from mftmerge.evaluate import files, prediction
 from mftmerge.evaluate import grid as grids
-from mftmerge.evaluate.candidates import Candidate, defaults
+from mftmerge.evaluate.candidates import Candidate, combined, defaults
 from mftmerge.evaluate.generation import EXACT, Marker
 from mftmerge.evaluate.results import LOSS, GridResult, finite, rich_table
 from mftmerge.evaluate.search import SearchJournal, search
@@ -49,6 +49,8 @@ class Choice:
     candidates: name -> combined mask. judged: the domains whose own mask gains, beyond two paired standard errors; only
     they count. chosen: the candidate with the highest lowest share over them (the first of equal ones).
     notes: lines worth reading. command: the `mftmerge combine` command that gives the same mask. out: the file written.
+    by_layer: after a search that predictions led, domain -> layer -> predicted loss minus the own mask's (nats a token)
+    if that layer of the own mask, and no other, were the chosen combination's.
     """
 
     grid: GridResult
@@ -58,6 +60,7 @@ class Choice:
     notes: list[str]
     command: str | None = None
     out: str | None = None
+    by_layer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """In one line: what was chosen; `show` gives the table."""
@@ -92,6 +95,7 @@ class Choice:
             "out": self.out,
             "command": self.command,
             "domains": {d: facts | {"judged": d in self.judged} for d, facts in self.grid.domains.items()},
+            "predicted_by_layer": {domain: dict(layers) for domain, layers in self.by_layer.items()},
             "table": {row: self._json_row(row) for row in self.grid.models},
             "notes": [*self.notes, WARNING],
             "versions": self.grid.versions,
@@ -211,7 +215,7 @@ def choose_combination(
     rows = {d: load_rows(data[d], columns=columns, skip_bad=skip_bad_rows)[:limit] for d in masks}
     labels = [Path(path).name for path in paths.values()]
     tried, notes = ([Candidate.parse(c) for c in candidates], []) if candidates else defaults(opened)
-    made, same = _made(tried, list(opened.values()), labels, progress)
+    made, same = combined(tried, list(opened.values()), labels, progress)
     files.require_delta_bases(opened, base)  # what cannot be had is said before the model is loaded
     if progress:
         progress(Step("loading the model", 0, 0))
@@ -282,10 +286,17 @@ def _searched(
         )
         scores = all(m.has_scores for m in masks.values())
         made = search(masks, measure, settings, scores=scores, predict=predict, progress=progress)
-    every = {**choice.candidates, **made}
-    best = max(every, key=lambda name: _lowest(table, name, choice.judged))
+        every = {**choice.candidates, **made}
+        best = max(every, key=lambda name: _lowest(table, name, choice.judged))
+        outlooks = predict([every[best]]) if predict else {}
+    by_layer = {domain: outlook.layer_changes(0) for domain, outlook in outlooks.items()}
     notes.append(f"the search measured {len(made)} combinations beside the {len(choice.candidates)} usual ones")
-    return replace(choice, grid=table, candidates=every, chosen=best, notes=notes)
+    notes += [
+        f"{d}: predicted loss on top of its own mask's if only one layer were the chosen combination's: "
+        + ", ".join(f"layer {layer} {change:+.4f}" for layer, change in layers.items())
+        for d, layers in by_layer.items()
+    ]
+    return replace(choice, grid=table, candidates=every, chosen=best, notes=notes, by_layer=by_layer)
 
 
 def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -296,25 +307,6 @@ def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         )
     if len(masks) < 2:
         raise BadInput("one mask is nothing to combine; give at least two, each with rows of its domain")
-
-
-def _made(
-    candidates: Sequence[Candidate], masks: list[Mask], labels: list[str], progress: Progress | None
-) -> tuple[dict[str, Mask], list[str]]:
-    """The combined masks by the candidates' texts, and notes on those left out because another one is the same mask."""
-    made: dict[str, Mask] = {}
-    notes = []
-    different = {c.text: c for c in candidates}
-    for number, candidate in enumerate(different.values()):
-        if progress:
-            progress(Step("combining", number, len(different), "runs", detail=candidate.text))
-        mask = candidate.combine(masks, labels)
-        equal = next((text for text, other in made.items() if other.digest == mask.digest), None)
-        if equal is None:
-            made[candidate.text] = mask
-        else:
-            notes.append(f"{candidate.text} is the same mask as {equal}")
-    return made, notes
 
 
 def choose(

@@ -28,13 +28,13 @@ from mftmerge.data import Tokens
 from mftmerge.live import attach
 from mftmerge.loss import evaluating, mean_loss, padded, row_losses, token_losses
 from mftmerge.mask import Mask
-from mftmerge.names import in_order, layer_of
+from mftmerge.names import in_order, layer_name, layer_of
 from mftmerge.progress import Progress, Step
 
 Values = npt.NDArray[np.float64]
 ROWS = 32  # of a domain at most: each costs a backward pass
 EFFECTS = 2**29  # bytes of gradients that are held at once
-BLOCK = 2**18  # weights of all proposals that are unpacked at once
+BLOCK = 2**16  # weights of all proposals that are unpacked at once: what a processor keeps near it
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Outlook:
     def shares(self) -> Values:
         """The shares of the own mask's gain that the proposals are predicted to keep."""
         return (self.base - self.losses) / (self.base - self.own)
+
+    def layer_changes(self, proposal: int) -> dict[str, float]:
+        """Of one proposal: layer, as tables call it -> its entry of `by_layer`."""
+        return dict(zip(map(layer_name, self.layers), self.by_layer[proposal].tolist(), strict=True))
 
 
 def predictable(masks: Mapping[str, Mask]) -> str | None:
