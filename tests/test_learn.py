@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
-from mftmerge.learn.domains import disagreement
+from mftmerge.learn.domains import ANSWERS, DIVERGENCE, disagreement
 from mftmerge.learn.optimizer import ranks
 from mftmerge.learn.run import LearnResult, _checked, _Run, learn_merge
 from mftmerge.learn.settings import LearnSettings
@@ -133,7 +134,10 @@ def test_each_selected_weight_is_one_parents_bits(kitchen: Callable[..., Path], 
         np.testing.assert_array_equal(built.read(name), expected)
 
 
-def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("teacher", ["expert", "answers", "both"])
+def test_scores_follow_the_gradient_of_the_merge_by_autograd(
+    kitchen: Callable[..., Path], tmp_path: Path, teacher: str
+) -> None:
     """One step: each score moves by the rate against the sign of dL/dM, with M a factor in the merge."""
     folder = kitchen()
     recipe = open_recipe(folder)
@@ -141,6 +145,7 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[.
     work.mkdir()
     chosen = LearnSettings.make(
         {"steps": 1, "scores": True, "eval_share": 0, "batch_size": 20, "lr": 0.01, "teacher_top": 1000}
+        | {"teacher": teacher}
     )
     run = _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None)
     result = run.learn(None, None)
@@ -156,15 +161,20 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(kitchen: Callable[.
     }
     merged[name] = base + sum(factors[k] * part.change(k) for k in range(3))
     total = torch.zeros(())
+    assert [len(d.scales) for d in run.domains] == [2 if teacher == "both" else 1] * 3
     for domain in run.domains:
-        losses = []
-        for row, told in zip(domain.train, domain.told, strict=True):
+        losses: dict[int, list[torch.Tensor]] = {column: [] for column in domain.scales}
+        for row, told in zip_longest(domain.train, domain.told):
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-            logits = torch.func.functional_call(model, merged, (ids,)).logits[0, :-1][labels[0, 1:] != -100]
-            full = torch.full_like(logits, -torch.inf).scatter(1, told.likely.long(), told.logs)
-            share = full.exp()
-            losses.append(torch.where(share > 0, share * (full - logits.log_softmax(-1)), 0).sum(-1))
-        total = total + torch.cat(losses).mean() / domain.scale / 3
+            wanted = labels[0, 1:] != -100
+            logits = torch.func.functional_call(model, merged, (ids,)).logits[0, :-1][wanted].log_softmax(-1)
+            if ANSWERS in losses:
+                losses[ANSWERS].append(-logits.gather(1, labels[0, 1:][wanted][:, None])[:, 0])
+            if DIVERGENCE in losses:
+                full = torch.full_like(logits, -torch.inf).scatter(1, told.likely.long(), told.logs)
+                share = full.exp()
+                losses[DIVERGENCE].append(torch.where(share > 0, share * (full - logits), 0).sum(-1))
+        total = total + sum(torch.cat(found).mean() / domain.scales[column] / 3 for column, found in losses.items())
     (gradient,) = torch.autograd.grad(total, factors)
     for k, mask in enumerate(result.masks.values()):
         moved = torch.from_numpy(mask.scores(name) - mask.initial_scores(name))
@@ -222,6 +232,8 @@ def test_rows_decide_how_long_and_from_whom_it_is_learnt() -> None:
         return found.steps, found.teacher
 
     assert settled(10, True) == (20, "expert"), "few answers would be learnt by heart"
+    assert settled(30, True) == (20, "both"), "from which the expert keeps them"
+    assert settled(30, False) == (20, "expert")
     assert settled(60, True) == (36, "answers")
     assert settled(1000, False) == (60, "expert"), "a row without an answer has only its expert to learn from"
     assert settled(1000, True, teacher="expert", steps=5) == (5, "expert")

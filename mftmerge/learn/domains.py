@@ -31,6 +31,7 @@ from mftmerge.rowfiles import raw_rows
 from mftmerge.train.inputs import is_tokenised
 
 SMALLEST = 2 * torch.finfo(torch.float32).eps  # of what is left of a distribution: its logarithm must be finite
+DIVERGENCE, ANSWERS = 0, 1  # columns of `measure`
 BATCH_TOKENS = 4096  # padded tokens of a forward pass without gradients
 
 
@@ -47,8 +48,9 @@ class Told:
 class Domain:
     """An expert's rows. name: the expert's, for messages. told, told_valid: by row; empty where answers are learnt.
 
-    measured: what `measure` says of the validation rows, under "base" and "expert" before anything is merged. scale:
-    what the domain's loss is divided by, so that the base has about 1 more than the expert.
+    measured: what `measure` says of the validation rows, under "base" and "expert" before anything is merged. scales:
+    what the domain's loss is the sum of, columns of `measure`, each with what it is divided by; so that the base has
+    about 1 more than the expert.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Domain:
     told: list[Told] = field(default_factory=list)
     told_valid: list[Told] = field(default_factory=list)
     measured: dict[str, Losses] = field(default_factory=dict)
-    scale: float = 1.0
+    scales: dict[int, float] = field(default_factory=dict)
 
 
 def read_domain(
@@ -108,7 +110,7 @@ def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSett
     if not any(asked):
         read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows, columns=settings.columns)
         return rows_of.tokenize(read, tokenizer, settings.max_length)
-    if settings.teacher == "answers":
+    if settings.teacher in ("answers", "both"):
         raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
     rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
     answered = (

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 
-from mftmerge.learn.domains import Domain, Rounds, batch_of, disagreement
+from mftmerge.learn.domains import ANSWERS, Domain, Rounds, batch_of, disagreement
 from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.loss import labelled_logits
@@ -31,7 +32,7 @@ class MergeLoop(Loop):
         fill: int,
         place: Path | None,
     ) -> None:
-        self.domains, self.tells = domains, settings.teacher == "expert"
+        self.domains = domains
         super().__init__(
             model, Rounds(domains), optimizer, best, settings.of_loop(), pad=fill, place=place, name="learn"
         )
@@ -49,11 +50,13 @@ class MergeLoop(Loop):
         for batch in batches:
             for domain, rows in zip(self.domains, batch, strict=True):
                 logits, targets, _ = labelled_logits(self.model, rows["input_ids"], rows["labels"])
-                if self.tells:
-                    loss = disagreement(logits, rows["likely"], rows["logs"]).mean()
-                else:
-                    loss = cross_entropy(logits.float(), targets)
-                loss = loss / (domain.scale * len(self.domains) * len(batches))
+                loss = torch.zeros(())
+                for column, scale in domain.scales.items():
+                    if column == ANSWERS:
+                        part = cross_entropy(logits.float(), targets)
+                    else:
+                        part = disagreement(logits, rows["likely"], rows["logs"]).mean()
+                    loss = loss + part / (scale * len(self.domains) * len(batches))
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
         return total

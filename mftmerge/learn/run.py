@@ -21,7 +21,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import protect, write_text
 from mftmerge.learn import memory
-from mftmerge.learn.domains import answer, listen, measure, read_domain
+from mftmerge.learn.domains import ANSWERS, DIVERGENCE, answer, listen, measure, read_domain
 from mftmerge.learn.experts import load
 from mftmerge.learn.loop import MergeLoop
 from mftmerge.learn.merging import Merging
@@ -252,11 +252,11 @@ class _Run:
 
     def _ask_experts(self, optimizer: MergeOptimizer) -> None:
         """What each expert tells of its rows, and how far the base is from it: the scale of the domain's loss."""
-        tells = self.settings.teacher == "expert"
+        teachers = {"expert": [DIVERGENCE], "answers": [ANSWERS], "both": [DIVERGENCE, ANSWERS]}[self.settings.teacher]
         for number, domain in enumerate(self.domains):
             few = domain.train[:SCALED]
             optimizer.put_expert(number)
-            if tells:
+            if DIVERGENCE in teachers:
                 domain.told = listen(self.model, domain.train, self.settings.teacher_top)
                 domain.told_valid = listen(self.model, domain.valid, self.settings.teacher_top)
             own = measure(self.model, few, domain.told[:SCALED])
@@ -264,9 +264,9 @@ class _Run:
             optimizer.put_expert(None)
             base = measure(self.model, few, domain.told[:SCALED])
             domain.measured["base"] = measure(self.model, domain.valid, domain.told_valid)
-            column = 0 if tells else 1
-            domain.scale = float((base - own)[:, column].sum() / base[:, 2].sum())
-            if domain.scale <= 0:
+            gains = (base - own).sum(0) / base[:, 2].sum()
+            domain.scales = {column: float(gains[column]) * len(teachers) for column in teachers}
+            if min(domain.scales.values()) <= 0:
                 raise BadInput(
                     f"{domain.name}: is no better than the base on its own rows, so there is no gain to keep; "
                     "give other rows, or leave it out"
@@ -286,11 +286,11 @@ class _Run:
 
     def _losses(self) -> Losses:
         """Of the validation rows, (rows, 2), such that sum over sum is the mean over domains of loss over scale."""
-        column = 0 if self.settings.teacher == "expert" else 1
         found = []
         for domain, rows in zip(self.domains, self._measured(), strict=True):
             tokens = rows[:, 2].sum()
-            found.append(np.stack([rows[:, column] / (domain.scale * tokens), rows[:, 2] / tokens], 1))
+            loss = sum(rows[:, column] / (scale * tokens) for column, scale in domain.scales.items())
+            found.append(np.stack([loss, rows[:, 2] / tokens], 1))
         return np.concatenate(found)
 
     def _announce(self, optimizer: MergeOptimizer, cache: PrefixCache | None) -> None:

@@ -34,7 +34,7 @@ from research.learning.merges import METHODS, Judge, merged, tuned
 # Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
 RATES = {10: (1e-4, 3e-4), 30: (1e-4, 3e-4), 100: (3e-4, 1e-3), 300: (3e-4, 1e-3)}
 STEPS = {10: 20, 30: 20, 100: 60, 300: 60}  # the product's defaults, for every method that learns
-TEACHERS = ("expert", "answers")
+TEACHERS = ("expert", "answers", "both")
 
 
 class Seed:
