@@ -60,7 +60,7 @@ def toy(ours: list[float], few: list[float]) -> tables.Record:
 
 
 def test_shares_and_the_goal() -> None:
-    record, few = toy([10, 20, 30, 0.4], [16, 26, 36, 6]), "masks by expert, {} rows"
+    record, few = toy([10, 20, 30, 0.4], [16, 26, 36, 6]), {10: "masks by expert, 10 rows"}
     assert record.seeds == ["seed0"]
     assert record.share("TIES", "math")[0] == pytest.approx(0.75)
     assert record.lowest("TIES") == pytest.approx([0.75])

@@ -22,7 +22,9 @@ README = PAGE.parents[1] / "README.md"
 RECORDS = Path(__file__).resolve().parent / "results"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
 # What is judged with 100 rows, and with fewer: the product's teachers; for few rows, weight and start as is advised.
-OURS, FEW = "masks by answers, {} rows", "masks by expert, {} rows, weight 0.7, start_density 1.0"
+TEACHERS = ("answers", "expert", "both")
+ADVISED = "masks by {}, {} rows, weight 0.7, start_density 1.0"
+OURS, FEW = "masks by answers, 100 rows", {30: ADVISED.format("both", 30), 10: ADVISED.format("expert", 10)}
 WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
 COUNTS = (10, 30, 100, 300)
 SETTINGS = {"four": "the four-layer experts", "full": "experts fine-tuned in all layers"}
@@ -107,12 +109,15 @@ def against_fine_tuning(record: Record) -> str:
     """Masks minus fine-tuning of the merged model on the same rows, by rows and by what each learns from."""
     rows = []
     for count in COUNTS:
-        for mine, other in (("answers", "answers"), ("expert", "answers"), ("expert", "expert")):
-            pair = f"masks by {mine}, {count} rows", f"fine-tuning by {other}, {count} rows"
-            if seeds := record.seeds_of(*pair):
-                cells = [difference(record, *pair, d) for d in [*record.domains, "other"]]
-                rows.append([f"{count} rows: masks by {mine}, fine-tuning by {other} ({len(seeds)})", *cells])
-    return markdown(["masks minus fine-tuning (seeds)", *(LONG[d] for d in record.domains), "fourth domain"], rows)
+        for mine in (*(f"masks by {t}, {count} rows" for t in TEACHERS), *(ADVISED.format(t, count) for t in TEACHERS)):
+            for other in ("answers", "expert"):
+                pair = mine, f"fine-tuning by {other}, {count} rows"
+                if seeds := record.seeds_of(*pair):
+                    cells = [difference(record, *pair, d) for d in [*record.domains, "other"]]
+                    rows.append([f"{pair[0]}; fine-tuning by {other} ({len(seeds)})", *cells])
+    return markdown(
+        ["masks minus fine-tuning on the same rows (seeds)", *(LONG[d] for d in record.domains), "fourth domain"], rows
+    )
 
 
 def goal(record: Record) -> str:
@@ -157,7 +162,8 @@ def answers(record: Record) -> str:
 SHORT = {  # the README's rows
     "plain average": "plain average of the three",
     "TIES": "best TIES merge (scale and density tuned)",
-    FEW.format(30): "masks learnt from 30 rows a skill, without answers",
+    ADVISED.format("expert", 30): "masks learnt from 30 rows a skill, without answers",
+    ADVISED.format("both", 30): "masks learnt from 30 rows a skill",
     "masks by answers, 100 rows": "**masks learnt from 100 rows a skill**",
     "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,12 +112,13 @@ def ahead(record: Record, model: str, reference: str, domain: str, errors: float
     return mean < -errors * error
 
 
-def verdicts(record: Record, ours: str, few: str, without_data: list[str], long: dict[str, str]) -> list[Verdict]:
-    """The goal, checked. ours, few: what is judged with 100 and with fewer rows, such as "masks by expert, {} rows"."""
+def verdicts(
+    record: Record, ours: str, few: Mapping[int, str], without_data: list[str], long: dict[str, str]
+) -> list[Verdict]:
+    """The goal, checked. ours, few: the model that is judged with 100 rows, and with fewer by their number."""
     found = []
-    main = ours.format(100)
-    for d in record.domains if record.seeds_of(main) else []:
-        share, by_seed = record.share(main, d)[0], record.by_seed(main, d)
+    for d in record.domains if record.seeds_of(ours) else []:
+        share, by_seed = record.share(ours, d)[0], record.by_seed(ours, d)
         numbers = f"{100 * share:.1f} %, lowest seed {100 * min(by_seed):.1f} %"
         found.append(
             Verdict(
@@ -125,19 +127,19 @@ def verdicts(record: Record, ours: str, few: str, without_data: list[str], long:
                 numbers,
             )
         )
-    measured = [m for m in without_data if record.seeds_of(m, main)]
+    measured = [m for m in without_data if record.seeds_of(m, ours)]
     for d in record.domains if measured else []:
-        behind = [m for m in measured if not ahead(record, main, m, d, 2)]
+        behind = [m for m in measured if not ahead(record, ours, m, d, 2)]
         best = min(measured, key=lambda m: record.loss(m, d))
-        mean, error = record.difference(main, best, d)
+        mean, error = record.difference(ours, best, d)
         numbers = f"best without data: {best}; difference {mean:+.3f} ± {error:.3f}"
         found.append(
             Verdict(f"ahead of every merge without data on {long[d]} by two standard errors", not behind, numbers)
         )
-    for count in (30, 10):
-        ours_few, tuned = few.format(count), f"fine-tuning by answers, {count} rows"
-        for d in record.domains if record.seeds_of(ours_few, tuned) else []:
-            mean, error = record.difference(ours_few, tuned, d)
+    for count, model in few.items():
+        tuned = f"fine-tuning by answers, {count} rows"
+        for d in record.domains if record.seeds_of(model, tuned) else []:
+            mean, error = record.difference(model, tuned, d)
             found.append(
                 Verdict(
                     f"ahead of fine-tuning the merge on the same {count} rows on {long[d]}",
@@ -146,7 +148,7 @@ def verdicts(record: Record, ours: str, few: str, without_data: list[str], long:
                 )
             )
     tuned = "fine-tuning by answers, 100 rows"
-    if record.seeds_of(main, tuned):
-        mean, error = record.difference(main, tuned, "other")
+    if record.seeds_of(ours, tuned):
+        mean, error = record.difference(ours, tuned, "other")
         found.append(Verdict("less forgetting than fine-tuning at 100 rows", mean < 0, f"{mean:+.4f} ± {error:.4f}"))
     return found
