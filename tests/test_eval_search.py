@@ -18,6 +18,7 @@ from mftmerge.cli import main
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import choosing, files, search
+from mftmerge.evaluate.results import GridResult
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.train.run import train_mask
@@ -186,8 +187,10 @@ def test_the_command_line_searches(
         trained.data["code"],
     ]
     options = ["--try", "union", "--search", 2, "--proposals", 5, "--dtype", "float32"]
-    assert run("choose", *words, *options, "-o", tmp_path / "x.mask", "--json") == 0
+    assert run("choose", *words, *options, "-o", tmp_path / "x.mask", "--results", tmp_path / "all.json", "--json") == 0
+    (row,) = GridResult.from_json(tmp_path / "all.json").extra["predicted by layer"]
     found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == row
     assert len(found["table"]) == 1 + len(DOMAINS) + 1 + 2
     assert any("the search measured 2" in note for note in found["notes"])
     assert {d: list(layers) for d, layers in found["predicted_by_layer"].items()} == {d: ["0", "1"] for d in DOMAINS}

@@ -225,6 +225,12 @@ def test_it_opens_with_what_the_combinations_keep(tmp_path: Path) -> None:
     assert f"{harm.mean:+.4f} ± {harm.standard_error:.4f}" in met[1]
     assert "its own" in met[2]
     assert any(r[0] == "code " and "could be chance" in " ".join(r) for r in page.rows)
+    assert "as predicted" not in page.text
+    result.extra = {"predicted by layer": {"both": {"code": {"0": 0.0125, "1": -0.5}, "math": {"1": 0.25}}}}
+    result.to_json(tmp_path / "results.json", overwrite=True)
+    page = made(tmp_path)[1]
+    assert "what each layer of both costs, as predicted" in page.text
+    assert "\u22120.5000" in page.row("code", "+0.0125")
     cells["code", "code", "loss"] = cells["fft", "code", "loss"]  # a mask that gains nothing has nothing to keep
     result.to_json(tmp_path / "results.json", overwrite=True)
     assert 'id="conclusion"' not in made(tmp_path)[1].source
@@ -331,6 +337,7 @@ def test_a_broken_file_is_named_and_the_rest_is_shown(here: Path, capsys: pytest
         {"models": []},
         {"domains": {"code": 3}},
         {"extra": {"lm_eval": 5}},
+        {"extra": {"predicted by layer": {"both": {"code": {"0": "much"}}}}},
         {"cells": [{"model": "fft", "domain": "code", "metric": "loss", "rows": [[float("nan"), 1]]}]},
         {"cells": [{"model": "other", "domain": "code", "metric": "loss", "rows": [[1, 1]]}]},
         {"domains": {"code": {"remarks": 4}, "math": {}}},

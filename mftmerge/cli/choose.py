@@ -12,6 +12,7 @@ from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.searchsettings import SearchSettings
+from mftmerge.files import refuse_existing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,6 +39,9 @@ def command(
         "--try",
         metavar="OP[@DENSITY][,OPTION=VALUE]",
         help="A combination to try in place of the usual ones, e.g. score@0.93 or vote,threshold=2; may be repeated.",
+    ),
+    results: Path = typer.Option(
+        None, "--results", help="Also write every measurement, as `eval --out` does: `report` makes a page of it."
     ),
     base: str = typer.Option(
         None, "--base", help="Dropped weights take the values of this checkpoint (default: what each mask says)."
@@ -73,6 +77,8 @@ def command(
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: give {', '.join(DTYPES)}")
     own, rows = named(masks, "masks"), named(data, "--data")
+    if results is not None:
+        refuse_existing(results, overwrite, (own, rows, out))
 
     from rich.console import Console
 
@@ -101,11 +107,15 @@ def command(
             searching=SearchSettings.make(given or {}),
             progress=show,
         )
+    if results is not None:
+        choice.grid.to_json(results, overwrite=overwrite)
     if as_json:
         print_json(choice.to_json())
         return
     choice.show(Console())
     say(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}; the same mask again:", f"  {choice.command}")
+    if results is not None:
+        say(f"wrote {results}: mftmerge report {results.parent} makes a page of it")
     if choice.out:
         say(f"wrote {choice.out} ({Path(choice.out).stat().st_size:,} bytes)")
         say(f"next: mftmerge eval --model {model} --mask {choice.out} with test rows")

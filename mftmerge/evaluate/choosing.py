@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from mftmerge.evaluate import files, prediction
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.candidates import Candidate, combined, defaults
 from mftmerge.evaluate.generation import EXACT, Marker
-from mftmerge.evaluate.results import LOSS, GridResult, finite, rich_table
+from mftmerge.evaluate.results import BY_LAYER, LOSS, GridResult, finite, rich_table
 from mftmerge.evaluate.search import SearchJournal, search
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.files import refuse_existing
@@ -49,8 +49,6 @@ class Choice:
     candidates: name -> combined mask. judged: the domains whose own mask gains, beyond two paired standard errors; only
     they count. chosen: the candidate with the highest lowest share over them (the first of equal ones).
     notes: lines worth reading. command: the `mftmerge combine` command that gives the same mask. out: the file written.
-    by_layer: after a search that predictions led, domain -> layer -> predicted loss minus the own mask's (nats a token)
-    if that layer of the own mask, and no other, were the chosen combination's.
     """
 
     grid: GridResult
@@ -60,7 +58,6 @@ class Choice:
     notes: list[str]
     command: str | None = None
     out: str | None = None
-    by_layer: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """In one line: what was chosen; `show` gives the table."""
@@ -70,6 +67,15 @@ class Choice:
     def mask(self) -> Mask:
         """The chosen combination."""
         return self.candidates[self.chosen]
+
+    @property
+    def by_layer(self) -> Mapping[str, Mapping[str, float]]:
+        """After a search that predictions led, domain -> layer -> predicted loss minus the own mask's (nats a token).
+
+        That is if this layer of the own mask, and no other, were the chosen combination's.
+        """
+        found: Mapping[str, Mapping[str, float]] = self.grid.extra.get(BY_LAYER, {}).get(self.chosen, {})
+        return found
 
     def share(self, row: str, domain: str) -> tuple[float, float]:
         """(loss of base - loss of row) / (loss of base - loss of own mask) on a domain, and its standard error.
@@ -95,7 +101,7 @@ class Choice:
             "out": self.out,
             "command": self.command,
             "domains": {d: facts | {"judged": d in self.judged} for d, facts in self.grid.domains.items()},
-            "predicted_by_layer": {domain: dict(layers) for domain, layers in self.by_layer.items()},
+            "predicted_by_layer": self.by_layer,
             "table": {row: self._json_row(row) for row in self.grid.models},
             "notes": [*self.notes, WARNING],
             "versions": self.grid.versions,
@@ -296,7 +302,8 @@ def _searched(
         + ", ".join(f"layer {layer} {change:+.4f}" for layer, change in layers.items())
         for d, layers in by_layer.items()
     ]
-    return replace(choice, grid=table, candidates=every, chosen=best, notes=notes, by_layer=by_layer)
+    table = replace(table, extra=table.extra | ({BY_LAYER: {best: by_layer}} if by_layer else {}))
+    return replace(choice, grid=table, candidates=every, chosen=best, notes=notes)
 
 
 def _check(masks: Mapping[str, Any], data: Mapping[str, Any]) -> None:

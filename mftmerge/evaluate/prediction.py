@@ -32,7 +32,7 @@ from mftmerge.names import in_order, layer_name, layer_of
 from mftmerge.progress import Progress, Step
 
 Values = npt.NDArray[np.float64]
-ROWS = 32  # of a domain at most: each costs a backward pass
+ROWS = 64  # of a domain at most: each costs a backward pass
 EFFECTS = 2**29  # bytes of gradients that are held at once
 BLOCK = 2**16  # weights of all proposals that are unpacked at once: what a processor keeps near it
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 LOSS = "loss"
+BY_LAYER = "predicted by layer"  # in `extra`: row -> domain -> layer -> change, see `choosing.Choice.by_layer`
 Cell = tuple[str, str, str]  # (row of the table, domain, metric)
 
 LEGEND = (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mftmerge.errors import BadInput
-from mftmerge.evaluate.results import GridResult
+from mftmerge.evaluate.results import BY_LAYER, GridResult
 from mftmerge.files import refuse_pointer
 from mftmerge.inspection import Inspection, inspect
 from mftmerge.report.sweeps import SweepHere, read_sweep
@@ -150,12 +150,21 @@ def _read_result(path: Path) -> GridResult | None:
         raise BadInput("not the JSON of an evaluation (models, domains or the reference row are missing)")
     if any(not isinstance(f.get("density", 1.0), int | float) for f in facts):
         raise BadInput("not the JSON of an evaluation (a density is not a number)")
+    layer_changes(result)
     result.remarks()  # built from what the file says, like the differences below: fails here or never
     for cell, values in result.cells.items():
         if cell[0] not in result.models or cell[1] not in result.domains or not np.isfinite(values).all():
             raise BadInput(f"a measurement of {cell[0]!r} on {cell[1]!r} belongs to no row or is not a number")
         result.difference(*cell)  # the same rows as the reference's
     return result
+
+
+def layer_changes(result: GridResult) -> dict[str, dict[str, dict[str, float]]]:
+    """Row -> domain -> layer -> change that was predicted by `mftmerge choose --search`, empty in other results."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row, domains in result.extra.get(BY_LAYER, {}).items():
+        found[row] = {d: {layer: float(v) for layer, v in layers.items()} for d, layers in domains.items()}
+    return found
 
 
 def _without_parts(results: list[ResultHere]) -> list[ResultHere]:

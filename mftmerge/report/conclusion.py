@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.report.blocks import Bar, Bold, Cell, Content, Paragraph, Row, Section, Small, Span, Table, note
-from mftmerge.report.collect import Collection, ResultHere
-from mftmerge.report.numbers import measured
+from mftmerge.report.collect import Collection, ResultHere, layer_changes
+from mftmerge.report.numbers import measured, signed
 
 LEGEND = (
     "Kept: what a row gains over the reference on a domain, of what its own mask gains there, ± one standard "
@@ -20,6 +21,10 @@ OTHERS = (
     "harms beyond two of them, else it could be chance."
 )
 WORDS = {"gain": "helps", "worse": "harms", "identical": "changes nothing"}
+LAYERS = (
+    "Predicted loss on top of the own mask's, nats per token, if only this layer of it were that of the combination: "
+    "the layers where a domain gives most to the others."
+)
 MOST = 12  # rows of the table
 
 
@@ -40,8 +45,9 @@ def conclusion_section(found: Collection) -> Section | None:
     mask does to the others' domains; else none."""
     kept_shares = [part for here in found.results if (part := _result(here)) is not None]
     others = [part for here in found.results if (part := _others(here)) is not None]
+    layers = [table for here in found.results for table in _layers(here)]
     title = "What the combinations keep" if kept_shares else "Who helps and who harms whom"
-    return Section("conclusion", title, [*kept_shares, *others]) if kept_shares or others else None
+    return Section("conclusion", title, [*kept_shares, *others, *layers]) if kept_shares or others else None
 
 
 def own_masks(result: GridResult) -> dict[str, str]:
@@ -110,3 +116,16 @@ def _others(here: ResultHere) -> Content:
             cells.append(Cell([said, Small(word)], f"n {style}"))
         body.append(cells)
     return [Table(f"{here.path}: who helps and who harms whom", heads, body, "grid"), note(OTHERS)]
+
+
+def _layers(here: ResultHere) -> Iterator[Content]:
+    """What each layer of a combination costs every domain, where `mftmerge choose` predicted that."""
+    for row, domains in layer_changes(here.result).items():
+        layers = list(dict.fromkeys(layer for changes in domains.values() for layer in changes))
+        heads: list[Row] = [["", *(Cell(f"layer {layer}", "n") for layer in layers)]]
+        body: list[Row] = [
+            [domain, *(Cell(signed(changes[n]) if n in changes else "", "n") for n in layers)]
+            for domain, changes in domains.items()
+        ]
+        yield Table(f"{here.path}: what each layer of {row} costs, as predicted", heads, body, "grid")
+        yield note(LAYERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mftmerge.evaluate.results import BY_LAYER
 from mftmerge.report.blocks import Bold, Cell, Code, Content, Details, Facts, Row, Section, Table
 from mftmerge.report.collect import Collection, MaskHere, is_plain
 from mftmerge.report.numbers import plain
@@ -21,7 +22,7 @@ def settings_section(found: Collection) -> Section | None:
         facts = {f"rows of {d}": plain(f.get("rows")) for d, f in here.result.domains.items()}
         facts |= {f"digest of {d}": plain(f.get("digest")) for d, f in here.result.domains.items()}
         facts |= {k: plain(v) for k, v in here.result.versions.items() if is_plain(v)}
-        facts |= _flat({k: v for k, v in here.result.extra.items() if k != "lm_eval"})
+        facts |= _flat({k: v for k, v in here.result.extra.items() if k not in ("lm_eval", BY_LAYER)})
         parts.append(Details([Bold(here.path), ": data, versions and what else was recorded"], Facts(facts)))
     for sweep in found.sweeps:
         parts.append(Details([Bold(sweep.path), ": model, data and versions"], Facts(_flat(sweep.head))))
