@@ -88,7 +88,7 @@ def add_up(masks: Sequence[Any], weights: Sequence[int] | None = None) -> list[A
         waiting = levels[level]
         if len(waiting) > 1 and level + 1 == len(levels):
             levels.append([])
-        while len(waiting) > 1:
+        while len(waiting) > 1:  # three of one weight: their parity stays here, their majority counts twice as much
             a, b = waiting.pop(), waiting.pop()
             half = a ^ b
             carry = a & b
@@ -104,6 +104,8 @@ def add_up(masks: Sequence[Any], weights: Sequence[int] | None = None) -> list[A
 
 def at_least(planes: Sequence[Any], needed: int) -> Any:
     """Positions whose number (planes least significant first) is `needed` or more; 0 < needed < 2 ** len(planes)."""
+    # From the lowest one of `needed` up, below which nothing matters: where `needed` has a one, the number must have it
+    # too and have reached the rest; where it has a zero, a one of the number is enough by itself.
     first = (needed & -needed).bit_length() - 1
     reached = planes[first]
     for level in range(first + 1, len(planes)):
@@ -128,6 +130,7 @@ def _diagram(weights: tuple[int, ...], needed: int) -> tuple[list[tuple[int, int
     def node(depth: int, remainder: int) -> int:
         if remainder <= 0:
             return -2
+        # The remainder is rounded up to the next sum that the weights left can make: those between ask for the same.
         reachable = sums[len(order) - depth]
         place = bisect.bisect_left(reachable, remainder)
         if place == len(reachable):
@@ -203,6 +206,7 @@ def _registers(steps: list[Any], inputs: int, result: int) -> tuple[list[Step], 
             continue
         operation, a, b = steps[at]
         read = place[a], place[b]
+        # A register whose value this step reads last may take its result: operations on words write where they read.
         free += sorted({place[v] for v in (a, b) if last[v] == at and place[v] >= 0}, reverse=True)
         if not free:
             free, count = [count], count + 1

@@ -53,6 +53,7 @@ def drop_count(size: int, keep: float | Fraction | str, *, reference: bool = Fal
         raise BadInput(f"density {keep!r} is not a number; give a share such as 0.9") from None
     if not 0 < share <= 1:
         raise BadInput(f"density {keep} is out of range; give a share above 0 and at most 1, such as 0.9")
+    # A fraction: in floats (1 - 0.9) * 1000 is 99.99999999999997, and one weight fewer would go.
     dropped = (1 - share) * size
     return int((1 - float(share)) * size) if reference else dropped.numerator // dropped.denominator
 
@@ -85,6 +86,7 @@ def locate(counts: npt.NDArray[np.int64], dropped: int) -> tuple[int, int]:
 
     counts: weights with each value, lowest first. The weights with lower values are all dropped, with higher ones kept.
     """
+    # "right": a value whose weights are all dropped, to the last one, lies below the cut and not in it.
     reached = np.cumsum(counts)
     value = int(np.searchsorted(reached, dropped, side="right"))
     return value, dropped - int(reached[value] - counts[value])
@@ -114,6 +116,7 @@ def keep_top(values: Floats, dropped: int) -> Bools:
         return np.full(values.shape, dropped <= 0)
     edge = smallest_kept(values, dropped)
     kept = np.greater_equal(values, edge, order="C")
+    # Of the weights that equal the edge the first ones go, until as many are dropped as were asked for.
     excess = int(np.count_nonzero(kept)) - (values.size - dropped)
     if excess:
         kept.reshape(-1)[np.flatnonzero(values == edge)[:excess]] = False
@@ -161,7 +164,7 @@ def project(
     are called anew in each pass over the tensor. Yields (start, stop, words of the kept weights) in order.
     """
     ranges = [(a, min(a + piece, size)) for a in range(0, size, piece)]
-    if len(ranges) == 1:
+    if len(ranges) == 1:  # in one piece: what is read in the first pass serves the others
         planes, keys = cache(planes), keys and cache(keys)
     votes: list[bool] = []  # of the weights at the cut, leading planes first
 
@@ -170,6 +173,7 @@ def project(
         levels = planes(a, b)
         equal = bits.ones(b - a)
         above = np.zeros_like(equal)
+        # As numbers are compared: the first digit in which two differ decides. `votes` holds those settled so far.
         for plane, digit in zip(levels, votes, strict=False):
             if not digit:
                 above |= equal & plane
@@ -188,11 +192,18 @@ def project(
     edge = None  # the key at the cut
     if keys is not None and dropped:
         members = lambda a, b: keys(a, b)[bits.unpack(narrow(a, b)[1].view(np.uint8), b - a)]  # noqa: E731
-        high, dropped = locate(sum(np.bincount(members(a, b) >> 16, minlength=DIGIT) for a, b in ranges), dropped)  # type: ignore[arg-type]
-        lower = (k[k >> 16 == high] & 0xFFFF for k in (members(a, b) for a, b in ranges))
-        low, dropped = locate(sum(np.bincount(k, minlength=DIGIT) for k in lower), dropped)  # type: ignore[arg-type]
+        counts = np.zeros(DIGIT, np.int64)
+        for a, b in ranges:
+            counts += np.bincount(members(a, b) >> 16, minlength=DIGIT)
+        high, dropped = locate(counts, dropped)
+        counts[:] = 0
+        for k in (members(a, b) for a, b in ranges):
+            counts += np.bincount(k[k >> 16 == high] & 0xFFFF, minlength=DIGIT)
+        low, dropped = locate(counts, dropped)
         edge = high << 16 | low
 
+    # More votes than at the cut: kept. As many, and a key above the edge: kept. The rest of `dropped` falls on those
+    # that are equal in both, the lowest indices first, through all pieces in order.
     for a, b in ranges:
         above, equal, _ = narrow(a, b)
         if edge is not None and keys is not None:

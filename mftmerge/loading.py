@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config, resolve
 from mftmerge.dtypes import BY_CODE
@@ -36,10 +36,10 @@ def load_causal_lm(
     path: Path,
     *,
     adapter: Path | None = None,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
     trust_remote_code: bool | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in a checkpoint directory, on the CPU. dtype: "auto" (as stored) or torch's.
+    """The causal language model in a checkpoint directory, on the CPU. dtype: torch's or its name; "auto": as stored.
 
     adapter: directory of a LoRA adapter that is merged into it, in that type.
     trust_remote_code: whether Python code that comes with the checkpoint may run; otherwise a model that needs it is
@@ -73,6 +73,23 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise BadInput(f"{adapter}: this adapter does not fit the model ({reason.strip()[:200]})") from None
     return merged
+
+
+def load_model(
+    reference: str | Path, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model (`model`, or `model+adapter`) in evaluation mode, and its tokenizer.
+
+    dtype: as for `chosen_dtype`. device: "cuda" where there is one by default. Raises BadInput, see `load_causal_lm`.
+    """
+    path, adapter = parts(reference)
+    chosen = chosen_dtype(path, dtype, device=device)
+    model = load_causal_lm(path, adapter=adapter, dtype=chosen, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    try:
+        return placed(model, device).eval(), tokenizer
+    except (RuntimeError, ValueError, AssertionError) as e:  # the last one: torch was built without CUDA
+        raise BadInput(f"--device {device}: {' '.join(str(e).split())[:200]}") from None
 
 
 def placed(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:

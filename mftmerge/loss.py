@@ -63,9 +63,14 @@ def token_losses(
     Arguments as for `labelled_logits`.
     """
     logits, targets, wanted = labelled_logits(model, ids, labels, call=call, **inputs)
+    return losses_of(logits, targets), wanted
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """The losses of `labelled_logits`, float32 (number labelled,)."""
     # In pieces, so that never more than a few hundred positions' logits exist in float32 without a gradient to carry.
     pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
-    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces]), wanted
+    return torch.cat([cross_entropy(x.float(), target, reduction="none") for x, target in pieces])
 
 
 def labelled_logits(

@@ -66,6 +66,7 @@ class MaskedParameter:
     @contextmanager
     def _regathered(self) -> Iterator[None]:
         """Around a change of the masks: what is stored by position follows the positions that any mask drops."""
+        # By identity: masks of one base share its values, which are to be spread and gathered once and stay shared.
         dense = {id(t): self.spread(t) for t in self.dropped.values()}
         keys = {mask: id(t) for mask, t in self.dropped.items()}
         yield
@@ -153,6 +154,8 @@ class MaskedParameter:
         for start in range(0, len(words), HASHED):  # by position, so that exchanged values count; sums wrap at 2^64
             here = words[start : start + HASHED].long()
             at = torch.arange(start, start + len(here), dtype=torch.int64, device=flat.device)
+            # The place decides what a word is multiplied by; the shift brings the product's upper bits, which depend on
+            # all lower ones, down to where the sum keeps them apart.
             mixed = (at * 0x9E3779B97F4A7C1 + 1) * (here + 0x632BE59BD9B4E01)
             total = total * 1000003 + (mixed ^ (mixed >> 29)).sum()
         return int(total)
@@ -173,31 +176,12 @@ class MaskedParameter:
             self.originals = self.gather(flat)
         dropped = None if after is None else self.dropped.get(after)
         try:
-            put = self._put_whole if self.whole else self._put
-            changed = put(flat, self.originals, dropped, before, after)
+            changed = self._put(flat, self.originals, dropped, before, after)
         finally:
             _mark_written(flat)
         state = after if after in self.kept else None
         if state not in self._checks:  # the same every time: reckoned at the first
             self._checks[state] = self.checksum()
-        return changed
-
-    def _put_whole(
-        self,
-        flat: torch.Tensor,
-        originals: torch.Tensor,
-        dropped: torch.Tensor | None,
-        before: str | None,
-        after: str | None,
-    ) -> int:
-        """`write` where all weights are stored: one pass, in which every weight is written."""
-        changed = 0
-        for start, stop in self.pieces():
-            old, new = self.bits(before, start, stop), self.bits(after, start, stop)
-            if before is UNKNOWN or old is not None or new is not None:
-                base = None if dropped is None else dropped[start:stop]
-                _select(flat[start:stop], new, base, originals[start:stop])
-            changed += _count_differing(old, new, stop - start)
         return changed
 
     def _put(
@@ -208,21 +192,25 @@ class MaskedParameter:
         before: str | None,
         after: str | None,
     ) -> int:
-        """`write` where only weights are stored that a mask drops."""
         taken = changed = 0
         for start, stop in self.pieces():
             old, new = self.bits(before, start, stop), self.bits(after, start, stop)
             piece = flat[start:stop]
-            if before is UNKNOWN or old is not None or (new is not None and dropped is not None):
-                known = self.dropped_by_any(start, stop)
-                slot = slice(taken, taken + len(known))
-                taken += len(known)
-                values = originals[slot]
-                if new is not None and dropped is not None:
-                    values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
-                piece.scatter_(0, known, values)
-            if new is not None and dropped is None:
-                _select(piece, new)
+            if self.whole:  # one pass, in which every weight is written
+                # Where neither mask covers anything here, the piece holds its originals already.
+                if before is UNKNOWN or old is not None or new is not None:
+                    base = None if dropped is None else dropped[start:stop]
+                    _select(piece, new, base, originals[start:stop])
+            else:  # stored values stand for the weights that any mask drops, in their order
+                if before is UNKNOWN or old is not None or (new is not None and dropped is not None):
+                    known = self.dropped_by_any(start, stop)
+                    slot = slice(taken, taken := taken + len(known))
+                    values = originals[slot]
+                    if new is not None and dropped is not None:
+                        values = torch.where(_unpack(new, stop - start)[known], values, dropped[slot])
+                    piece.scatter_(0, known, values)
+                if new is not None and dropped is None:
+                    _select(piece, new)
             changed += _count_differing(old, new, stop - start)
         return changed
 
@@ -249,6 +237,7 @@ class MaskedParameter:
             return False
         if self.originals is None or (mask is not UNKNOWN and mask not in self.kept):
             return True
+        # Cast as numbers, unlike everywhere else: in another dtype the weights' bits mean nothing.
         values = self.originals.view(self.dtype).to(now.device, now.dtype)
         flat, taken = now.detach().view(-1) if now.is_contiguous() else None, 0
         if flat is None or type(now.data) is not torch.Tensor:

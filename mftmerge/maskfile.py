@@ -39,6 +39,7 @@ class MaskFile(Store):
     def __init__(self, path: str | Path) -> None:
         self.path = path = located(path)
         self._fd, self._data, metadata, found = header.open_container(path)
+        # Open as long as the mask: where the file is replaced meanwhile, this is still the one that was checked.
         weakref.finalize(self, os.close, self._fd)
         try:
             self.header: Header = header.parse(metadata, found)
@@ -226,6 +227,7 @@ class MaskWriter:
             entry = Entry(shapes[name], 0, UNKNOWN, place, place, dict.fromkeys(checked, UNKNOWN))
             entry.kept = entry.size
             raw = bits.nbytes(entry.size)
+            # For an archive the room that it may need: blocks of random bits come out a little longer than they were.
             entry.stop = place = place + raw + (raw // 100 + 1024 * (raw // BLOCK + 1) if archive else 0)
             self.header.entries[name] = entry
         longest = len(header.render(self.header)) + 8 * len(self.names)  # a density may round to more digits

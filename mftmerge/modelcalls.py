@@ -54,7 +54,7 @@ class ModelCalls:
             self._hooks.append(module.register_forward_pre_hook(_Watch(self)))
             if (call := module._compiled_call_impl) is not None:  # compiled in place: no hooks run outside its graph
                 self._compiled.append((module, call))
-                module._compiled_call_impl = _CompiledCall(self, call)  # type: ignore[assignment]  # typed as a method
+                module._compiled_call_impl = _CompiledCall(self, call)  # typed as a method
 
     def close(self) -> None:
         """Take the watches away again."""

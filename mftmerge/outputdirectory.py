@@ -61,6 +61,7 @@ class OutputDirectory:
             raise MftmergeError(f"cannot write beside {self.out}: {e.strerror}") from None
         try:
             lock(self._fd, self.out, self.path / OWNER)
+            # Only under the lock: a leftover may be the work of a run that goes on.
             _repair(self.out)
             check_target(self.out, self.overwrite)  # again: the repair may have brought it back
         except BaseException:
@@ -121,6 +122,8 @@ class OutputDirectory:
         old = _unused(self.out.parent / f".{self.out.name}.replaced")
         try:
             shutil.copymode(self.out, self.path)
+            # First the new directory takes the name `.OUT.replaced`, then the two swap names: at every moment both are
+            # whole, each under a name that the next run knows.
             os.rename(self.path, old)
             exchange(old, self.out)
         except BaseException:

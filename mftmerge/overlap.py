@@ -147,18 +147,16 @@ class Comparison:
         }
 
 
-def compare(
-    masks: Sequence[Mask | str | Path], names: Sequence[str] | None = None, *, start: bool = True
-) -> Comparison:
+def compare(masks: Sequence[Mask | str | Path], names: Sequence[str] | None = None) -> Comparison:
     """Compare every pair of masks on the tensors that both cover. Streams; raises BadInput on different shapes.
 
-    start: also the baselines of untrained masks, where they can be had (see `untrained`).
+    The baselines of untrained masks stand beside where they can be had (see `untrained`).
     """
     if len(masks) < 2:
         raise BadInput("compare needs at least two masks")
     names = names or labels(masks)
     opened = [Mask.of(mask) for mask in masks]
-    starts = [untrained(m) if start else None for m in opened]
+    starts = [untrained(m) for m in opened]
     pairs = []
     for a, b in itertools.combinations(range(len(masks)), 2):
         pairs.append(_pair(names[a], names[b], opened[a], opened[b], starts[a], starts[b]))

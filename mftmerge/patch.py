@@ -208,6 +208,19 @@ class Receiver:
         header = self.patch.header
         self.reverse = Patch(Header(source=header.target, target=header.source, tensors={}))
 
+    @classmethod
+    def of(
+        cls,
+        patch: Patch | str | Path,
+        base: str | Path | None = None,
+        delta_base: str | Path | None = None,
+        *,
+        undo: bool = False,
+    ) -> Receiver:
+        """A receiver with what it needs opened. Raises BadInput where that is not to be had."""
+        opened = [None if path is None else Checkpoint.open(resolve(path)) for path in (base, delta_base)]
+        return cls(patch if isinstance(patch, Patch) else Patch.load(patch), undo, *opened)
+
     def changed(self, entry: TensorEntry, current: Integers) -> Integers:
         """A tensor, flat, after the patch. Raises BadInput where it is not what the patch was made for."""
         name = entry.name
@@ -277,15 +290,12 @@ def apply_patch(
     weights return to. reverse: write there the patch that leads back from such a patch.
     Raises BadInput, with nothing written, where the checkpoint is not the one that the patch was made for.
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    source = Checkpoint.open(resolve(checkpoint))
-    opened = [None if path is None else Checkpoint.open(resolve(path)) for path in (base, delta_base)]
-    receiver = Receiver(loaded, undo, *opened)
+    source, receiver = Checkpoint.open(resolve(checkpoint)), Receiver.of(patch, base, delta_base, undo=undo)
     if reverse is not None and receiver.reverse is None:
         raise BadInput("--reverse is for patches without values; this one leads back itself (undo)")
     target = Path(os.path.abspath(Path(out).expanduser()))
     protect(target, (source.path, base, delta_base, patch if isinstance(patch, str | Path) else None))
-    names = sorted(loaded.header.tensors)
+    names = sorted(receiver.patch.header.tensors)
     for name in names:
         source.entry(name)
     with OutputDirectory(target, lambda: "patch", overwrite=overwrite) as directory:
@@ -330,10 +340,8 @@ def patch_model(
     See `apply_patch`. Everything is checked first: the model changes whole or not at all. Raises BadInput where it is
     another one, or in another type than the checkpoint, and for tensors that the model fuses.
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    opened = [None if path is None else Checkpoint.open(resolve(path)) for path in (base, delta_base)]
-    receiver = Receiver(loaded, undo, *opened)
-    _write_live([(flat, receiver.changed(entry, flat)) for entry, flat in _live(model, loaded)])
+    receiver = Receiver.of(patch, base, delta_base, undo=undo)
+    _write_live([(flat, receiver.changed(entry, flat)) for entry, flat in _live(model, receiver.patch)])
     return receiver.reverse
 
 

@@ -48,11 +48,8 @@ def vllm_patches(
     checkpoint: what the patch starts from, as `apply_patch` takes it; base, delta_base: see there. Raises BadInput
     where that is another one, and for NaN, which vLLM reads as "unchanged".
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    source = Checkpoint.open(resolve(checkpoint))
-    opened = [None if path is None else Checkpoint.open(resolve(path)) for path in (base, delta_base)]
-    receiver = Receiver(loaded, False, *opened)
-    for name in sorted(loaded.header.tensors):
+    source, receiver = Checkpoint.open(resolve(checkpoint)), Receiver.of(patch, base, delta_base)
+    for name in sorted(receiver.patch.header.tensors):
         entry, old = source.entry(name), source.read(name).reshape(-1)
         new = receiver.changed(entry, old)
         positions = np.flatnonzero(new != old)

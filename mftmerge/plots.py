@@ -55,7 +55,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def density_by_layer(found: Inspection, title: str | None = None) -> Figure:
+def density_by_layer(found: Inspection) -> Figure:
     """A heat map of the density of each module (rows) in each layer (columns), and that of whole layers above.
 
     The scale is fixed, from 0 to 1: densities that a cut made equal look equal.
@@ -63,11 +63,11 @@ def density_by_layer(found: Inspection, title: str | None = None) -> Figure:
     modules, layers, cells = found.table()
     values = {key: share.density for key, share in cells.items()}
     means = [s.density for s in found.by_layer().values()]
-    whole = title or f"{Path(found.path).name}: density {found.total.density:.4f}"
+    whole = f"{Path(found.path).name}: density {found.total.density:.4f}"
     return _by_layer(modules, layers, values, means, found.total.density, "density", whole)
 
 
-def exchanged_by_layer(found: Inspection, exchanged: Mapping[str, int], title: str | None = None) -> Figure:
+def exchanged_by_layer(found: Inspection, exchanged: Mapping[str, int]) -> Figure:
     """The same of what training changed: of the weights that are dropped, the share that was kept before it.
 
     exchanged: tensor -> number of weights that the mask drops and the untrained mask keeps. A mask's density is the
@@ -82,7 +82,7 @@ def exchanged_by_layer(found: Inspection, exchanged: Mapping[str, int], title: s
     rows = [[s for (_, n), s in sums.items() if n == layer] for layer in layers]
     means = [sum(a for a, _ in row) / max(1, sum(b for _, b in row)) for row in rows]
     total = sum(exchanged.values()) / max(1, found.total.size - found.total.kept)
-    said = title or f"{Path(found.path).name}: training exchanged {total:.1%} of the dropped weights"
+    said = f"{Path(found.path).name}: training exchanged {total:.1%} of the dropped weights"
     return _by_layer(modules, layers, values, means, total, "share exchanged", said)
 
 

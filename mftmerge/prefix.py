@@ -62,6 +62,13 @@ class PrefixCache:
         self._widths: dict[int, int] = {}  # lower layer -> how many values it returns, where it returns a tuple
         self._token_bytes = 0
 
+    @classmethod
+    def as_set(cls, model: PreTrainedModel, first_layer: int, place: str) -> PrefixCache | None:
+        """A cache as the setting `prefix` says (memory, disk or off); None where there is nothing to keep."""
+        if place == "off" or not first_layer:
+            return None
+        return cls(model, first_layer, directory=tempfile.gettempdir() if place == "disk" else None)
+
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[Tokens]) -> None:
@@ -92,6 +99,13 @@ class PrefixCache:
             self._off = bool(self.why)
             if self._off:
                 log.info("%s: no cached states (%s)", type(self.model).__name__, self.why)
+        return not self._off
+
+    def serves(self, rows: Sequence[Tokens], first: Tokens, say: Callable[[str], None]) -> bool:
+        """Make rows known, and tell whether states serve, tried on the row `first`; where not, `say` is told why."""
+        self.add(rows)
+        if not self.fits(first):
+            say(f"states of the layers below cannot be cached for this model ({self.why}): all layers run")
         return not self._off
 
     @property

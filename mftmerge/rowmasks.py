@@ -113,7 +113,7 @@ class _Covered:
     def install(self) -> None:
         self.own = self.module.__dict__.get("forward")  # of accelerate, for instance
         self.forward: Callable[..., Any] = self.module.forward
-        self.module.forward = self  # type: ignore[assignment]  # as a module's instance may
+        self.module.forward = self  # as a module's instance may
 
     def uninstall(self) -> None:
         del self.module.forward

@@ -100,7 +100,7 @@ def _compiled(width: int, with_dropped: bool) -> Callable[..., None]:
                 else:
                     dot(w, d, x + r * stride * 4, mask, y + (r * out + i) * 4, words, out)
 
-    return product  # type: ignore[no-any-return]
+    return product
 
 
 def _number() -> Any:  # a numba intrinsic

@@ -52,6 +52,12 @@ class Settings(BaseModel):
             raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
 
     @classmethod
+    def of(cls, given: Self | Mapping[str, Any] | None, others: Mapping[str, Any]) -> Self:
+        """Settings that were given, or plain values, with others over them. Raises BadInput as `make`."""
+        known = given.model_dump(exclude_unset=True) if isinstance(given, Settings) else dict(given or {})
+        return cls.make({**known, **others})
+
+    @classmethod
     def read(cls, path: Path, form: str) -> Self:
         """Settings from a YAML file. form: what such a file is, in words. Raises BadInput that names the file."""
         values = read_document(path)

@@ -22,16 +22,17 @@ from mftmerge.data import Tokens
 from mftmerge.errors import BadInput, MftmergeError, shown
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
-from mftmerge.evaluate.files import load_model
 from mftmerge.evaluate.generation import Marker
 from mftmerge.evaluate.results import GridResult, finite, in_markdown, markdown_table, rich_table, write_whole
 from mftmerge.files import locked, protect, writing
 from mftmerge.jobs import RunnerSettings, run_jobs
+from mftmerge.loading import load_model
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.settings import in_words
 from mftmerge.sweepplan import Run, SweepPlan, load_plan, plan_runs
 from mftmerge.train import targets
+from mftmerge.train.inputs import tokens_of
 from mftmerge.train.run import TrainResult, train_mask
 from mftmerge.train.settings import TrainSettings
 
@@ -219,9 +220,7 @@ def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, Any]:
     shared = TrainSettings.make(plan.settings)
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=shared.trust_remote_code or None)
     sources = {"train": plan.train, "validation": plan.validation}
-    raw = {name: rows_of.load_rows(source, **shared.reading) for name, source in sources.items()}
-    skip = shared.skip_bad_rows
-    tokens = {n: rows_of.tokenize(rows, tokenizer, shared.max_length, skip_bad=skip) for n, rows in raw.items()}
+    tokens = {name: tokens_of(source, tokenizer, shared) for name, source in sources.items()}
     return train_one(run, model, tokenizer, tokens, out, None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from mftmerge.cli import main
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
+from mftmerge.progress import Step
 from mftmerge.quickstart.page import COMBINATIONS, DOMAINS
 from mftmerge.quickstart.run import Plan, quickstart, tiny_plan
 
@@ -59,14 +59,16 @@ def check(directory: Path) -> GridResult:
 def test_tiny_quickstart_as_users_run_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-c", "from mftmerge.cli import main; main()", "quickstart", "try", "--tiny"]
-    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     saved = tmp_path / "try" / "masks" / "python.mask.run"
-    while killed.poll() is None and not list(saved.glob("checkpoint-*/complete")):
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
-    assert saved.exists(), "it was stopped in the middle of the first training"
+
+    def stop(step: Step) -> None:
+        if list(saved.glob("checkpoint-*/complete")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # in the middle of the first training
+        quickstart(tmp_path / "try", tiny_plan(), progress=stop)
+    assert saved.exists()
+    command = [sys.executable, "-c", "from mftmerge.cli import main; main()", "quickstart", "try", "--tiny"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr
     assert "resuming at step" in first.stderr

@@ -19,7 +19,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate import sandbox
 from mftmerge.evaluate.sandbox import Limits, run_all, run_tests
 
-QUICK = Limits(seconds=2, file_megabytes=1, disk_megabytes=4)
+QUICK = Limits(seconds=1, file_megabytes=1, disk_megabytes=4)
 WRONG = "assert f(20) == 471"  # no program here computes it: each that passes has forged it
 
 held = pytest.mark.skipif(sandbox.level() == "none", reason="this system permits no namespaces and has no bubblewrap")

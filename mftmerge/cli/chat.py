@@ -52,7 +52,7 @@ def command(
 
     opened = {name: Mask.load(path) for name, path in named(masks or [], "--mask").items()}  # before the model
     quiet()
-    from mftmerge.evaluate.files import load_model
+    from mftmerge.loading import load_model
     from mftmerge.talk import Talk
 
     live, tokenizer = load_model(model, dtype=dtype, device=device)

@@ -109,11 +109,8 @@ def _on_terminal(bars: Bars) -> Progress:
             work[0] = step.what
             bars.reset(task, total=step.total or None, completed=step.done)
         total = max(step.done, step.total) or None
-        words = {
-            "description": shown(step.what),
-            "amount": amount(step),
-            "facts": ", ".join(w for w in (step.detail, facts(step)) if w),
-        }
-        bars.update(task, completed=step.done, total=total, **words)  # type: ignore[arg-type]
+        more = ", ".join(w for w in (step.detail, facts(step)) if w)
+        what, much = shown(step.what), amount(step)
+        bars.update(task, completed=step.done, total=total, description=what, amount=much, facts=more)
 
     return show

@@ -34,7 +34,7 @@ BY_TEXT = {
     **{"PosixPath": pathlib.PosixPath, "PurePosixPath": pathlib.PurePosixPath},
 }
 VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
-BY_ISO = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time}
+BY_ISO: dict[str, Any] = {"date": datetime.date, "datetime": datetime.datetime, "time": datetime.time}
 CHANGED = (list, dict, set, bytearray)  # arguments that a function may change
 # Operators of references, by the names of their methods: that compare; of one operand; that make a number; of two
 # operands, as they are, reflected and in place.
@@ -151,7 +151,7 @@ class Channel:
         if kind == "text":
             return BY_TEXT[parts[0]](parts[1])
         if kind == "iso":
-            return BY_ISO[parts[0]].fromisoformat(parts[1])  # type: ignore[attr-defined]
+            return BY_ISO[parts[0]].fromisoformat(parts[1])
         if kind == "timedelta":
             return datetime.timedelta(*parts[0])
         if kind == "builtin" and isinstance(getattr(builtins, parts[0], None), type):

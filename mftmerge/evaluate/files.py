@@ -16,7 +16,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.results import GridResult
-from mftmerge.loading import parts
+from mftmerge.loading import load_model, parts
 from mftmerge.loss import fitted, positions
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
@@ -162,25 +162,6 @@ def _one_model(
     del model
     gc.collect()
     return result
-
-
-def load_model(
-    path: str | Path, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool | None = None
-) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer. device: "cuda" where there is one by default."""
-    import torch
-
-    from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer, placed
-
-    path, adapter = parts(path)
-    dtype = chosen_dtype(path, dtype, device=device)
-    model = load_causal_lm(path, adapter=adapter, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return placed(model, device).eval(), tokenizer
-    except (RuntimeError, ValueError) as e:
-        raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from None
 
 
 def tokenised(

@@ -22,16 +22,8 @@ import types
 from typing import Any
 
 NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x08000000 | 0x40000000 | 0x04000000  # user mount pid ipc net uts
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 DETACH = 2  # MNT_DETACH
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 NOBODY = 65534
@@ -42,62 +34,35 @@ libc = ctypes.CDLL(None, use_errno=True)
 # Numbers of system calls: x86-64, and the table that newer architectures share. Refused: new processes and programs
 # (threads are made by `clone`, looked at below), other processes' memory, mounts and namespaces, kernel interfaces.
 CLONE, CLONE3, CLONE_THREAD = {"x86_64": 56, "aarch64": 220}, 435, 0x00010000
+NEWER = (  # numbers that all architectures share
+    *(428, 429, 430, 431, 432, 433, 442),  # open_tree, move_mount, fsopen, fsconfig, fsmount, fspick, mount_setattr
+    *(425, 426, 427),  # io_uring_setup, _enter, _register: whose work no filter sees
+    *(424, 434, 438),  # pidfd_send_signal, pidfd_open, pidfd_getfd
+)
 REFUSED = {
     "x86_64": (
-        *(
-            57,
-            58,
-            59,
-            322,
-            101,
-            310,
-            311,
-            165,
-            166,
-            155,
-            161,
-            272,
-            308,
-            175,
-            313,
-            176,
-            246,
-            320,
-            169,
-            321,
-            298,
-            323,
-            248,
-        ),
-        *(
-            249,
-            250,
-            103,
-            167,
-            168,
-            163,
-            304,
-            303,
-            428,
-            429,
-            430,
-            431,
-            432,
-            433,
-            442,
-            425,
-            426,
-            427,
-            434,
-            438,
-            424,
-            312,
-            134,
-        ),
+        *(57, 58, 59, 322, 134),  # fork, vfork, execve, execveat, uselib
+        *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
+        *(165, 166, 155, 161, 272, 308),  # mount, umount2, pivot_root, chroot, unshare, setns
+        *(175, 313, 176),  # init_module, finit_module, delete_module
+        *(246, 320, 169),  # kexec_load, kexec_file_load, reboot
+        *(321, 298, 323),  # bpf, perf_event_open, userfaultfd
+        *(248, 249, 250, 103),  # add_key, request_key, keyctl, syslog
+        *(167, 168, 163),  # swapon, swapoff, acct
+        *(303, 304),  # name_to_handle_at, open_by_handle_at: files by number, past the root
+        *NEWER,
     ),
-    "aarch64": (
-        *(221, 281, 117, 270, 271, 40, 39, 41, 51, 97, 268, 105, 273, 106, 104, 294, 142, 280, 241, 282, 217, 218, 219),
-        *(116, 224, 225, 89, 265, 264, 428, 429, 430, 431, 432, 433, 442, 425, 426, 427, 434, 438, 424, 272),
+    "aarch64": (  # the same; it has no fork, vfork and uselib
+        *(221, 281),
+        *(117, 270, 271, 272),
+        *(40, 39, 41, 51, 97, 268),
+        *(105, 273, 106),
+        *(104, 294, 142),
+        *(280, 241, 282),
+        *(217, 218, 219, 116),
+        *(224, 225, 89),
+        *(264, 265),
+        *NEWER,
     ),
 }
 SOCKET, FAMILIES = {"x86_64": 41, "aarch64": 198}, (1, 2, 10)  # UNIX, INET, INET6
@@ -140,6 +105,7 @@ def enter(job: dict[str, Any]) -> None:
     with contextlib.suppress(Refused):
         mount("proc", job["root"] + "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(job["root"])
+    # Not chroot, which root could leave again: nothing of the old tree may stay reachable by any name.
     # pivot_root(".", "."): the old root ends on top of the new one. The C library has no name for it.
     call("syscall", ctypes.c_long({"x86_64": 155, "aarch64": 41}[platform.machine()]), b".", b".")
     call("umount2", b".", DETACH)  # the old root, which now lies over the new one
@@ -233,6 +199,8 @@ def filter_calls() -> None:
     machine = platform.machine()
     if machine not in REFUSED or sys.maxsize < 1 << 32:
         raise Refused(f"no filter for {machine}")
+    # Lines are (operation, lines to skip if true, if false, value). What is looked at: from byte 0 the call's number,
+    # from 4 the architecture, from 16 its first argument. The first `back` that is reached decides.
     load, equal, masked, back = 0x20, 0x15, 0x45, 0x06
     allow, kill, refuse, absent = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38  # EPERM, ENOSYS
     lines = [(load, 0, 0, 4), (equal, 1, 0, AUDIT[machine]), (back, 0, 0, kill), (load, 0, 0, 0)]
@@ -251,6 +219,7 @@ def filter_calls() -> None:
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
+    # `memory` must live until the kernel has copied it.
     program = Program(len(code) // 8, ctypes.addressof(memory))
     call("prctl", PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
 

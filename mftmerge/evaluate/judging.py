@@ -64,9 +64,7 @@ class TestsChannel(Channel):
                 errors or tuple(b for b in bases if isinstance(b, type) and issubclass(b, Remote)) or (Remote,)
             )
             maker = type if errors else RemoteClass
-            made = maker(str(facts["name"]), kept, {})
-            made._class = (self, number)  # type: ignore[attr-defined]
-            self.classes[number] = made
+            self.classes[number] = maker(str(facts["name"]), kept, {"_class": (self, number)})
         return self.classes[number]
 
     def ask(self, asked: str, *arguments: Any, **named: Any) -> Any:
@@ -140,14 +138,15 @@ def ask(value: Any, what: str, *arguments: Any, **named: Any) -> Any:
 class RemoteClass(type):
     """Of the classes that stand for the program's."""
 
+    _class: tuple[TestsChannel, int]
+
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        channel = cls._class[0]  # type: ignore[attr-defined]
-        return channel.ask("call", cls, *arguments, **named)
+        return cls._class[0].ask("call", cls, *arguments, **named)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_") or "_class" not in vars(cls):
             raise AttributeError(name)
-        return cls._class[0].ask("get", cls, name)  # type: ignore[attr-defined]
+        return cls._class[0].ask("get", cls, name)
 
 
 def alike(name: str) -> Any:
@@ -198,7 +197,7 @@ class Remote:
     for _name in (*ALONE, *CONVERTED):
         locals()[f"__{_name}__"] = alone(f"__{_name}__")
 
-    __doc__ = property(lambda self: ask(self, "get", "__doc__"))  # type: ignore[assignment]
+    __doc__ = property(lambda self: ask(self, "get", "__doc__"))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # a named tuple is a tuple

@@ -7,7 +7,6 @@ lower bound of the whole divergence, and with the vocabulary's size the whole of
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mftmerge import data as rows_of
 from mftmerge.data import IGNORE, Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.generation import generate, questions
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.loss import PIECE, Losses, evaluating, labelled_logits, length_batches, padded
+from mftmerge.loss import PIECE, Losses, evaluating, labelled_logits, length_batches, losses_of, padded
 from mftmerge.recipe.locate import local
 from mftmerge.recipe.schema import Learn
 from mftmerge.rowfiles import raw_rows
-from mftmerge.train.inputs import is_tokenised
+from mftmerge.train.inputs import held_out, is_tokenised, tokens_of
 
 SMALLEST = 2 * torch.finfo(torch.float32).eps  # of what is left of a distribution: its logarithm must be finite
 DIVERGENCE, ANSWERS = 0, 1  # columns of `measure`
@@ -75,7 +72,7 @@ def read_domain(
     if learn.rows is not None:
         if len(rows) < learn.rows:
             raise BadInput(f"{name}: rows: {learn.rows} are asked for, its data has {len(rows)}")
-        rows = [rows[i] for i in sorted(_drawn(len(rows), learn.rows, settings.seed))]
+        rows = held_out(rows, learn.rows, settings.seed)[1]
     if len(rows) < 2:
         raise BadInput(f"{name}: one row is too few to learn a mask from; give at least two")
     if learn.eval_data is not None:
@@ -83,12 +80,7 @@ def read_domain(
         return Domain(name, rows, valid)
     # Two rows say little, but more than none; of very few rows none can be spared.
     held = 0 if not settings.eval_share or len(rows) < 6 else max(2, int(len(rows) * settings.eval_share))
-    out = set(_drawn(len(rows), min(held, settings.eval_rows), settings.seed))
-    return Domain(name, [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)])
-
-
-def _drawn(size: int, count: int, seed: int) -> list[int]:
-    return random.Random(seed).sample(range(size), size)[:count]
+    return Domain(name, *held_out(rows, min(held, settings.eval_rows), settings.seed))
 
 
 def _located(data: str | tuple[str, ...], folder: Path) -> list[str]:
@@ -103,25 +95,14 @@ def _located(data: str | tuple[str, ...], folder: Path) -> list[str]:
 
 def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings) -> list[Tokens]:
     """Tokenised rows; of a row that ends with its question the prompt alone, without labels."""
-    if is_tokenised(source):
-        return list(source)
-    rows = [row for _, row in raw_rows(source)]
+    rows = [] if is_tokenised(source) else [row for _, row in raw_rows(source)]
     asked = [isinstance(row, Mapping) and is_question(row) for row in rows]
     if not any(asked):
-        read = rows_of.load_rows(source, skip_bad=settings.skip_bad_rows, columns=settings.columns)
-        return rows_of.tokenize(read, tokenizer, settings.max_length)
+        return tokens_of(source, tokenizer, settings)
     if settings.teacher in ("answers", "both"):
         raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
     rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
-    answered = (
-        rows_of.tokenize(
-            rows_of.load_rows(rest, skip_bad=settings.skip_bad_rows, columns=settings.columns),
-            tokenizer,
-            settings.max_length,
-        )
-        if rest
-        else []
-    )
+    answered = tokens_of(rest, tokenizer, settings) if rest else []
     found = questions([_with_answer(row) for row, alone in zip(rows, asked, strict=True) if alone], tokenizer)
     return [*answered, *({"input_ids": q.prompt, "labels": []} for q in found if len(q.prompt) < settings.max_length)]
 
@@ -201,8 +182,7 @@ def measure(model: PreTrainedModel, rows: Sequence[Tokens], told: Sequence[Told]
         for batch in length_batches(lengths, BATCH_TOKENS):
             ids, labels, attention = padded([rows[i] for i in batch], model.device)
             logits, targets, wanted = labelled_logits(model, ids, labels, attention_mask=attention)
-            pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
-            columns = [torch.cat([cross_entropy(z.float(), t, reduction="none") for z, t in pieces])]
+            columns = [losses_of(logits, targets)]
             columns.insert(0, disagreement(logits, *stacked(told, batch, model.device)) if told else 0 * columns[0])
             place = torch.as_tensor(batch, device=ids.device)[wanted.nonzero()[:, 0]].cpu().numpy()
             for i, column in enumerate(columns):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mftmerge.learn.domains import ANSWERS, Domain, Rounds, batch_of, disagreement
 from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.loss import labelled_logits
+from mftmerge.train.batches import shuffled
 from mftmerge.train.loop import Best, Loop
 
 
@@ -41,8 +42,7 @@ class MergeLoop(Loop):
         def collate(rounds: list[tuple[int, ...]]) -> list[list[dict[str, Tensor]]]:
             return [batch_of(self.domains, rounds, fill)]
 
-        sampler = RandomSampler(rows)
-        return DataLoader(rows, self.settings.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+        return shuffled(rows, self.settings.batch_size, collate)
 
     def _gradients(self, batches: Sequence[Any]) -> float:
         """Gradients of the mean over domains of their losses over their scales; gives that mean."""

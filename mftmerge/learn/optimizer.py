@@ -16,7 +16,7 @@ nothing: the model's parameters hold W, and `step()` turns their gradients into 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mftmerge import cut
-from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.errors import BadInput
 from mftmerge.learn.merging import Kept, Part
 from mftmerge.learn.parameters import Holders
 from mftmerge.recipe.evaluation import PIECE
@@ -84,6 +84,7 @@ class MergeOptimizer(torch.optim.Optimizer):
         self._sides = {name: [1 if f > 0 else -1 for f in part.factors()] for name, part in parts.items()}
         super().__init__([t.parameter for t in self.targets], {"lr": lr, "betas": (0.9, 0.999), "eps": EPSILON})
         for name, part in self.parts.items():
+            # One way a weight, for all experts: see above. `adam` calls what it steps "score".
             zero = torch.zeros(part.shape, device=part.base.device)
             self.way[name] = {"score": zero, **adam.start(zero, adam_bits)}
         # A target holds tensors that are all in `parts`: whatever else it holds stays as the parts say.
@@ -108,25 +109,17 @@ class MergeOptimizer(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Any = None) -> Any:
         """One step on the scores; the parameters hold the new merge.
 
         Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         gradients: dict[str, Tensor] = {}
         for t, names in self._by_target:
             if t.parameter.grad is not None and names:
                 gradients |= self.holders.split(t.name, t.parameter.grad)
         squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients.values()]
-        total = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-        if not torch.isfinite(total):
-            raise MftmergeError(f"step {self.steps + 1}: the gradient is not finite; use float32")
-        self.gradient_norm = float(total)
-        divisor = (total / self.clip).clamp(min=1.0) if self.clip else None
+        self.gradient_norm, divisor = adam.norm_and_divisor(squares, self.clip, self.steps)
         group = self.param_groups[0]
 
         def update(name: str) -> None:
@@ -135,7 +128,6 @@ class MergeOptimizer(torch.optim.Optimizer):
         each(update, list(gradients), self._device)
         self.steps += 1
         self.refresh()
-        return loss
 
     # -- masks --------------------------------------------------------------------------------------------------------
 
@@ -293,10 +285,6 @@ class MergeOptimizer(torch.optim.Optimizer):
         if set(state_dict["way"]) != set(self.way):
             raise BadInput("the saved state covers other tensors; resume with the same models")
         for name, saved in state_dict["way"].items():
-            for key, value in saved.items():
-                mine = self.way[name].get(key)
-                if mine is None or mine.dtype != value.dtype:
-                    raise BadInput(f"the saved state is not one of --adam-bits {self.adam_bits}")
-                mine.copy_(value)
+            adam.load(self.way[name], saved, self.adam_bits)
         self.steps, self.param_groups[0]["lr"] = int(state_dict["steps"]), state_dict["lr"]
         self.refresh()

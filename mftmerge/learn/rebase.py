@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from mftmerge import data as rows_of
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
@@ -40,7 +38,7 @@ from mftmerge.mask import Mask, Parent
 from mftmerge.matching import delta_base, match, require_base_tensors
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
-from mftmerge.train.inputs import is_tokenised
+from mftmerge.train.inputs import held_out, is_tokenised, tokens_of
 from mftmerge.train.targets import freeze_others
 
 log = logging.getLogger(__name__)
@@ -88,8 +86,7 @@ def rebase_mask(
     The mask that keeps everything is a candidate; when nothing is better it is written, and `note` told so.
     Raises BadInput for what the user gave.
     """
-    given = settings.model_dump(exclude_unset=True) if isinstance(settings, RebaseSettings) else dict(settings or {})
-    chosen = RebaseSettings.make({**given, **overrides})
+    chosen = RebaseSettings.of(settings, overrides)
     if out is not None:
         refuse_existing(out, overwrite, (mask, model, data, base))
     path = resolve(model)
@@ -128,20 +125,16 @@ class _Fit:
     def run(self, data: Any) -> RebaseResult:
         s = self.settings
         train, valid = self._rows(data)
-        asked = chosen_dtype(self.path, s.dtype)
-        dtype: Any = asked if asked == "auto" else getattr(torch, asked)
+        dtype = chosen_dtype(self.path, s.dtype)
         model = load_causal_lm(self.path, dtype=dtype, trust_remote_code=s.trust_remote_code or None)
         placed(model)
         holders = Holders(model, self.checkpoint.names)
         targets = holders.targets(self.names)
         freeze_others(model, targets)
         with ExitStack() as stack:
-            if s.prefix != "off" and (first := first_layer(model, targets)):
-                place = Path(tempfile.gettempdir()) if s.prefix == "disk" else None
-                cache = PrefixCache(model, first, directory=place)
-                cache.add([*train, *valid])
-                if cache.fits(train[0]):
-                    stack.enter_context(cache.use())
+            cache = PrefixCache.as_set(model, first_layer(model, targets), s.prefix)
+            if cache is not None and cache.serves([*train, *valid], train[0], self.say):
+                stack.enter_context(cache.use())
             parts = self._parts(holders)
             without = row_losses(model, valid)
             starts = self._starts(model, holders, parts, train)
@@ -162,15 +155,11 @@ class _Fit:
         if is_tokenised(data):
             rows = list(data)
         else:
-            tokenizer = load_tokenizer(self.path, trust_remote_code=s.trust_remote_code or None)
-            read = rows_of.load_rows(data, skip_bad=s.skip_bad_rows, columns=s.columns)
-            rows = rows_of.tokenize(read, tokenizer, s.max_length)
+            rows = tokens_of(data, load_tokenizer(self.path, trust_remote_code=s.trust_remote_code or None), s)
         wanted = s.rows or len(rows)
         if len(rows) < wanted or wanted < 4:
             raise BadInput(f"rows: {max(wanted, 4)} are needed, the data has {len(rows)}")
-        order = random.Random(s.seed).sample(range(len(rows)), len(rows))[:wanted]
-        held = min(wanted - 2, max(2, int(wanted * s.eval_share)))
-        return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+        return held_out(rows, min(wanted - 2, max(2, int(wanted * s.eval_share))), s.seed, wanted)
 
     def _parts(self, holders: Holders) -> dict[str, Part]:
         """The covered tensors with a weight's two values: the model's, and what a dropped one becomes."""

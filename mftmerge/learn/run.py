@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,6 @@ from mftmerge.train import inputs
 from mftmerge.train.loop import Best
 from mftmerge.train.memory import require
 from mftmerge.train.place import Place
-from mftmerge.train.stops import Interrupted
 from mftmerge.train.targets import freeze_others
 
 log = logging.getLogger(__name__)
@@ -93,8 +91,7 @@ def learn_merge(
     checkpoint has been saved if `out` is given (`resume` continues from it). SIGTERM does the same and then what it
     did before.
     """
-    given = settings.model_dump(exclude_unset=True) if isinstance(settings, LearnSettings) else dict(settings or {})
-    chosen = LearnSettings.make({**given, **overrides})
+    chosen = LearnSettings.of(settings, overrides)
     inputs.require_logger(chosen.log_to)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("a merge is learnt by one process; start it without a launcher")
@@ -105,19 +102,9 @@ def learn_merge(
         place = _place(checked, out, overwrite, resume)
         with _no_empty(out), place.open() as directory:
             run = _Run(checked, work, chosen, dict(data or {}), say, progress)
-            found = place.checkpoint(run.identity()) if out is not None else None
-            if resume:
-                say(
-                    f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0"
-                )
-            try:
+            found = place.checkpoint(run.identity(), say) if out is not None else None
+            with place.stoppable(say):
                 result = run.learn(directory if out is not None else None, found)
-            except Interrupted as e:
-                where = f"; continue with --resume (saved in {directory})" if out is not None else ""
-                say(f"stopped after step {e.step}{where}")
-                if e.number != signal.SIGINT:
-                    signal.raise_signal(e.number)  # whoever listened before us decides what it means
-                raise KeyboardInterrupt from None
             if out is not None:
                 for name, mask in result.masks.items():
                     mask.save(Path(out) / f"{name}.mask")
@@ -238,17 +225,9 @@ class _Run:
 
     def _cache(self, optimizer: MergeOptimizer) -> PrefixCache | None:
         """Hidden states below the first layer in which any expert differs from the base."""
-        first = first_layer(self.model, optimizer.targets)
-        if self.settings.prefix == "off" or first == 0:
-            return None
-        directory = Path(tempfile.gettempdir()) if self.settings.prefix == "disk" else None
-        cache = PrefixCache(self.model, first, directory=directory)
+        cache = PrefixCache.as_set(self.model, first_layer(self.model, optimizer.targets), self.settings.prefix)
         rows = [r for d in self.domains for r in (*d.train, *d.valid)]
-        cache.add(rows)
-        if not cache.fits(rows[0]):
-            self.say(f"states of the layers below cannot be cached for this model ({cache.why}): all layers run")
-            return None
-        return cache
+        return cache if cache is not None and cache.serves(rows, rows[0], self.say) else None
 
     def _ask_experts(self, optimizer: MergeOptimizer) -> None:
         """What each expert tells of its rows, and how far the base is from it: the scale of the domain's loss."""

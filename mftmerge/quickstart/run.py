@@ -172,7 +172,7 @@ class _Run:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from mftmerge.evaluate.files import load_model
+        from mftmerge.loading import load_model
 
         return load_model(self.model_path(), dtype="float32", trust_remote_code=False)
 
@@ -287,8 +287,8 @@ class _Run:
 
     def evaluate(self) -> None:
         """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
-        from mftmerge.evaluate.files import load_model
         from mftmerge.evaluate.grid import grid
+        from mftmerge.loading import load_model
         from mftmerge.mask import Mask
         from mftmerge.talk import Talk
 

@@ -21,7 +21,7 @@ def own_loaders(options: MergeOptions, loaders: Mapping[ModelReference, LazyTens
     """
     cache = LoaderCache()
     cache.setup(options)
-    cache.loaders = dict(loaders)  # type: ignore[misc]
+    cache.loaders = dict(loaders)
     return cache
 
 

@@ -209,10 +209,9 @@ class _Answering:
 
             return emit
 
-        mask = self.service.mask_of(asked.model)
-        how = {"sampling": asked.sampling, "stop": asked.stop, "count": asked.count}
+        mask, n = self.service.mask_of(asked.model), asked.count
         jobs = [
-            Job(mask, prompt, asked.max_tokens, emit_from(i * asked.count), **how)  # type: ignore[arg-type]
+            Job(mask, prompt, asked.max_tokens, emit_from(i * n), asked.sampling, asked.stop, n)
             for i, prompt in enumerate(asked.prompts)
         ]
         self.service.engine.submit(jobs)

@@ -292,7 +292,7 @@ class Engine:
         output = self.model(
             input_ids=ids, attention_mask=cache.mask, past_key_values=cache.cache, use_cache=True, **more
         )
-        return output.logits[:, -1].float().cpu()  # type: ignore[no-any-return]
+        return output.logits[:, -1].float().cpu()
 
     def _choose(self, logits: torch.Tensor, first: int) -> None:
         """Tokens for the running rows from number `first` on; those that end leave."""

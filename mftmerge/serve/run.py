@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -22,8 +23,8 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.models, self.say = service, models, say
 
-    async def startup(self, sockets: object = None) -> None:
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
             address, port = self.servers[0].sockets[0].getsockname()[:2]
             host = f"[{address}]" if ":" in address else address

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from mftmerge import loading, matching
+from mftmerge import matching
 from mftmerge.attachment import Attachment
 from mftmerge.checkpoint import Checkpoint, resolve
 from mftmerge.errors import BadInput
 from mftmerge.live import Switcher
+from mftmerge.loading import load_model
 from mftmerge.mask import Mask
 from mftmerge.serve.engine import Engine
 from mftmerge.serve.settings import ServeSettings
@@ -31,15 +29,7 @@ class Service:
         self._require_name(self.name)
         masks = {name: Mask.load(file) for name, file in settings.mask.items()}  # before the model, which takes longer
         self._checkpoint = Checkpoint.open(path)
-        self.tokenizer = loading.load_tokenizer(path)
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = loading.chosen_dtype(path, settings.dtype, device=device)
-        dtype: Any = "auto" if chosen == "auto" else getattr(torch, chosen)
-        loaded = loading.load_causal_lm(path, dtype=dtype)
-        try:
-            live = loaded.to(torch.device(device))  # type: ignore[arg-type]  # transformers' `to` is untyped
-        except (RuntimeError, AssertionError) as e:
-            raise BadInput(f"--device {device}: {' '.join(str(e).split())[:200]}") from None
+        live, self.tokenizer = load_model(path, dtype=settings.dtype, device=settings.device)
         config = live.config.get_text_config()
         self.room = int(getattr(config, "max_position_embeddings", None) or LONG)
         self.vocabulary = int(config.vocab_size)

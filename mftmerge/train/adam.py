@@ -14,6 +14,7 @@ shrinks with their size (dynamic quantisation). Two things differ, because a sco
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim.adam import adam
+
+from mftmerge.errors import BadInput, MftmergeError
 
 BLOCK = 256  # elements that share a scale
 PIECE = BLOCK * 256  # elements that are in float32 at a time: they stay in the processor's cache
@@ -58,6 +61,30 @@ def step(name: str, state: dict[str, Any], gradient: Tensor, divisor: Tensor | N
         quantise(first, *stored["exp_avg"], signed=True, random=random)
         quantise(second.sqrt_(), *stored["exp_avg_sq"], signed=False, random=random)
     state["step"] += 1
+
+
+def norm_and_divisor(squares: list[Tensor], clip: float | None, steps: int, group: Any = None) -> tuple[float, Any]:
+    """The norm of all gradients together, from the sums of squares of each, and what clipping divides them by.
+
+    steps: done so far, for the message. group: of the ranks that hold other rows. Raises MftmergeError for a gradient
+    that is not finite.
+    """
+    total = torch.stack(squares).sum() if squares else torch.zeros(())
+    if group is not None and squares:
+        torch.distributed.all_reduce(total, group=group)
+    norm = total.sqrt()
+    if not torch.isfinite(norm):
+        raise MftmergeError(f"step {steps + 1}: the gradient is not finite; use float32 or a lower learning rate")
+    return float(norm), (norm / clip).clamp(min=1.0) if clip else None
+
+
+def load(state: Mapping[str, Any], saved: Mapping[str, Tensor], bits: int) -> None:
+    """Copy what was saved of one tensor's state over it, bit for bit. Raises BadInput for moments of other bits."""
+    for key, value in saved.items():
+        mine = state.get(key)
+        if mine is None or mine.dtype != value.dtype:
+            raise BadInput(f"the saved training state is not one of --adam-bits {bits}")
+        mine.copy_(value)  # torch's own loader would cast the scores to a bfloat16 parameter's dtype
 
 
 @cache

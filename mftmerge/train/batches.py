@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import math
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from transformers import PreTrainedModel
 
 from mftmerge.data import IGNORE, Tokens
 from mftmerge.loss import length_batches, padded, token_losses
-from mftmerge.train.settings import TrainSettings
 
 Batch = dict[str, Any]  # input_ids and labels, (rows, length), and what else the model's forward takes
 Pack = dict[str, list[int]]  # as Tokens, of several rows, with their seq_lengths
@@ -55,7 +52,13 @@ def loader(
         parts = length_batches([len(row["input_ids"]) for row in batch], pass_tokens)
         return [_padded([batch[i] for i in part], fill) for part in parts]
 
-    return DataLoader(rows, size, sampler=RandomSampler(rows), collate_fn=collate)  # type: ignore[arg-type]
+    return shuffled(rows, size, collate)
+
+
+def shuffled(rows: Sequence[Any], size: int, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+    """Batches of `size` items in an order that the seed decides."""
+    known = cast("Dataset[Any]", rows)  # whatever has a length and items will do
+    return DataLoader(known, size, sampler=RandomSampler(rows), collate_fn=collate)
 
 
 def _padded(rows: list[Tokens], fill: int) -> Batch:
@@ -157,10 +160,3 @@ def _differs(model: PreTrainedModel, several: Pack, fill: int) -> str:
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     same = bool(difference.max() <= 1e-4) if exact else bool(difference.mean() <= 0.05)
     return "" if same else f"loss {float(together.mean()):.4f} packed, {float(separate.mean()):.4f} apart"
-
-
-def steps_of(epochs: float, rows: int, settings: TrainSettings) -> int:
-    """Optimiser steps in which so many rows (or packs) are seen `epochs` times, by all processes together."""
-    batches = -(-rows // settings.batch_size)
-    own = -(-batches // int(os.environ.get("WORLD_SIZE", "1")))
-    return max(1, math.ceil(epochs * -(-own // settings.accumulate)))

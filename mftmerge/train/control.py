@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,14 +46,14 @@ class WeightOptimizer(torch.optim.AdamW):
         super().__init__(list(self.copies.values()), lr=lr, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step; all gradients together are clipped to the norm `clip`."""
         for t in self.targets:
             copy, gradient = self.copies[t.name], t.parameter.grad
             if copy is not t.parameter:
                 copy.grad = None if gradient is None else gradient.float()
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(list(self.copies.values()), self.clip or math.inf))
-        loss = super().step(closure)
+        loss = super().step()
         for t in self.targets:
             if self.copies[t.name] is not t.parameter:
                 self.copies[t.name].grad = None

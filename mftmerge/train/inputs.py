@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.tracking import get_available_trackers
@@ -55,9 +55,8 @@ def load_model(
         check_directory(path)
         if settings.check_memory and not shard:  # a rank needs less than one process would
             memory.require(memory.estimate(path, settings), reference, settings)
-        dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         loaded = load_causal_lm(
-            path, adapter=adapter, dtype=dtype, trust_remote_code=settings.trust_remote_code or None
+            path, adapter=adapter, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code or None
         )
         _without_adapters(loaded)
         if shard:
@@ -146,11 +145,32 @@ def read_rows(
     rows = tokens(data)
     if eval_data is not None:
         return rows, tokens(eval_data)[: settings.eval_rows]
-    held = min(settings.eval_rows, int(len(rows) * settings.eval_share))
-    if not held:
-        return rows, []
-    order = random.Random(settings.seed).sample(range(len(rows)), len(rows))
-    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+    return held_out(rows, min(settings.eval_rows, int(len(rows) * settings.eval_share)), settings.seed)
+
+
+def held_out(
+    rows: Sequence[Tokens], count: int, seed: int, most: int | None = None
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Of `most` rows, drawn by the seed (all by default): those that stay and `count` others, both in their order."""
+    order = random.Random(seed).sample(range(len(rows)), len(rows))[:most]
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+class Reading(Protocol):
+    """The settings that say how rows are read."""
+
+    max_length: int
+    columns: dict[str, str] | None
+    skip_bad_rows: bool
+
+
+def tokens_of(source: Any, tokenizer: PreTrainedTokenizerBase, settings: Reading) -> list[Tokens]:
+    """Rows of anything that `data.load_rows` takes, tokenised; those that are tokenised already as they are."""
+    if is_tokenised(source):
+        return list(source)
+    skip = settings.skip_bad_rows
+    read = rows_of.load_rows(source, skip_bad=skip, columns=settings.columns)
+    return rows_of.tokenize(read, tokenizer, settings.max_length, skip_bad=skip)
 
 
 def packed(
@@ -172,14 +192,6 @@ def packed(
         say(f"this model does not keep packed rows apart ({why}): rows are not packed, a batch has {size} of them")
         return [], settings.model_copy(update={"packing": False, "batch_size": size})
     return packs, settings
-
-
-def with_steps(settings: TrainSettings, rows: int) -> TrainSettings:
-    """The settings with the steps that their epochs come to."""
-    if settings.epochs is None:
-        return settings
-    steps = batches.steps_of(settings.epochs, rows, settings)
-    return TrainSettings.make({**settings.model_dump(exclude_unset=True), "steps": steps, "epochs": None})
 
 
 def with_keep(targets: Sequence[Target], settings: TrainSettings) -> list[Target]:

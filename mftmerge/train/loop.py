@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from mftmerge.train.sharding import Shard
 from mftmerge.train.stops import Interrupted, Stops
 from mftmerge.train.targets import Target
 from mftmerge.train.validation import Judge, Judged, judged
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 COMPLETE = "complete"  # the file that is written last into a checkpoint: one without it is never used
 Entry = dict[str, Any]  # of the history: step, and of these what is known
@@ -127,14 +130,11 @@ class Best:
     def state_dict(self) -> dict[str, Any]:
         state = {k: getattr(self, k) for k in ("history", "step", "loss", "key", "scores", "since", "stopped_early")}
         state["mask"] = self.mask and {n: selection.packed(t) for n, t in self.mask.items()}
-        return state | {k: None if v is None else v.tensors() for k, v in self._judged().items()}
-
-    def _judged(self) -> dict[str, Judged | None]:
-        return {"initial": self.initial, "found": self.found}
+        return state | {k: v and v.tensors() for k, v in (("initial", self.initial), ("found", self.found))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
-            setattr(self, key, Judged.of(value) if key in self._judged() and value is not None else value)
+            setattr(self, key, value and Judged.of(value) if key in ("initial", "found") else value)
         self.mask = state["mask"] and {n: selection.unpacked(*packed) for n, packed in state["mask"].items()}
 
 
@@ -291,7 +291,7 @@ class Loop:
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are added up over the ranks at the last of the accumulated batches only."""
         if self.sharded:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # a method that fully_shard adds
+            cast("FSDPModule", self.model).set_requires_gradient_sync(last)  # what `fully_shard` made of it
             return nullcontext()
         wait: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(self.call)
         return wait
@@ -384,8 +384,8 @@ def factor(step: int, settings: TrainSettings) -> float:
 
 def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, as torch.load reads them without running code."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}  # type: ignore[union-attr]
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return state | {"torch": torch.get_rng_state(), "cuda": cuda}
 

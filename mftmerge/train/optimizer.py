@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mftmerge import cut
-from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.errors import BadInput
 from mftmerge.select import choose, kept_or_zero
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
@@ -117,10 +117,12 @@ class MaskOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # What took no part in the pass (an expert that no token went to) has no gradient and stays as it is.
         active = [t for t in self.targets if t.parameter.grad is not None]
         squares = each(self._prepare, active, self._device)
+        ranks = Shard.of(self.targets[0].parameter).group
         # Raises before the first score has moved: a step is whole or nothing.
-        divisor = self._clip_divisor(active, squares)
+        self.gradient_norm, divisor = adam.norm_and_divisor(squares, self.clip, self.steps, ranks)
         group = self.param_groups[0]
 
         def update(t: Target) -> None:
@@ -160,23 +162,6 @@ class MaskOptimizer(torch.optim.Optimizer):
             gradient.mul_(state["score"].sign())
         return gradient
 
-    def _clip_divisor(self, active: list[Target], squares: list[Tensor]) -> Tensor | None:
-        total = self._sum_over_ranks(active, squares).sqrt() if squares else torch.zeros(())
-        if not torch.isfinite(total):
-            raise MftmergeError(
-                f"step {self.steps + 1}: the gradient is not finite; use float32 or a lower learning rate"
-            )
-        self.gradient_norm = float(total)
-        return (total / self.clip).clamp(min=1.0) if self.clip else None
-
-    @staticmethod
-    def _sum_over_ranks(active: list[Target], squares: list[Tensor]) -> Tensor:
-        group = Shard.of(active[0].parameter).group
-        total = torch.stack(squares).sum()
-        if group is not None:
-            torch.distributed.all_reduce(total, group=group)
-        return total
-
     # -- the cut ------------------------------------------------------------------------------------------------------
 
     @property
@@ -200,7 +185,7 @@ class MaskOptimizer(torch.optim.Optimizer):
     def _values(self, target: Target) -> Tensor:
         """What is ranked: the scores, or their absolute values. Local rows only."""
         score: Tensor = self.state[target.parameter]["score"]
-        return score if self.signed else score.abs()
+        return score if self.signed else score.abs()  # a copy only where it has to be one
 
     def _for_each_kept(self, done: Fraction, use: Callable[[Target, Tensor], Result]) -> list[Result]:
         """`use(target, booleans of its local rows)` for each target; no more of them exist than there are threads."""
@@ -236,6 +221,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         def write(t: Target, kept: Tensor) -> int:
             local = Shard.local(t.parameter.data)
             new = self._select(t, kept)
+            # Compared as numbers: a weight that is exactly 0 is the same kept or dropped, and -0.0 too.
             changed = torch.count_nonzero(new != local)
             local.copy_(new)
             return int(changed)
@@ -252,17 +238,16 @@ class MaskOptimizer(torch.optim.Optimizer):
             return kept_or_zero(kept, original)
         return choose(kept, original, state["dropped"])
 
-    def mask(self, *, final: bool = True) -> dict[str, Tensor]:
-        """Boolean tensors on the CPU by parameter name, True = keep: at `keep` (final), or at the share kept now.
+    def mask(self) -> dict[str, Tensor]:
+        """Boolean tensors on the CPU by parameter name, True = keep: at `keep`, also during the keep warm-up.
 
         With sharded parameters every rank must call it, and every rank gets whole tensors.
         """
-        done = Fraction(1) if final else self._done
 
         def whole(t: Target, kept: Tensor) -> Tensor:
             return Shard.of(t.parameter).whole(kept, t.parameter).cpu()
 
-        return dict(zip((t.name for t in self.targets), self._for_each_kept(done, whole), strict=True))
+        return dict(zip((t.name for t in self.targets), self._for_each_kept(Fraction(1), whole), strict=True))
 
     def scores(self) -> dict[str, Tensor]:
         """float32 scores on the CPU by parameter name (copies; whole tensors on every rank)."""
@@ -319,11 +304,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         if list(state_dict["names"]) != [t.name for t in self.targets]:
             raise BadInput("the saved training state covers other tensors; resume with the same --layers and --modules")
         for i, t in enumerate(self.targets):
-            for key, value in state_dict["state"][i].items():
-                mine = self.state[t.parameter].get(key)
-                if mine is None or mine.dtype != value.dtype:
-                    raise BadInput(f"the saved training state is not one of --adam-bits {self.adam_bits}")
-                mine.copy_(value)  # torch's own loader would cast the scores to a bfloat16 parameter's dtype
+            adam.load(self.state[t.parameter], state_dict["state"][i], self.adam_bits)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             mine.update({k: v for k, v in saved.items() if k != "params"})
         self.steps = int(state_dict["steps"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import lock, protect, refuse_existing, writing
 from mftmerge.train.loop import last_checkpoint
 from mftmerge.train.sharding import is_main
+from mftmerge.train.stops import Interrupted
 
 IDENTITY, LOCK, OWNER = "settings.json", "lock", "owner"
 
@@ -76,14 +78,27 @@ class Place:
         except MftmergeError as e:
             raise BadInput(str(e)) from None
 
-    def checkpoint(self, identity: Mapping[str, Any]) -> Path | None:
-        """The checkpoint to continue from, None to start at step 0.
+    @contextmanager
+    def stoppable(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Around the steps, of a control too: how to go on after a signal that ended them is said.
+
+        Raises KeyboardInterrupt after SIGINT; after SIGTERM, what that did before.
+        """
+        try:
+            yield
+        except Interrupted as e:
+            where = f"; continue with --resume (saved in {self.directory})" if self.out is not None else ""
+            say(f"stopped after step {e.step}{where}")
+            if e.number != signal.SIGINT:
+                signal.raise_signal(e.number)  # whoever listened before us decides what it means
+            raise KeyboardInterrupt from None
+
+    def checkpoint(self, identity: Mapping[str, Any], say: Callable[[str], None]) -> Path | None:
+        """The checkpoint to continue from, None to start at step 0; `say` is told which, where a run is continued.
 
         identity: all that decides the mask (settings, digests of rows and weights), as plain values. Raises BadInput
         where it is not that of the interrupted run, and names what differs.
         """
-        if self.out is None:
-            return None
         said = self.directory / IDENTITY
         now = json.loads(json.dumps(identity))
         found = last_checkpoint(self.directory) if self.resume else None
@@ -96,6 +111,8 @@ class Place:
         if is_main():
             with writing(said):
                 said.write_text(json.dumps(now), encoding="utf-8")
+        if self.resume:
+            say(f"resuming at step {found.name.split('-')[1]}" if found else "nothing to resume: starting at step 0")
         return found
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,7 +35,6 @@ from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.place import Place
 from mftmerge.train.results import TrainResult
 from mftmerge.train.settings import TrainSettings
-from mftmerge.train.stops import Interrupted
 from mftmerge.train.validation import Judged, Validation
 from mftmerge.train.verdict import advice, compared, verdict
 
@@ -72,10 +69,9 @@ def train_mask(
     checkpoint has been saved if `out` is given (`resume` continues from it). SIGTERM does the same and then what it
     did before.
     """
-    given = settings.model_dump(exclude_unset=True) if isinstance(settings, TrainSettings) else dict(settings or {})
     if isinstance(prefix, str):
         overrides["prefix"], prefix = prefix, None
-    chosen = TrainSettings.make({**given, **overrides})
+    chosen = TrainSettings.of(settings, overrides)
     inputs.require_logger(chosen.log_to)
     place = Place(out, overwrite, resume, (model, data, eval_data, chosen.base, chosen.start))
     hear = note or log.info
@@ -90,22 +86,12 @@ def train_mask(
         loaded, tokenizer, reference = inputs.load_model(model, tokenizer, chosen, shard=shard)
         rows, valid = inputs.read_rows(raw, raw_valid, tokenizer, chosen, loaded, say)
         packs, chosen = inputs.packed(loaded, rows, tokenizer, chosen, say)
-        chosen = inputs.with_steps(chosen, len(packs or rows))
+        chosen = chosen.settled(len(packs or rows))
         run = _Run(loaded, tokenizer, reference, rows, valid, chosen, prefix, say, progress, out)
         run.batched = packs or rows
-        resumed = place.checkpoint(run.identity()) if out is not None else None
-        if resume:
-            say(
-                f"resuming at step {resumed.name.split('-')[1]}" if resumed else "nothing to resume: starting at step 0"
-            )
-        try:
+        resumed = place.checkpoint(run.identity(), say) if out is not None else None
+        with place.stoppable(say):
             result = run.train(directory, save=out is not None, resume=resumed)
-        except Interrupted as e:  # of the mask's training or of a control's
-            where = f"; continue with --resume (saved in {directory})" if out is not None else ""
-            say(f"stopped after step {e.step}{where}")
-            if e.number != signal.SIGINT:
-                signal.raise_signal(e.number)  # whoever listened before us decides what it means
-            raise KeyboardInterrupt from None
         if out is not None and sharding.is_main():
             result.mask.save(out)
             sources = {"data": inputs.named(data)} | (
@@ -138,12 +124,10 @@ class _Run:
         self.targets = inputs.with_keep(targets.find(model, settings.layers, settings.modules), settings)
         self.layers = sorted({t.layer for t in self.targets})
         self.dropped = inputs.dropped_values(model, self.targets, settings)
-        self.cache = cache or self._new_cache()
-        if self.cache is not None:
-            self.cache.add([*([] if settings.packing else rows), *valid])  # a pack is none of the rows
-            if not self.cache.fits(rows[0]):
-                say(f"states of the layers below cannot be cached for this model ({self.cache.why}): all layers run")
-                self.cache = None
+        sharded = sharding.Shard.of(self.targets[0].parameter).group is not None  # skipped layers would not gather
+        cache = cache or PrefixCache.as_set(model, self.layers[0], "off" if sharded else settings.prefix)
+        known = [*([] if settings.packing else rows), *valid]  # a pack is none of the rows
+        self.cache = cache if cache is not None and cache.serves(known, rows[0], say) else None
 
     def identity(self) -> dict[str, Any]:
         """All that decides the mask, for a run that is to be continued."""
@@ -159,13 +143,6 @@ class _Run:
             first = scores.of_mask(start, self.model, self.targets, signed=scores.is_signed(settings.init))
             digests["start"] = scores.digest(first)
         return settings.model_dump(exclude=ASIDE) | digests
-
-    def _new_cache(self) -> PrefixCache | None:
-        sharded = sharding.Shard.of(self.targets[0].parameter).group is not None  # skipped layers would not gather
-        if self.settings.prefix == "off" or self.layers[0] == 0 or sharded:
-            return None
-        directory = Path(tempfile.gettempdir()) if self.settings.prefix == "disk" else None
-        return PrefixCache(self.model, self.layers[0], directory=directory)
 
     def train(self, directory: Path, *, save: bool, resume: Path | None) -> TrainResult:
         """Train, validate, and put the model back as it was."""

@@ -28,7 +28,7 @@ class Cut:
         """Booleans of the shape of the values of tensor number `part`."""
         kept = values >= self.value
         if self.first[part]:
-            ties = torch.nonzero(values.reshape(-1) == self.value)
+            ties = torch.nonzero(values.reshape(-1) == self.value)  # in the order of indices
             kept.view(-1)[ties[: self.first[part], 0]] = False
         return kept
 
@@ -61,6 +61,7 @@ def find(parts: Sequence[Tensor], dropped: int, group: dist.ProcessGroup | None 
         rank, tables = dist.get_rank(group), [torch.zeros_like(table) for _ in range(dist.get_world_size(group))]
         dist.all_gather(tables, table, group=group)
     ties, below = torch.stack(tables).cpu().unbind(1)  # each (ranks, parts)
+    # Ties are shared out tensor by tensor and, within one, rank by rank: of each tensor, this rank's share.
     shares = cut.share_ties(ties.t().flatten().tolist(), dropped - int(below.sum()))
     return Cut(value, shares[rank :: len(tables)])
 

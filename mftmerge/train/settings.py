@@ -163,6 +163,15 @@ class TrainSettings(Settings):
             raise ValueError("keep_attn and keep_mlp need a cut in each matrix: leave pattern and scope out")
         return self
 
+    def settled(self, rows: int) -> TrainSettings:
+        """The settings with the steps in which so many rows (or packs) are seen `epochs` times, by all processes."""
+        if self.epochs is None:
+            return self
+        batches = -(-rows // self.batch_size)
+        own = -(-batches // int(os.environ.get("WORLD_SIZE", "1")))
+        steps = max(1, math.ceil(self.epochs * -(-own // self.accumulate)))
+        return TrainSettings.of(self, {"steps": steps, "epochs": None})
+
     # -- what follows from the settings -------------------------------------------------------------------------------
 
     @property

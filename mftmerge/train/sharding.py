@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from mftmerge.errors import BadInput
 from mftmerge.train import selection
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
 
@@ -51,7 +52,7 @@ def shard(model: PreTrainedModel, layers: Iterable[torch.nn.Module]) -> None:
 
 def whole(p: Tensor) -> Tensor:
     """A parameter or gradient as a plain tensor of its whole shape (a collective operation when sharded)."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p  # type: ignore[no-any-return]
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Shard:
         placements = getattr(p, "placements", None)
         if placements is None:
             return cls(0, p.shape[0])
-        mesh = p.device_mesh  # type: ignore[attr-defined]
+        mesh = cast("DTensor", p).device_mesh
         if mesh.ndim != 1 or not (placements[0].is_shard() and placements[0].dim == 0):
             raise BadInput(f"sharding {placements} is not supported; use FSDP2's fully_shard on a one-dimensional mesh")
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -78,7 +79,7 @@ class Shard:
     @staticmethod
     def local(p: Tensor) -> Tensor:
         """This rank's rows as a plain tensor that shares their memory."""
-        return p.to_local() if hasattr(p, "to_local") else p  # type: ignore[no-any-return]
+        return p.to_local() if hasattr(p, "to_local") else p
 
     def rows(self, whole: Tensor) -> Tensor:
         """This rank's rows of a whole tensor."""
