@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # the public names: importing mftmerge imports none of them, 
     from mftmerge.errors import MftmergeError as MftmergeError
     from mftmerge.evaluate.choosing import Choice as Choice
     from mftmerge.evaluate.choosing import choose_combination as choose_combination
-    from mftmerge.evaluate.files import Measures as Measures
     from mftmerge.evaluate.files import evaluate_files as evaluate_files
     from mftmerge.evaluate.grid import grid as evaluate_grid  # noqa: F401
+    from mftmerge.evaluate.measures import Measures as Measures
     from mftmerge.evaluate.results import GridResult as GridResult
     from mftmerge.inspection import inspect as inspect
     from mftmerge.job import run_job as run_job

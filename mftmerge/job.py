@@ -124,7 +124,8 @@ class _Run:
         self.state: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def all(self) -> GridResult:
-        from mftmerge.evaluate.files import Measures, evaluate_files
+        from mftmerge.evaluate.files import evaluate_files
+        from mftmerge.evaluate.measures import Measures
         from mftmerge.evaluate.results import GridResult
         from mftmerge.report.page import write_report
 

@@ -23,7 +23,8 @@ from mftmerge.combine import combine, combine_files
 from mftmerge.derive import DiffSettings, diff_mask, import_mask
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.choosing import choose_combination
-from mftmerge.evaluate.files import Measures, evaluate_files
+from mftmerge.evaluate.files import evaluate_files
+from mftmerge.evaluate.measures import Measures
 from mftmerge.inspection import inspect
 from mftmerge.live import attach
 from mftmerge.mask import Mask, MaskInfo

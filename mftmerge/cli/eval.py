@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from mftmerge.cli.options import COLUMNS, MASKS, ROWS, SKIP_BAD_ROWS, files, named, pairs
+from mftmerge.cli.options import MASKS, ROWS, files, named, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import quiet, say
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.measures import Measures
 
-BASE = "Dropped weights take the values of this checkpoint (default: what each mask says)."
 
-
+@options(given=Measures)
 def command(
     models: list[str] = typer.Option(
         ..., "--model", "-m", metavar="[NAME=]MODEL", help="Checkpoint directory or hub id; may be repeated."
@@ -33,33 +34,11 @@ def command(
     reference: str = typer.Option(
         None, "--reference", help="Row that differences are taken against; the first model by default."
     ),
-    base: str = typer.Option(None, "--base", help=BASE),
-    columns: list[str] = COLUMNS,
-    skip_bad_rows: bool = SKIP_BAD_ROWS,
     limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
     max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
-    exact: list[str] = typer.Option(
-        [],
-        "--exact",
-        metavar="DOMAIN=RULE",
-        help="Let the model answer; RULE is number (#### N), text, sql or re:PATTERN.",
-    ),
-    run_tests: bool = typer.Option(
-        False, "--run-tests", help='pass@1 on rows with "tests": runs Python that the model wrote, in a sandbox.'
-    ),
-    trusted: bool = typer.Option(
-        False, "--i-trust-this-code", help="Run tests even where the system cannot isolate them."
-    ),
-    max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
-    answers: int = typer.Option(
-        None, "--answers", min=1, help="Rows of a domain that are answered, the first ones; the loss is on all."
-    ),
-    bootstrap: int = typer.Option(0, "--bootstrap", min=0, help="Resamples for paired 95 % intervals; 0 for none."),
-    lm_eval: str = typer.Option(None, "--lm-eval", metavar="TASKS", help="Also run lm-evaluation-harness tasks."),
-    lm_eval_limit: int = typer.Option(None, "--lm-eval-limit", min=1, help="Documents a harness task at most."),
     dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
     device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
-    batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
+    given: dict[str, Any] | None = None,
     out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON; a run that was stopped goes on."),
     markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
     plot: Path = typer.Option(None, "--plot", help="Write a heat map of the differences (.png, .svg, .pdf)."),
@@ -88,7 +67,7 @@ def command(
         raise BadInput(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
     from rich.console import Console
 
-    from mftmerge.evaluate.files import Measures, evaluate_files
+    from mftmerge.evaluate.files import evaluate_files
 
     quiet()
     journal = Path(f"{out}.answers") if out else None
@@ -96,25 +75,12 @@ def command(
         result = evaluate_files(
             *inputs,
             reference=reference,
-            measures=Measures(
-                exact=pairs(exact, "--exact", "DOMAIN=RULE"),
-                run_tests=run_tests,
-                trusted=trusted,
-                max_new_tokens=max_new_tokens,
-                batch_tokens=batch_tokens,
-                resamples=bootstrap,
-                lm_eval=tuple(t.strip() for t in lm_eval.split(",") if t.strip()) if lm_eval else (),
-                lm_eval_limit=lm_eval_limit,
-                base=base,
-                answers=answers,
-                journal=journal,
-                columns=pairs(columns, "--columns"),
-                skip_bad_rows=skip_bad_rows,
-            ),
+            measures=Measures.make(given or {}),
             max_length=max_length,
             limit=limit,
             dtype=dtype,
             device=device,
+            journal=journal,
             progress=show,
         )
     if out:

@@ -109,7 +109,7 @@ def _parameters(model: type[Settings]) -> Iterator[inspect.Parameter]:
         flag = _flag(field)
         kind, metavar = _kind(field.annotation)
         names = flag.names or (f"--{name.replace('_', '-')}",)
-        if kind is bool:
+        if kind is bool and not flag.names:
             names = tuple(f"{n}/--no-{n[2:]}" if n.startswith("--") else n for n in names)
         option = typer.Option(
             None,
@@ -145,7 +145,7 @@ def _value(field: FieldInfo, name: str, value: Any) -> Any:
     """A value as the field takes it: numbers apart by commas, NAME=VALUE pairs. Raises BadInput, with the option."""
     option = (_flag(field).names or (f"--{name.replace('_', '-')}",))[0]
     if typing.get_origin(inner_type(field.annotation)) is dict:
-        return pairs(value, option)
+        return pairs(value, option, _flag(field).metavar or "NAME=VALUE")
     return parsed(field, value, ",", option)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from mftmerge.checkpoint import Checkpoint
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
+from mftmerge.evaluate.measures import Measures
 from mftmerge.evaluate.results import GridResult
 from mftmerge.loading import load_model, parts
 from mftmerge.loss import fitted, positions
@@ -23,34 +23,6 @@ from mftmerge.progress import Progress, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What is measured beside the loss, and how.
-
-    exact: domain -> rule for exact match of a generated answer (see `generation.rule`). run_tests: pass@1 on the rows
-    that carry tests; runs code that the model wrote. trusted: also where nothing holds that code. lm_eval: task names
-    for lm-evaluation-harness, lm_eval_limit: documents a task at most. resamples: of the paired bootstrap, 0 for none.
-    base: model whose values dropped weights take, whatever the masks' headers say. answers: rows of a domain that are
-    answered, the first ones; all by default. The loss is on all rows. journal: file that keeps the answers while the
-    work goes on; a run that was stopped goes on from it. columns, skip_bad_rows: how rows are read, see
-    `data.load_rows`.
-    """
-
-    exact: Mapping[str, str] = field(default_factory=dict)
-    run_tests: bool = False
-    trusted: bool = False
-    max_new_tokens: int = 256
-    batch_tokens: int = 4096
-    resamples: int = 0
-    lm_eval: tuple[str, ...] = ()
-    lm_eval_limit: int | None = None
-    base: str | None = None
-    answers: int | None = None
-    journal: Path | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    skip_bad_rows: bool = False
 
 
 def evaluate_files(
@@ -64,6 +36,7 @@ def evaluate_files(
     limit: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    journal: Path | None = None,
     progress: Progress | None = None,
 ) -> GridResult:
     """Measure every model, without a mask and under each mask, on every domain.
@@ -72,6 +45,7 @@ def evaluate_files(
     name and the masks' names; with several, `model` and `model+mask`. data: domain -> what `data.load_rows` reads.
     reference: name of the row that differences are taken against, the first model without mask by default.
     limit: first rows of each domain. dtype: "auto" (as stored; see `loading.chosen_dtype`), "float32" or "bfloat16".
+    journal: file that keeps the answers while the work goes on; a run that was stopped goes on from it.
 
     Raises BadInput before anything is loaded for unreadable masks, rows or rules.
     """
@@ -90,7 +64,7 @@ def evaluate_files(
     results = []
     for name, path in models.items():
         own = dict(zip(names[name][1:], opened.values(), strict=True))
-        results.append(_one_model(name, path, own, domains, measures, max_length, dtype, device, progress))
+        results.append(_one_model(name, path, own, domains, measures, max_length, dtype, device, journal, progress))
     whole = results[0]
     for more in results[1:]:
         whole = whole.merged(more)
@@ -132,6 +106,7 @@ def _one_model(
     max_length: int,
     dtype: str,
     device: str | None,
+    journal: Path | None,
     progress: Progress | None,
 ) -> GridResult:
     if progress:
@@ -153,7 +128,7 @@ def _one_model(
         others=others,
         batch_tokens=measures.batch_tokens,
         base=measures.base,
-        journal=measures.journal,
+        journal=journal,
         progress=progress,
     )
     for row, remark in remarks.items():
