@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from mftmerge.errors import BadInput
 from mftmerge.settings import Flag, Settings, inner_type, parsed
@@ -152,7 +153,7 @@ def _value(field: FieldInfo, name: str, value: Any) -> Any:
 def _help(field: FieldInfo) -> str:
     """The field's description as a sentence, with the default."""
     text = field.description or ""
-    default = "" if field.default in (None, False, (), []) or field.is_required() else field.default
+    default = "" if field.default in (None, False, (), []) or field.default is PydanticUndefined else field.default
     shown = f" [{'on' if default is True else default}]" if default != "" and "default" not in text else ""
     return f"{text[:1].upper()}{text[1:]}{shown}."
 
