@@ -82,7 +82,7 @@ def add_up(masks: Sequence[Any], weights: Sequence[int] | None = None) -> list[A
                 levels.append([])
             if weight >> level & 1:
                 levels[level].append(mask)
-    planes: list[Any] = []
+    planes: list[object] = []
     while len(planes) < len(levels):
         level = len(planes)
         waiting = levels[level]

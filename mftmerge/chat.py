@@ -41,13 +41,13 @@ class Chat:
         self,
         tokenizer: PreTrainedTokenizerBase,
         where: str,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self.tokenizer, self.where = tokenizer, where
         self.more: dict[str, Any] = dict(options or {}) | ({"tools": list(tools)} if tools else {})
 
-    def tokens(self, messages: Sequence[Mapping[str, Any]], first: int = 0) -> Tokens:
+    def tokens(self, messages: Sequence[Mapping[str, object]], first: int = 0) -> Tokens:
         """Ids and labels: learnt are the assistant's turns from message `first` on, but for those of weight 0.
 
         Raises BadInput, naming the row, for what the template refuses and for a turn that cannot be found in its text.
@@ -79,7 +79,7 @@ class Chat:
             ids, labels = [*ids, end], [*labels, end]
         return {"input_ids": ids, "labels": labels}
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def prompt(self, messages: Sequence[Mapping[str, object]]) -> str:
         """The text before an answer to the messages. Raises BadInput, naming the row, for what the template refuses."""
         return self._render(self._called([self._plain(m) for m in messages]), add_generation_prompt=True)
 
@@ -148,7 +148,7 @@ class Chat:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise BadInput(f"{self.where}: the chat template refuses it: {reason[:200]}") from None
 
-    def _part(self, messages: Sequence[Message], **more: Any) -> str:
+    def _part(self, messages: Sequence[Message], **more: object) -> str:
         """The text of a part of the conversation, "" where the template takes the whole only."""
         try:
             return self._render(messages, **more)
@@ -183,7 +183,7 @@ class Chat:
         assert refused is not None
         raise refused
 
-    def _plain(self, message: Mapping[str, Any]) -> Message:
+    def _plain(self, message: Mapping[str, object]) -> Message:
         """A message as templates expect it: with a content, which is text where it has nothing but text."""
         plain = {k: v for k, v in message.items() if k != "weight" and v is not None}
         content = plain.get("content", "")
@@ -238,7 +238,7 @@ def _after_mark(text: str, at: int) -> int:
     return match.end() if match else min(at + 1, len(text))
 
 
-def _closed(before: str, through: str, content: Any) -> int:
+def _closed(before: str, through: str, content: object) -> int:
     """Where a last turn ends: before the generation prompt where the template writes one in any case.
 
     before: the text up to the turn, with that prompt if so. through: the text with the turn, at its end.
@@ -263,18 +263,18 @@ def _agreement(a: str, b: str) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _as_it_is(arguments: Any) -> Any:
+def _as_it_is(arguments: object) -> object:
     return arguments
 
 
-def _parsed(arguments: Any) -> Any:
+def _parsed(arguments: Any) -> object:
     try:
         return json.loads(arguments)
     except (TypeError, ValueError):
         return arguments
 
 
-def _with_arguments(message: Message, form: Callable[[Any], Any], empty: Any) -> Message:
+def _with_arguments(message: Message, form: Callable[[object], object], empty: object) -> Message:
     """The message with another form of its calls' arguments, and of a content that says nothing."""
     if not message.get("tool_calls"):
         return message
@@ -288,7 +288,7 @@ def _with_arguments(message: Message, form: Callable[[Any], Any], empty: Any) ->
     return {**message, "tool_calls": calls}
 
 
-def coded(tokenizer: PreTrainedTokenizerBase, text: str, **more: Any) -> tuple[list[int], list[Span]]:
+def coded(tokenizer: PreTrainedTokenizerBase, text: str, **more: object) -> tuple[list[int], list[Span]]:
     """A text's token ids, and where in it each stands. Raises BadInput for a tokenizer that cannot say that."""
     try:
         found = tokenizer(text, return_offsets_mapping=True, **more)

@@ -166,6 +166,6 @@ class CheckpointWriter:
         return file
 
 
-def _rendered(header: Mapping[str, Any]) -> bytes:
+def _rendered(header: Mapping[str, object]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     return text.ljust(-(-len(text) // 8) * 8)

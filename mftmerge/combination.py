@@ -31,7 +31,7 @@ class Combination:
         *,
         density: float | str | Sequence[float] | None = None,
         uncovered: Literal["abstain", "keep"] = "abstain",
-        **options: Any,
+        **options: object,
     ) -> None:
         self.op: Operation = find(op)
         self.masks, self.names = list(masks), list(names)

@@ -63,9 +63,9 @@ class Dispute:
     total: Conflict = field(default_factory=Conflict)
     by_tensor: dict[str, Conflict] = field(default_factory=dict)
 
-    def by(self, key: Callable[[str], Any]) -> dict[Any, Conflict]:
+    def by(self, key: Callable[[str], object]) -> dict[Any, Conflict]:
         """Sums over the tensors of one key, such as `layer_of`."""
-        found: dict[Any, Conflict] = {}
+        found: dict[object, Conflict] = {}
         for name, conflict in self.by_tensor.items():
             found.setdefault(key(name), Conflict()).add(conflict)
         return found
@@ -126,7 +126,7 @@ def of_checkpoints(base: str | Path, tuned: Mapping[str, str | Path]) -> list[Di
     return _pairs(readers, sizes)
 
 
-def _pairs(readers: Mapping[str, Reader], sizes: Mapping[str, Mapping[str, Any]]) -> list[Dispute]:
+def _pairs(readers: Mapping[str, Reader], sizes: Mapping[str, Mapping[str, object]]) -> list[Dispute]:
     found = []
     for a, b in itertools.combinations(readers, 2):
         dispute = Dispute(a, b)

@@ -38,7 +38,7 @@ class _Placed(dict[str, Any]):
 
 
 def load_rows(
-    source: Any, *, split: str | None = None, skip_bad: bool = False, columns: Mapping[str, str] | None = None
+    source: object, *, split: str | None = None, skip_bad: bool = False, columns: Mapping[str, str] | None = None
 ) -> list[Row]:
     """Read and check rows.
 
@@ -71,7 +71,7 @@ def _say_skipped(bad: Sequence[str], count: int) -> None:
         log.warning("%d of %d rows are skipped; the first: %s", len(bad), count, bad[0])
 
 
-def _renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
+def _renamed(row: object, columns: Mapping[str, str], where: str) -> object:
     """The row with its columns under the names that are expected here."""
     if not isinstance(row, Mapping) or not columns:
         return row
@@ -81,7 +81,7 @@ def _renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
     return rest | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _checked(row: Any, where: str) -> Row:
+def _checked(row: object, where: str) -> Row:
     """The row in one of the three shapes, if it can be brought into one and has something to learn from."""
     if isinstance(row, BadInput):  # what could not be read as a row
         raise row
@@ -161,7 +161,7 @@ def _known_shape(row: Row, where: str) -> Row:
     return row
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
+def _says_something(message: Mapping[str, object]) -> bool:
     """Whether an assistant's message has a text or a call to learn."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]

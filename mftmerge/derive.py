@@ -162,7 +162,7 @@ def diff_mask(
     settings: DiffSettings | None = None,
     *,
     note: Note | None = None,
-    **options: Any,  # fields of DiffSettings
+    **options: object,  # fields of DiffSettings
 ) -> Mask:
     """A mask over the weights of `fine_tuned` for its difference from `base` (directories or hub ids), untrained.
 
@@ -179,7 +179,7 @@ def diff_mask(
         note(f"{len(names) - len(changed)} unchanged tensors are not covered")
     if not changed:
         raise BadInput(f"{fine_tuned}: no tensor differs from {base}")
-    made: dict[str, Any] = {"method": settings.method, "pretrained": str(base)}
+    made: dict[str, object] = {"method": settings.method, "pretrained": str(base)}
     made |= {"lambda": settings.strength} if settings.method == "tall" else {}
     made |= {"merged": str(settings.merged)} if settings.merged else {}
     made |= {"others": [Path(p).name for p in settings.others]} if settings.others else {}

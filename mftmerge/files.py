@@ -186,7 +186,7 @@ def beside(folder: Path, source: str) -> str:
     return str(folder / source) if (folder / source.partition("[")[0]).exists() else source
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     """A JSON object, for `json.loads(object_pairs_hook=once)`. Raises BadInput for a key that stands twice in it."""
     found = dict(pairs)
     if len(found) != len(pairs):  # readers disagree on which of the two counts

@@ -84,7 +84,7 @@ def load_job(path: str | Path) -> Job:
 
 
 def run_job(
-    job: Job | Mapping[str, Any] | str | Path,
+    job: Job | Mapping[str, object] | str | Path,
     *,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
@@ -192,13 +192,13 @@ class _Run:
             self._done(path, facts)
         return path
 
-    def _due(self, what: str, out: Path, facts: Any) -> bool:
+    def _due(self, what: str, out: Path, facts: object) -> bool:
         """Whether a step is to be done; said either way."""
         due = not out.exists() or self.state.get(out.name) != _identity(facts)
         self.note(worded(what if due else f"{out} is there already, of the same settings and data"))
         return due
 
-    def _done(self, out: Path, facts: Any) -> None:
+    def _done(self, out: Path, facts: object) -> None:
         self.state[out.name] = _identity(facts)
         self.state.pop(f"{out.name} begun", None)
         self._save()
@@ -207,7 +207,7 @@ class _Run:
         write_text(self.out / STATE, json.dumps(self.state, indent=1) + "\n")
 
 
-def _identity(facts: Any) -> str:
+def _identity(facts: object) -> str:
     return xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

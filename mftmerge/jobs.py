@@ -33,14 +33,14 @@ class RunnerSettings(Settings):
 
     @field_validator("options")
     @classmethod
-    def _numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _numbers(cls, options: dict[str, object]) -> dict[str, object]:
         """What was typed on a command line is text; the engine wants numbers where they are meant."""
         return {k: int(v) if isinstance(v, str) and v.isdecimal() else v for k, v in options.items()}
 
 
 def run_jobs(
-    function: Callable[..., dict[str, Any]],
-    arguments: Mapping[str, tuple[Any, ...]],
+    function: Callable[..., dict[str, object]],
+    arguments: Mapping[str, tuple[object, ...]],
     folder: Path,
     settings: RunnerSettings,
     say: Callable[[str], None],
@@ -89,7 +89,9 @@ def run_jobs(
                 job.cancel()
 
 
-def _said(function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> tuple[dict[str, Any], str, bool]:
+def _said(
+    function: Callable[..., dict[str, object]], arguments: tuple[object, ...]
+) -> tuple[dict[str, object], str, bool]:
     """In the job: what the function returned, else its error as a line and whether the user's input is to blame."""
     try:
         return function(*arguments), "", False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,7 @@ def logits_at(model: PreTrainedModel, wanted: Tensor) -> Iterator[None]:
 
 
 def token_losses(
-    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: Any
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: object
 ) -> tuple[Tensor, Tensor]:
     """The loss of every labelled token, float32 (number labelled,), and their positions, booleans (batch, length).
 
@@ -74,7 +74,7 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def labelled_logits(
-    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: Any
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, *, call: torch.nn.Module | None = None, **inputs: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (number labelled, vocabulary) where a labelled token is to be predicted, these tokens, and the positions,
     booleans (batch, length), in row-major order.

@@ -187,7 +187,7 @@ def parse(metadata: dict[str, Any], found: Places) -> Header:
     return Header(entries, codec == "zlib", digest, parse_info(header.get("info", {})), scores, sidecar)
 
 
-def _entry(name: str, value: dict[str, Any], found: Places, archive: bool) -> Entry:
+def _entry(name: str, value: dict[str, object], found: Places, archive: bool) -> Entry:
     what = f"tensor {name[:200]!r}"
     shape = _shape(value.get("shape"), what)
     size = math.prod(shape)
@@ -296,7 +296,7 @@ def _before_on(info: MaskInfo) -> MaskInfo:
 
 def info_json(info: MaskInfo | Parent) -> dict[str, Any]:
     """MaskInfo as plain JSON values, without what is empty or as by default."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for f in fields(info):
         value = getattr(info, f.name)
         if value != (f.default_factory() if f.default_factory is not MISSING else f.default):
@@ -308,7 +308,7 @@ def info_json(info: MaskInfo | Parent) -> dict[str, Any]:
 
 def render(header: Header) -> bytes:
     """The safetensors header (JSON, without its length and padding) of a mask file."""
-    container: dict[str, Any] = {}
+    container: dict[str, object] = {}
     tensors = {}
     for name, entry in header.entries.items():
         density = round(entry.kept / entry.size, 6) if entry.size else 1.0
@@ -320,7 +320,7 @@ def render(header: Header) -> bytes:
         for name, place2 in places.items():
             shape = header.entries[name].shape
             container[name + suffix] = {"dtype": "F32", "shape": shape, "data_offsets": place2}
-    metadata: dict[str, Any] = {"format": FORMAT, "codec": "zlib" if header.archive else "raw"}
+    metadata: dict[str, object] = {"format": FORMAT, "codec": "zlib" if header.archive else "raw"}
     metadata |= {"block": BLOCK} if header.archive else {}
     metadata |= {"digest": header.digest} if header.digest else {}
     metadata |= {"scores_file": header.sidecar} if header.sidecar else {}

@@ -25,7 +25,7 @@ PIECE = 1 << 18  # bytes of packed bits that are handled at a time where a whole
 # -- where a mask came from -------------------------------------------------------------------------------------------
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A value as JSON has it: numpy's numbers as Python's, tuples as lists, NaN and infinities null, all else text."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -125,7 +125,7 @@ def combined(
     infos: Sequence[MaskInfo],
     covered: Container[str],
     operation: str,
-    options: dict[str, Any],
+    options: dict[str, object],
     parents: Sequence[Parent],
     keep: float | None = None,
 ) -> tuple[MaskInfo, list[str]]:

@@ -43,7 +43,7 @@ class ModelCalls:
         self._block: Block | None = None
         self._watched: list[torch.nn.Module] = []
         self._hooks: list[RemovableHandle] = []
-        self._compiled: list[tuple[torch.nn.Module, Callable[..., Any]]] = []
+        self._compiled: list[tuple[torch.nn.Module, Callable[..., object]]] = []
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         """Put a watch on every module that has none yet."""
@@ -172,10 +172,10 @@ class _Watch:
 class _CompiledCall:
     """Stands before the compiled call of a module that was compiled in place."""
 
-    def __init__(self, calls: ModelCalls, call: Callable[..., Any]) -> None:
+    def __init__(self, calls: ModelCalls, call: Callable[..., object]) -> None:
         self.calls, self.call = calls, call
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:  # a module's arguments and result: anything
+    def __call__(self, *arguments: object, **named: object) -> Any:  # a module's arguments and result: anything
         self.calls.entering()
         return self.call(*arguments, **named)
 

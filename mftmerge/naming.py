@@ -175,7 +175,7 @@ def _revert(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]
         raise BadInput(f"transformers cannot turn this model's names back into its checkpoint's: {e}") from None
 
 
-def _conversions(model: torch.nn.Module) -> list[Any]:
+def _conversions(model: torch.nn.Module) -> list[object]:
     """What was applied when the model was loaded, or its class's own list for a model that was not loaded."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping

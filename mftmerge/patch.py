@@ -132,7 +132,7 @@ def _put_values(patch: Patch, entry: TensorEntry, old: Integers, new: Integers) 
         return
     before, after = old[positions], new[positions]
     name, width = entry.name, 8 * old.itemsize
-    change: dict[str, Any] = {"positions": patch.put(f"{name}.positions", rice.gaps(positions)), "values": "xor"}
+    change: dict[str, object] = {"positions": patch.put(f"{name}.positions", rice.gaps(positions)), "values": "xor"}
     if width <= 32:
         steps = rice.zigzag(_ordered(after, width) - _ordered(before, width))
         if rice.code_bits(steps, rice.best_k(steps)) < width * len(steps):

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -138,7 +138,7 @@ class Patch:
 def _header(path: Path) -> Header:
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
+            metadata: dict[str, object] = file.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise BadInput(f"{path}: not a safetensors file ({' '.join(str(e).split())[:200]})") from None
     text = metadata.get(KEY)

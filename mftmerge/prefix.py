@@ -139,7 +139,7 @@ class PrefixCache:
             known = not self._off and bool(args) and args[0].ndim == 2
             self._states = self._find(args[0]) if known else None
 
-    def _lower_forward(self, number: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _lower_forward(self, number: int, real: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         if self._states is None or kwargs.get("past_key_values") is not None:
             out = real(*args, **kwargs)
             if isinstance(out, tuple):

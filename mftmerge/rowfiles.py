@@ -100,7 +100,7 @@ def _directory(path: Path, split: str | None) -> Placed:
     yield from itertools.chain.from_iterable(map(_file, found))
 
 
-def _one_split(dataset: Any, split: str | None, what: str) -> Any:
+def _one_split(dataset: object, split: str | None, what: str) -> object:
     """The dataset, or that split of it where it has several."""
     if not isinstance(dataset, Mapping):
         return dataset
@@ -158,7 +158,7 @@ def _lines(path: Path) -> Placed:
         raise BadInput(f"{path}: no rows in this file")
 
 
-def _line(text: str, where: str) -> Any:
+def _line(text: str, where: str) -> object:
     """A row, or what is wrong with it."""
     try:
         return _json(text, where)
@@ -183,7 +183,7 @@ def _csv(path: Path, delimiter: str) -> Placed:
         raise BadInput(f"{path}: no rows in this file")
 
 
-def _cell(name: str, value: str) -> Any:
+def _cell(name: str, value: str) -> object:
     """A cell; conversations stand in tables as JSON."""
     if name in ("messages", "conversations", "tools", "chosen") and value.lstrip().startswith(("[", "{")):
         try:
@@ -204,7 +204,7 @@ def _table(what: str, rows: Any) -> Placed:
         yield (f"{what}: row {number}" if what != "row" else f"row {number}"), filled
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path) -> object:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -214,7 +214,7 @@ def _parquet(path: Path) -> Any:
         raise BadInput(f"{path}: not a readable Parquet file ({_reason(e)})") from None
 
 
-def _arrow(path: Path) -> Any:
+def _arrow(path: Path) -> object:
     from datasets import Dataset
 
     try:
@@ -223,7 +223,7 @@ def _arrow(path: Path) -> Any:
         raise BadInput(f"{path}: not a readable Arrow file ({_reason(e)})") from None
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str) -> object:
     try:
         found = json.loads(text)
         if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON and no text
@@ -237,7 +237,7 @@ def _json(text: str, where: str) -> Any:
         raise BadInput(f"{where}: half of a surrogate pair, which is no character; mend or remove the row") from None
 
 
-def _hub(name: str, split: str) -> Any:
+def _hub(name: str, split: str) -> object:
     from datasets import load_dataset
 
     try:

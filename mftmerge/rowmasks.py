@@ -71,7 +71,7 @@ class RowMasks:
         for module in self._modules:
             module.uninstall()
 
-    def _before(self, model: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _before(self, model: torch.nn.Module, arguments: tuple[object, ...], named: dict[str, object]) -> None:
         given = next((named[n] for n in INPUTS if isinstance(named.get(n), torch.Tensor)), None)
         given = arguments[0] if given is None and arguments else given
         if not isinstance(given, torch.Tensor) or given.dim() < 2:
@@ -121,7 +121,7 @@ class _Covered:
             self.module.forward = self.own
         self.dense.clear()
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> Any:
         x = next((a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)), None)
         if x is None:
             raise MftmergeError(f"{self.name!r} is called without a tensor; use one mask at a time")
@@ -188,11 +188,11 @@ class _Covered:
         self,
         groups: list[tuple[str | None, torch.Tensor]],
         size: int,
-        arguments: tuple[Any, ...],
-        named: dict[str, Any],
-    ) -> Any:
+        arguments: tuple[object, ...],
+        named: dict[str, object],
+    ) -> object:
         """The module's own forward for each group, on the parts of all tensors whose first dimension is the places."""
-        results: list[Any] = []
+        results: list[object] = []
         for mask, where in groups:
 
             def mine(value: Any, where: torch.Tensor = where) -> Any:

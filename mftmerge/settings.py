@@ -41,7 +41,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     @classmethod
-    def make(cls, given: Mapping[str, Any]) -> Self:
+    def make(cls, given: Mapping[str, object]) -> Self:
         """Settings from plain values. Raises BadInput, which names the wrong one."""
         try:
             return cls(**given)
@@ -52,7 +52,7 @@ class Settings(BaseModel):
             raise BadInput(f"{name}: {first['msg'].removeprefix('Value error, ')}{known}") from None
 
     @classmethod
-    def of(cls, given: Self | Mapping[str, Any] | None, others: Mapping[str, Any]) -> Self:
+    def of(cls, given: Self | Mapping[str, object] | None, others: Mapping[str, object]) -> Self:
         """Settings that were given, or plain values, with others over them. Raises BadInput as `make`."""
         known = given.model_dump(exclude_unset=True) if isinstance(given, Settings) else dict(given or {})
         return cls.make({**known, **others})
@@ -83,14 +83,14 @@ class Settings(BaseModel):
             raise BadInput(f"{path}: {e}") from None
         return values
 
-    def to_yaml(self, **first: Any) -> str:
+    def to_yaml(self, **first: object) -> str:
         """The settings as YAML, after entries of the caller's own."""
         import yaml
 
         return str(yaml.safe_dump({**first, **self.model_dump(mode="json")}, sort_keys=False))
 
 
-def inner_type(annotation: Any) -> Any:
+def inner_type(annotation: object) -> Any:
     """A field's type without None; of several types, text: the model finds out which it is."""
     if get_origin(annotation) in (Union, UnionType):
         inner = [a for a in get_args(annotation) if a is not type(None)]
@@ -98,7 +98,7 @@ def inner_type(annotation: Any) -> Any:
     return annotation
 
 
-def parsed(field: FieldInfo, typed: Any, apart: str, called: str) -> Any:
+def parsed(field: FieldInfo, typed: object, apart: str, called: str) -> Any:
     """A typed value as a field takes it; several values stand between commas or colons. Raises BadInput."""
     value, hint = typed, ""
     if get_origin(inner_type(field.annotation)) in (list, tuple) and isinstance(typed, str):
@@ -110,6 +110,6 @@ def parsed(field: FieldInfo, typed: Any, apart: str, called: str) -> Any:
         raise BadInput(f"{called} {typed}: {e.errors()[0]['msg'].removeprefix('Value error, ')}{hint}") from None
 
 
-def in_words(values: Mapping[str, Any]) -> str:
+def in_words(values: Mapping[str, object]) -> str:
     """Some settings in words: `lr 0.001, steps 60`."""
     return ", ".join(f"{name} {value}" for name, value in values.items()) or "the settings given"

@@ -82,7 +82,7 @@ class Results:
         if len(whole) < len(raw):
             os.truncate(path, len(whole))
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, line: dict[str, object]) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
             f.flush()
@@ -94,7 +94,7 @@ class Results:
 
 
 def run_sweep(
-    plan: SweepPlan | Mapping[str, Any] | str | Path,
+    plan: SweepPlan | Mapping[str, object] | str | Path,
     out: str | Path,
     *,
     runner: RunnerSettings | None = None,
@@ -215,7 +215,7 @@ def train_one(
     return _run_line(run, found, path.relative_to(out))
 
 
-def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, Any]:
+def _job(plan: SweepPlan, run: Run, out: Path) -> dict[str, object]:
     """One run in a process of its own, which loads model and rows anew."""
     shared = TrainSettings.make(plan.settings)
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=shared.trust_remote_code or None)
@@ -251,8 +251,8 @@ def _cache(model: PreTrainedModel, settings: TrainSettings, caches: dict[int, Pr
     return caches[first]
 
 
-def _run_line(run: Run, found: TrainResult, mask: Path) -> dict[str, Any]:
-    line: dict[str, Any] = {"kind": "run", "id": run.id, "combination": run.combination, "seed": run.settings.seed}
+def _run_line(run: Run, found: TrainResult, mask: Path) -> dict[str, object]:
+    line: dict[str, object] = {"kind": "run", "id": run.id, "combination": run.combination, "seed": run.settings.seed}
     line |= {"settings": run.settings.model_dump(), "best_step": found.best_step, "gained": bool(found.gained)}
     line["validation"] = {name: pairing.mean(np.asarray(rows)) for name, rows in found.losses.items()}
     line["answers"] = {name: pairing.mean(marks) for name, marks in found.marks.items()}
@@ -271,18 +271,18 @@ def choose(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises MftmergeError when every combination has a failed seed.
     """
     failed = [line["combination"] for line in lines if "failed" in line]
-    tried: list[dict[str, Any]] = [line["combination"] for line in lines if line["combination"] not in failed]
+    tried: list[dict[str, object]] = [line["combination"] for line in lines if line["combination"] not in failed]
     if not tried:
         raise MftmergeError(f"every combination failed; the first: {next(x['failed'] for x in lines if 'failed' in x)}")
 
-    def key(combination: dict[str, Any]) -> tuple[float, float]:
+    def key(combination: dict[str, object]) -> tuple[float, float]:
         mean = validation_mean(lines, combination)
         return -mean.get("mask answers", 0.0), mean["mask"]
 
     return min(tried, key=key)
 
 
-def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str, Any]) -> dict[str, float]:
+def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str, object]) -> dict[str, float]:
     """Means over seeds: validation losses (base, mask, and with `control` weights, random and magnitude), shares of
     right answers (the same names and "answers"), and the standard deviation of the mask's over seeds."""
     own = [line for line in lines if line["combination"] == combination and "failed" not in line]
@@ -296,7 +296,7 @@ def validation_mean(lines: Sequence[Mapping[str, Any]], combination: Mapping[str
 
 
 def _test(
-    chosen: Mapping[str, Any],
+    chosen: Mapping[str, object],
     lines: Sequence[Mapping[str, Any]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -319,7 +319,7 @@ def _test(
     return result
 
 
-def _cell(test: GridResult, row: str, domain: str, metric: str) -> dict[str, Any]:
+def _cell(test: GridResult, row: str, domain: str, metric: str) -> dict[str, object]:
     difference = test.difference(row, domain, metric)
     cell = {"domain": domain, "metric": metric, metric: test.mean(row, domain, metric), "difference": difference.mean}
     return cell | {

@@ -137,7 +137,7 @@ def _number(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def _value(op: Operation, name: str, given: str | bool) -> Any:
+def _value(op: Operation, name: str, given: str | bool) -> object:
     """An option's value, as its type says: several between colons; a switch, a number, or else the text."""
     field = op.field(name)
     if field is None or isinstance(given, bool):

@@ -60,7 +60,7 @@ class Channel:
         self.numbers: dict[int, int] = {}
         self.lock = threading.RLock()
 
-    def send(self, message: list[Any]) -> None:
+    def send(self, message: list[object]) -> None:
         text = json.dumps(message).encode()
         if len(text) > LARGEST:
             raise ValueError("a value is too large to leave its process")
@@ -83,7 +83,7 @@ class Channel:
             raise Gone
         return found
 
-    def refer(self, value: Any) -> int:
+    def refer(self, value: object) -> int:
         """The number under which the other side knows a value of this one; the value lives as long as the channel."""
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.mine)
@@ -92,7 +92,7 @@ class Channel:
 
     def encode(self, value: Any) -> Any:
         """A value as JSON: plain values by content, the rest by `reference`."""
-        kind: type[Any] = type(value)
+        kind: type[object] = type(value)
         if value is None or kind in (bool, int, float, str):
             return value
         if value is Ellipsis:
@@ -122,7 +122,7 @@ class Channel:
             return ["numpy", value.dtype.str, list(value.shape), value.tobytes().hex()]
         return self.reference(value)
 
-    def decode(self, value: Any) -> Any:
+    def decode(self, value: object) -> Any:
         """What `encode` of the other side meant. Makes plain values only, whatever was sent."""
         if not isinstance(value, list):
             return value
@@ -167,8 +167,8 @@ class Channel:
             return self.mine[parts[0]]
         return self.dereference(kind, parts)
 
-    def reference(self, value: Any) -> Any:
+    def reference(self, value: object) -> Any:
         raise NotImplementedError
 
-    def dereference(self, kind: str, parts: list[Any]) -> Any:
+    def dereference(self, kind: str, parts: list[object]) -> Any:
         raise TypeError(f"a value of kind {kind!r} cannot cross over")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def evaluate_files(
     models: Mapping[str, str | Path],
     masks: Mapping[str, Mask | str | Path],
-    data: Mapping[str, Any],
+    data: Mapping[str, object],
     *,
     reference: str | None = None,
     measures: Measures | None = None,
@@ -74,7 +74,7 @@ def evaluate_files(
     return whole
 
 
-def _check(models: Mapping[str, Any], data: Mapping[str, Any], measures: Measures) -> None:
+def _check(models: Mapping[str, object], data: Mapping[str, object], measures: Measures) -> None:
     if not models or not data:
         raise BadInput("nothing to evaluate: give at least one model and one domain of data")
     for domain, name in measures.exact.items():
@@ -87,7 +87,7 @@ def _check(models: Mapping[str, Any], data: Mapping[str, Any], measures: Measure
         harness.require()
 
 
-def _row_names(models: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, list[str]]:
+def _row_names(models: Mapping[str, object], masks: Mapping[str, object]) -> dict[str, list[str]]:
     """Model -> names of its rows: itself, then one a mask."""
     if len(models) > 1:
         return {m: [m, *(f"{m}+{k}" for k in masks)] for m in models}
@@ -115,7 +115,7 @@ def _one_model(
     model, tokenizer = load_model(path, dtype=dtype, device=device)
     tokens = tokenised(domains, model, tokenizer, max_length)
     scorers = {d: _scorer(d, rows, tokenizer, measures) for d, rows in domains.items()}
-    others: dict[str, Callable[[Any], Any]] = {}
+    others: dict[str, Callable[[Any], object]] = {}
     if measures.lm_eval:
         others[harness.EXTRA] = lambda m: harness.run(m, tokenizer, measures.lm_eval, limit=measures.lm_eval_limit)
     result = grids.grid(

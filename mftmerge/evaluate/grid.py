@@ -40,7 +40,7 @@ def grid(
     name: str = "base",
     scorers: Mapping[str, Marker] | None = None,
     journal: Path | None = None,
-    others: Mapping[str, Callable[[Any], Any]] | None = None,
+    others: Mapping[str, Callable[[object], object]] | None = None,
     batch_tokens: int = 4096,
     prefix: bool | None = None,
     base: str | Path | None = None,
@@ -127,7 +127,7 @@ def _keep_marks(result: GridResult, row: str, domain: str, marks: Marks) -> None
 @contextlib.contextmanager
 def _switches(
     model: PreTrainedModel, masks: Mapping[str, Mask], base: str | Path | None
-) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
+) -> Iterator[Callable[[str], AbstractContextManager[object]]]:
     """Gives a function: row of the table -> context in which the model has that row's mask, or none."""
     if not masks:
         yield lambda row: contextlib.nullcontext()

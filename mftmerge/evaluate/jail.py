@@ -73,7 +73,7 @@ class Refused(Exception):
     """The system does not permit this level of isolation."""
 
 
-def call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: object) -> None:
     """A function of the C library; raises Refused where it fails."""
     if getattr(libc, name)(*arguments) != 0:
         raise Refused(f"{name}: {os.strerror(ctypes.get_errno())}")

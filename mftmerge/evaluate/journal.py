@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from mftmerge.files import writing
 
@@ -17,7 +16,7 @@ class Journal:
     answers: number of a row -> token ids of its answer. A line that a crash cut off is left out.
     """
 
-    def __init__(self, path: Path, facts: Any) -> None:
+    def __init__(self, path: Path, facts: object) -> None:
         self.path = path
         self.key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.answers: dict[int, list[int]] = {}

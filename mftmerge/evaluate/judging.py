@@ -23,9 +23,9 @@ class TestsChannel(Channel):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.classes: dict[int, type] = {}
-        self.remotes: dict[int, Any] = {}  # one object there is one here: `f() is Colour.RED`
+        self.remotes: dict[int, object] = {}  # one object there is one here: `f() is Colour.RED`
 
-    def reference(self, value: Any) -> Any:
+    def reference(self, value: object) -> Any:
         if isinstance(value, Remote):
             return ["back", number_of(value)]
         if isinstance(value, type) and value in self.classes.values():
@@ -67,13 +67,13 @@ class TestsChannel(Channel):
             self.classes[number] = maker(str(facts["name"]), kept, {"_class": (self, number)})
         return self.classes[number]
 
-    def ask(self, asked: str, *arguments: Any, **named: Any) -> Any:
+    def ask(self, asked: str, *arguments: object, **named: object) -> Any:
         """Have the program's process do something; its result, or its exception raised here."""
         with self.lock:
             self.send([asked, self.encode(list(arguments)), self.encode(named)])
             return self.answer(arguments, ending=asked == "next")
 
-    def answer(self, arguments: tuple[Any, ...] = (), ending: bool = False) -> Any:
+    def answer(self, arguments: tuple[object, ...] = (), ending: bool = False) -> Any:
         while True:
             what, *parts = self.receive()
             if what == "callback":
@@ -88,7 +88,7 @@ class TestsChannel(Channel):
                 replace(arguments[place], self.decode(now))
             return self.decode(parts[0])
 
-    def called_back(self, number: int, arguments: Any, named: Any) -> None:
+    def called_back(self, number: int, arguments: object, named: object) -> None:
         try:
             result = self.mine[number](*self.decode(arguments), **self.decode(named))
             self.send(["return", self.encode(result)])
@@ -97,7 +97,7 @@ class TestsChannel(Channel):
         except Exception as e:
             self.send(["raise", type(e).__name__, str(e)])
 
-    def error(self, kind: str, arguments: Any, own: Any, text: str) -> BaseException:
+    def error(self, kind: str, arguments: object, own: object, text: str) -> BaseException:
         made = self.decode(own) if own else getattr(builtins, kind, Exception)
         if not (isinstance(made, type) and issubclass(made, BaseException)):
             made = RuntimeError
@@ -107,7 +107,7 @@ class TestsChannel(Channel):
             return RuntimeError(text)
 
 
-async def awaited(value: Any) -> Any:
+async def awaited(value: object) -> Any:
     """A coroutine here for one there, which is run to its end when this one is awaited."""
     return ask(value, "await")
 
@@ -126,11 +126,11 @@ def replace(value: Any, now: Any) -> Any:
     return value
 
 
-def number_of(value: Any) -> int:
+def number_of(value: object) -> int:
     return object.__getattribute__(value, "_remote")[1]
 
 
-def ask(value: Any, what: str, *arguments: Any, **named: Any) -> Any:
+def ask(value: object, what: str, *arguments: object, **named: object) -> Any:
     channel = object.__getattribute__(value, "_remote")[0]
     return channel.ask(what, value, *arguments, **named)
 
@@ -140,7 +140,7 @@ class RemoteClass(type):
 
     _class: tuple[TestsChannel, int]
 
-    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+    def __call__(cls, *arguments: object, **named: object) -> Any:
         return cls._class[0].ask("call", cls, *arguments, **named)
 
     def __getattr__(cls, name: str) -> Any:
@@ -156,7 +156,7 @@ def alike(name: str) -> Any:
     # No difference with a plain value: in a test it is what says how far an answer is from the expected one.
     mixing = name.strip("_") not in (*COMPARED, *(f"{r}{n}" for n in ("sub", "xor") for r in ("", "r", "i")))
 
-    def operate(self: Any, other: Any) -> Any:
+    def operate(self: object, other: object) -> Any:
         if "_plain" in vars(self):  # int, str, ... or a subclass such as a named tuple
             other = vars(other)["_plain"] if isinstance(other, Remote) and "_plain" in vars(other) else other
             return getattr(type(vars(self)["_plain"]), name, lambda *_: NotImplemented)(vars(self)["_plain"], other)
@@ -176,7 +176,7 @@ def alike(name: str) -> Any:
 def alone(name: str) -> Any:
     """An operator, a conversion or a function of one reference."""
 
-    def operate(self: Any, *arguments: Any) -> Any:
+    def operate(self: object, *arguments: object) -> Any:
         if "_plain" in vars(self) and hasattr(type(vars(self)["_plain"]), name):
             return getattr(type(vars(self)["_plain"]), name)(vars(self)["_plain"], *arguments)
         made = ask(self, name, *arguments)
@@ -206,25 +206,25 @@ class Remote:
     def __hash__(self) -> int:
         return hash(vars(self)["_plain"]) if "_plain" in vars(self) else int(ask(self, "hash"))
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> Any:
         return ask(self, "call", *arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
         return ask(self, "get", name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         ask(self, "set", name, value)
 
     def __delattr__(self, name: str) -> None:
         ask(self, "del", name)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         return ask(self, "item", key)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         ask(self, "setitem", key, value)
 
-    def __delitem__(self, key: Any) -> None:
+    def __delitem__(self, key: object) -> None:
         ask(self, "delitem", key)
 
     # No `__contains__`: `x in f()` looks for x here, over what `f()` gives, or an object could say yes to everything.
@@ -258,7 +258,7 @@ class Remote:
     def __enter__(self) -> Any:
         return ask(self, "enter")
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         ask(self, "exit")
 
 
@@ -269,7 +269,7 @@ class Names(dict[str, Any]):
     the program: elsewhere an `all` or `isinstance` of its own would be a way to pass.
     """
 
-    def __init__(self, channel: TestsChannel, there: dict[str, Any], tests: ast.Module) -> None:
+    def __init__(self, channel: TestsChannel, there: dict[str, object], tests: ast.Module) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
         self.channel, self.modules = channel, {n for n, is_module in there.items() if is_module is True}
         self.there = set(there) - {"__name__", "__builtins__", "__doc__", "__loader__", "__spec__", "__package__"}

@@ -23,10 +23,10 @@ PLAIN: tuple[type[Any], ...] = (int, float, str, bytes, tuple, list, dict, set)
 class ProgramChannel(Channel):
     """Serves the tests' requests, and lets the program call functions of the tests that it was given."""
 
-    def reference(self, value: Any) -> Any:
+    def reference(self, value: object) -> Any:
         if isinstance(value, Callback):
             return ["back", value.number]
-        found: dict[str, Any] = {"class": None}
+        found: dict[str, object] = {"class": None}
         if isinstance(value, type):
             found["name"], found["bases"] = value.__name__, [self.encode(b) for b in value.__bases__ if b is not object]
         else:
@@ -49,7 +49,7 @@ class Callback:
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self.number = channel, number
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> Any:
         channel = self.channel
         with channel.lock:
             channel.send(["callback", self.number, channel.encode(arguments), channel.encode(named)])

@@ -160,7 +160,7 @@ class GridResult:
         whole |= {"versions": self.versions, "resamples": self.resamples, "extra": self.extra, "cells": cells}
         return write_whole(json.dumps(whole, indent=1, allow_nan=False) + "\n", path, overwrite)
 
-    def _json_cell(self, row: str, domain: str, metric: str) -> dict[str, Any]:
+    def _json_cell(self, row: str, domain: str, metric: str) -> dict[str, object]:
         values, difference = self.values(row, domain, metric), self.difference(row, domain, metric)
         cell: dict[str, Any] = {"model": row, "domain": domain, "metric": metric, "mean": pairing.mean(values)}
         cell["standard_error"] = finite(pairing.standard_error(values))

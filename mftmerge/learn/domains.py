@@ -60,7 +60,7 @@ class Domain:
 
 
 def read_domain(
-    name: str, learn: Learn, given: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings
+    name: str, learn: Learn, given: object, folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings
 ) -> Domain:
     """The rows for one expert, tokenised, and those held out of them.
 
@@ -93,7 +93,7 @@ def _located(data: str | tuple[str, ...], folder: Path) -> list[str]:
     return found
 
 
-def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings) -> list[Tokens]:
+def _tokens(source: object, tokenizer: PreTrainedTokenizerBase, settings: LearnSettings) -> list[Tokens]:
     """Tokenised rows; of a row that ends with its question the prompt alone, without labels."""
     rows = [] if is_tokenised(source) else [row for _, row in raw_rows(source)]
     asked = [isinstance(row, Mapping) and is_question(row) for row in rows]
@@ -107,14 +107,14 @@ def _tokens(source: Any, tokenizer: PreTrainedTokenizerBase, settings: LearnSett
     return [*answered, *({"input_ids": q.prompt, "labels": []} for q in found if len(q.prompt) < settings.max_length)]
 
 
-def is_question(row: Mapping[str, Any]) -> bool:
+def is_question(row: Mapping[str, object]) -> bool:
     """Whether a row has a prompt and no answer."""
     if isinstance(turns := row.get("messages"), list) and turns and isinstance(turns[-1], Mapping):
         return turns[-1].get("role") == "user"
     return "prompt" in row and not {"completion", "messages", "text", "chosen"} & row.keys()
 
 
-def _with_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+def _with_answer(row: Mapping[str, Any]) -> dict[str, object]:
     """The row with something in the place of its answer, which only the expert will give."""
     said = {"role": "assistant", "content": "-"}
     if "messages" in row:

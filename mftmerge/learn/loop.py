@@ -38,7 +38,7 @@ class MergeLoop(Loop):
             model, Rounds(domains), optimizer, best, settings.of_loop(), pad=fill, place=place, name="learn"
         )
 
-    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
+    def _loader(self, rows: Sequence[object], fill: int) -> DataLoader[object]:
         def collate(rounds: list[tuple[int, ...]]) -> list[list[dict[str, Tensor]]]:
             return [batch_of(self.domains, rounds, fill)]
 

@@ -109,7 +109,7 @@ class MergeOptimizer(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: object = None) -> Any:
         """One step on the scores; the parameters hold the new merge.
 
         Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.

@@ -67,15 +67,15 @@ class RebaseResult:
 def rebase_mask(
     mask: str | Path | Mask,
     model: str | Path,
-    data: Any,
+    data: object,
     out: str | Path | None = None,
     *,
     base: str | Path | None = None,
-    settings: RebaseSettings | Mapping[str, Any] | None = None,
+    settings: RebaseSettings | Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> RebaseResult:
     """Fit a mask to another model than it was learnt over, and write it to `out`.
 
@@ -122,7 +122,7 @@ class _Fit:
         if self.base is not None:
             require_base_tensors(self.names, self.checkpoint, self.base, f"base {base}")
 
-    def run(self, data: Any) -> RebaseResult:
+    def run(self, data: object) -> RebaseResult:
         s = self.settings
         train, valid = self._rows(data)
         dtype = chosen_dtype(self.path, s.dtype)

@@ -69,16 +69,16 @@ class LearnResult:
 
 
 def learn_merge(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: str | Path | Mapping[str, object],
     out: str | Path | None = None,
     *,
-    data: Mapping[str, Any] | None = None,
-    settings: LearnSettings | Mapping[str, Any] | None = None,
+    data: Mapping[str, object] | None = None,
+    settings: LearnSettings | Mapping[str, object] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> LearnResult:
     """Learn all open masks of a recipe together, and write them with a plain recipe into the directory `out`.
 
@@ -124,7 +124,7 @@ def _no_empty(out: str | Path | None) -> Iterator[None]:
         raise
 
 
-def _checked(recipe: str | Path | Mapping[str, Any], work: Path, settings: LearnSettings) -> Recipe:
+def _checked(recipe: str | Path | Mapping[str, object], work: Path, settings: LearnSettings) -> Recipe:
     merge = MergeSettings(trust_remote_code=settings.trust_remote_code)
     if not isinstance(recipe, Mapping):
         return load_recipe(recipe, settings=merge, learning=True)
@@ -157,7 +157,7 @@ class _Run:
         recipe: Recipe,
         work: Path,
         settings: LearnSettings,
-        data: dict[str, Any],
+        data: dict[str, object],
         say: Note,
         progress: Progress | None,
     ) -> None:

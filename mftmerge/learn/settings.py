@@ -88,7 +88,7 @@ class LearnSettings(Settings):
 
         answered: whether every row has an answer.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         if self.steps is None:
             found["steps"] = min(MOST, max(FEWEST, math.ceil(PER_ROW * rows)))
         if self.teacher == "auto":

@@ -56,7 +56,7 @@ class Learnt:
 
 
 def masks(
-    merging: Merging, holders: Holders, learnt: Learnt, facts: Mapping[str, Any], *, keep: float | None = None
+    merging: Merging, holders: Holders, learnt: Learnt, facts: Mapping[str, object], *, keep: float | None = None
 ) -> list[Mask]:
     """The mask of each open expert. facts: what the headers say of the run.
 
@@ -134,7 +134,7 @@ def anywhere(reference: Reference, folder: Path) -> Reference:
     return reference.model_copy(update={k: str(found) for k, v in parts.items() if v and (found := local(v, folder))})
 
 
-def _mask_anywhere(mask: Any, folder: Path) -> Any:
+def _mask_anywhere(mask: object, folder: Path) -> object:
     """A mask expression whose files are named so that they are found from another directory."""
     if isinstance(mask, str):
         path = folder / mask

@@ -100,7 +100,7 @@ class _Run:
         self, root: Path, plan: Plan, progress: Progress | None, note: Callable[[str], None], stack: ExitStack
     ) -> None:
         self.root, self.plan, self.progress, self.note, self._stack = root, plan, progress, note, stack
-        self.facts: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+        self.facts: dict[str, object] = json.loads(json.dumps(asdict(plan)))
         self.seconds: dict[str, float] = {}
         self.peak = 0  # bytes of memory at most, over all runs in this directory
         self._tokens: dict[tuple[str, str], list[Tokens]] = {}
@@ -148,7 +148,7 @@ class _Run:
         if differing:
             raise BadInput(f"{self.root} holds a run with another {', '.join(differing)}; name another directory")
 
-    def _save(self) -> dict[str, Any]:
+    def _save(self) -> dict[str, object]:
         """Write the record, with the peak of memory up to now; gives it."""
         now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.peak = max(self.peak, now)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mftmerge.errors import MftmergeError
 from mftmerge.files import protect
@@ -68,7 +67,9 @@ def needed(
     return wanted
 
 
-def build(recipe_path: str | Path, out: str | Path, *, progress: Progress | None = None, **given: Any) -> BuildReport:
+def build(
+    recipe_path: str | Path, out: str | Path, *, progress: Progress | None = None, **given: object
+) -> BuildReport:
     """Merge what the recipe says into the directory `out`, which appears whole or not at all.
 
     given: fields of `BuildSettings` by name. progress: called as bytes are written.
@@ -146,7 +147,7 @@ def refuse_own_input(recipe: Recipe, out: Path) -> None:
     protect(out, found)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """All texts in plain values."""
     if isinstance(value, str):
         yield value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -33,7 +32,7 @@ The masks are in `masks/`, the recipe is in `mftmerge_recipe.yml`:
 
 def mergekit_yaml(document: Document) -> str:
     """The document as mergekit would read it: without masks, which a first line then says."""
-    data: dict[str, Any] = {"merge_method": document.merge_method}
+    data: dict[str, object] = {"merge_method": document.merge_method}
     if document.base_model:
         data["base_model"] = document.base_model.model.to_mergekit()
     plain = document.model_dump(exclude_none=True, mode="json")
@@ -49,7 +48,7 @@ def mergekit_yaml(document: Document) -> str:
     return text
 
 
-def _without_masks(value: Any, verbatim: bool) -> Any:
+def _without_masks(value: object, verbatim: bool) -> object:
     if isinstance(value, list):
         return [_without_masks(v, verbatim) for v in value]
     if not isinstance(value, dict):
@@ -58,7 +57,7 @@ def _without_masks(value: Any, verbatim: bool) -> Any:
         from mftmerge.recipe.schema import Reference
 
         return Reference.model_validate(value).to_mergekit()
-    kept: dict[str, Any] = {}
+    kept: dict[str, object] = {}
     for key, part in value.items():
         if key == "mask" and not verbatim:
             continue
@@ -87,7 +86,7 @@ def write_companions(recipe: Recipe, out: Path, name: str) -> None:
     rows, saved = [], set()
     for document in recipe.documents:
         book = recipe.masks(document)
-        roles: list[tuple[Any, ModelInput | BaseInput, str]] = [(w, i, "input") for w, i in document.inputs()]
+        roles: list[tuple[object, ModelInput | BaseInput, str]] = [(w, i, "input") for w, i in document.inputs()]
         roles += [(w, b, "base") for w, b in document.bases()]
         rows += [_row(str(item.model), role, item.mask, book) for _, item, role in roles]
         if document.mask:

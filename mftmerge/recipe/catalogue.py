@@ -56,9 +56,9 @@ RANDOM = (*COUNTED, "arcee_fusion")
 
 def described(spec: MergeMethodSpec) -> Method:
     """One of mergekit's methods, as it declares itself."""
-    kinds: dict[Any, Kind] = {float: "float", int: "int", bool: "bool", str: "str"}
+    kinds: dict[object, Kind] = {float: "float", int: "int", bool: "bool", str: "str"}
 
-    def kind(value_type: Any) -> Kind:  # of `float` or `float | None`
+    def kind(value_type: object) -> Kind:  # of `float` or `float | None`
         return next(kinds[t] for t in (value_type, *typing.get_args(value_type)) if t in kinds)
 
     parameters = {

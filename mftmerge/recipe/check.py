@@ -118,7 +118,7 @@ def groups(document: Document) -> Iterator[tuple[Location, tuple[ModelInput, ...
             yield (*where, "slices", i), out.sources, out
 
 
-def _settings(document: Document) -> Iterator[tuple[Location, str, Mapping[str, Any], bool]]:
+def _settings(document: Document) -> Iterator[tuple[Location, str, Mapping[str, object], bool]]:
     """Every `parameters:` mapping: place, and whether it belongs to one model."""
     if document.parameters:
         yield ("parameters",), "", document.parameters, False
@@ -152,7 +152,7 @@ def _check_parameters(document: Document, method: Method) -> Iterator[tuple[Loca
                         yield place, f"{name}: {scalar!r} is not a {method.parameters[name].kind}"
 
 
-def _scalars(value: Any) -> Iterator[Any]:
+def _scalars(value: object) -> Iterator[Any]:
     if isinstance(value, list):
         for v in value:
             yield from _scalars(v)
@@ -175,7 +175,7 @@ def _fits(value: Any, kind: Kind) -> bool:
         return False
 
 
-def _unconditional(value: Any) -> bool:
+def _unconditional(value: object) -> bool:
     """Whether a setting has a value for every tensor."""
     rules = [value] if isinstance(value, dict) else value
     if not isinstance(rules, list) or not any(isinstance(r, dict) for r in rules):

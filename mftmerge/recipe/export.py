@@ -225,7 +225,7 @@ class Exporter:
             base = document.base_model
             if base is None or (item.model, item.mask) != (base.model, base.mask):
                 models.append(item.model_copy(update={"mask": mask, "parameters": own or None}))
-        changes: dict[str, Any] = {"merge_method": "passthrough", "parameters": None}
+        changes: dict[str, object] = {"merge_method": "passthrough", "parameters": None}
         return document.model_copy(update=changes | ({"models": tuple(models)} if models else {}))
 
     def as_task_arithmetic(self, document: Document) -> Document:

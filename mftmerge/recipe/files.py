@@ -243,7 +243,7 @@ class FileChecks:
         """Warn about filters that match no tensor of any model (mergekit passes over them silently)."""
         opened = [self.checkpoint(item.model) for _, item in self.document.inputs()]
         names = [n for c in opened if c is not None for n in c.names]
-        settings: list[tuple[Location, Any]] = [
+        settings: list[tuple[Location, object]] = [
             (("parameters", k), v) for k, v in (self.document.parameters or {}).items()
         ]
         for where, item in self.document.inputs():

@@ -64,7 +64,7 @@ def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportRe
     return ImportReport(HEADER.format(name=config.name) + body, tuple(notes))
 
 
-def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[str], list[tuple[int, str]]]:
+def _clean(data: Any, lines: Lines, config: Path) -> tuple[object, Document, list[str], list[tuple[int, str]]]:
     """The document less the keys and parameters that mergekit passes over, checked; a note and the line of each."""
     data, notes, edits = copy.deepcopy(data), [], []
     for _ in range(100):  # each round removes keys at one depth
@@ -97,7 +97,7 @@ def _clean(data: Any, lines: Lines, config: Path) -> tuple[Any, Document, list[s
 
 
 def _edited(
-    config: Path, text: str, removed: list[tuple[int, str]], moves: dict[str, str], wanted: list[Any]
+    config: Path, text: str, removed: list[tuple[int, str]], moves: dict[str, str], wanted: list[object]
 ) -> str | None:
     """The text with its comments, less the removed (line, key) and with moved paths; None unless it says `wanted`."""
     rows = text.splitlines()
@@ -135,19 +135,19 @@ def _remove(data: Any, location: tuple[Any, ...]) -> None:
     data.pop(location[-1], None)
 
 
-def _parameter_tables(data: Any, where: Location) -> list[tuple[Location, dict[str, Any]]]:
+def _parameter_tables(data: object, where: Location) -> list[tuple[Location, dict[str, object]]]:
     """Every `parameters:` in plain values, with its place."""
     if isinstance(data, list):
         return [t for i, v in enumerate(data) for t in _parameter_tables(v, (*where, i))]
     if not isinstance(data, dict):
         return []
-    found: list[tuple[Location, dict[str, Any]]] = []
+    found: list[tuple[Location, dict[str, object]]] = []
     if isinstance(data.get("parameters"), dict):
         found.append(((*where, "parameters"), data["parameters"]))
     return found + [t for k, v in data.items() if k != "parameters" for t in _parameter_tables(v, (*where, k))]
 
 
-def _rebase(documents: list[Any], checked: list[Document], here: Path, there: Path) -> list[str]:
+def _rebase(documents: list[object], checked: list[Document], here: Path, there: Path) -> list[str]:
     """Make local models' relative paths absolute when the recipe goes to another directory; notes what changed."""
     if here == there:
         return []

@@ -119,7 +119,7 @@ class MaskedInputs(Inputs):
         self, document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: MergeOptions
     ) -> None:
         super().__init__(document, book, stages, work)
-        self.adapters: dict[str, Any] = {
+        self.adapters: dict[str, object] = {
             "cache_dir": options.lora_merge_cache,
             "lora_merge_dtype": options.lora_merge_dtype,
             "trust_remote_code": options.trust_remote_code,

@@ -143,7 +143,7 @@ def load_recipe(
     return Recipe(path.resolve(), text, *parts, tuple(checks.warnings), books, checks.results, to_learn)
 
 
-def _absent(folder: Path, data: Any, lines: Lines, names: set[Any], where: Location = ()) -> list[Problem]:
+def _absent(folder: Path, data: object, lines: Lines, names: set[object], where: Location = ()) -> list[Problem]:
     """Models and masks that are not there, of a document whose form is too wrong to be read as one.
 
     names: of documents and masks in the recipe.
@@ -166,7 +166,7 @@ def _absent(folder: Path, data: Any, lines: Lines, names: set[Any], where: Locat
     return found
 
 
-def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tuple[Document, Lines]]:
+def _without_unknown(data: object, lines: Lines, error: ValidationError) -> list[tuple[Document, Lines]]:
     """The document less its unknown keys, when nothing else is wrong with its form: its content can then be checked."""
     if any(e["type"] != "extra_forbidden" for e in error.errors()):
         return []
@@ -188,7 +188,7 @@ def _without_unknown(data: Any, lines: Lines, error: ValidationError) -> list[tu
 OTHER_TOOLS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
 
 
-def problems_of(error: ValidationError, data: Any, lines: Lines) -> list[Problem]:
+def problems_of(error: ValidationError, data: object, lines: Lines) -> list[Problem]:
     """What is wrong with a document's form."""
     for key, tool in OTHER_TOOLS.items():
         if isinstance(data, dict) and key in data and "merge_method" not in data:

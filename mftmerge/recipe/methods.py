@@ -75,7 +75,7 @@ def recorded_consensus() -> Iterator[dict[str, Any]]:
         _recorded = None
 
 
-def _weighted_deltas(group: Any, weight: dict[Any, float]) -> Tensor:
+def _weighted_deltas(group: Any, weight: dict[object, float]) -> Tensor:
     base = group.base.tensor
     deltas = torch.stack([e.tensor - base for e in group.non_base])
     weights = torch.tensor([weight[e.id] for e in group.non_base], dtype=deltas.dtype, device=deltas.device)

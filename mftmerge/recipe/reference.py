@@ -26,10 +26,10 @@ class Reference(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _parse(cls, value: Any) -> Any:
+    def _parse(cls, value: Any) -> object:
         if isinstance(value, Reference) or (isinstance(value, dict) and "path" in value):
             return value
-        parts: dict[str, Any] = {"model": value} if isinstance(value, str) else value
+        parts: dict[str, object] = {"model": value} if isinstance(value, str) else value
         if not isinstance(parts, dict) or "model" not in parts:
             raise ValueError("a model is 'path[@revision][+lora[@revision]]' or a mapping with 'model:'")
         if unknown := set(parts) - {"model", "lora", "override_architecture"}:
@@ -60,7 +60,7 @@ class Reference(Strict):
         }
 
 
-def _path_and_revision(value: Any) -> tuple[str | None, str | None]:
+def _path_and_revision(value: object) -> tuple[str | None, str | None]:
     if value is None:
         return None, None
     if isinstance(value, dict) and set(value) <= {"path", "revision"}:

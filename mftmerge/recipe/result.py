@@ -86,8 +86,8 @@ class HeaderInputs(Inputs):
         super().__init__(document, book, stages, work)
         self.loaders: dict[ModelReference, HeaderLoader] = {}
         self.items: dict[ModelReference, tuple[Location, ModelInput | BaseInput]] = {}
-        self.given: dict[tuple[Any, ...], torch.dtype] = {}  # what the method makes of inputs of certain dtypes
-        self._made: dict[tuple[str, str], Any] = {}
+        self.given: dict[tuple[object, ...], torch.dtype] = {}  # what the method makes of inputs of certain dtypes
+        self._made: dict[tuple[str, str], object] = {}
         for where, item in document.parts():
             self.items.setdefault(ModelReference.model_validate(self.input(item)), (where, item))
 
@@ -113,7 +113,7 @@ class HeaderInputs(Inputs):
 
 
 def plan_result(
-    document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: Mapping[str, Any]
+    document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: Mapping[str, object]
 ) -> tuple[Result, Callable[[Path], None]]:
     """The result of one document, and a function that writes a directory which stands for it in later documents.
 

@@ -25,7 +25,7 @@ class Translation:
     def data(self) -> dict[str, Any]:
         """The configuration as plain values."""
         d = self.document
-        data: dict[str, Any] = {"merge_method": d.merge_method}
+        data: dict[str, object] = {"merge_method": d.merge_method}
         data |= d.model_dump(include={"dtype", "out_dtype", "chat_template", "parameters"}, exclude_none=True)
         if d.base_model:
             data["base_model"] = self.input(d.base_model)

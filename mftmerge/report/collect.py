@@ -206,7 +206,7 @@ def _named(directory: Path, found: dict[str, Inspection], sweeps: list[SweepHere
     return sorted(masks, key=lambda m: (order.index(m.kind), m.path))
 
 
-def _settings(mask: Path) -> dict[str, Any]:
+def _settings(mask: Path) -> dict[str, object]:
     """Plain values of the settings file that training leaves beside a mask; nothing where it cannot be read."""
     path = mask.with_name(f"{mask.name}.yaml")
     try:
@@ -216,7 +216,7 @@ def _settings(mask: Path) -> dict[str, Any]:
     return {str(k): v for k, v in given.items() if is_plain(v)} if isinstance(given, dict) else {}
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """A scalar, or a short list of scalars: what a page can show."""
     scalar = (str, int, float, bool, type(None))
     return isinstance(value, scalar) or (

@@ -116,12 +116,12 @@ def _counts(result: GridResult) -> Bullets:
     return Bullets(lines, "counts")
 
 
-def _model(row: str, facts: dict[str, Any], names: dict[str, int]) -> Content:
+def _model(row: str, facts: dict[str, object], names: dict[str, int]) -> Content:
     number = names.get(str(facts.get("mask")))
     return Span(row) if number is None else Link(row, f"#mask-{number}")
 
 
-def _density(facts: dict[str, Any]) -> str:
+def _density(facts: dict[str, object]) -> str:
     return f"{facts['density']:.4f}" if "density" in facts else ""
 
 

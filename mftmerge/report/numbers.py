@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from mftmerge.evaluate.results import LOSS
 from mftmerge.names import ranges
@@ -40,7 +39,7 @@ def nbytes(value: int) -> str:
     return f"{value} B"
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A setting's value in words: no quotes, no long tails of digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -57,7 +56,7 @@ def layers_in_words(values: list[int]) -> str:
     return f"layer{'s' * (len(values) > 1)} {said}" if values else ""
 
 
-def options(given: dict[str, Any]) -> str:
+def options(given: dict[str, object]) -> str:
     """The options of an operation, in brackets. Weights stand beside the masks that they weigh."""
     said = [f"{name} {plain(value)}" for name, value in given.items() if value is not None and name != "weights"]
     return f" ({', '.join(said)})" if said else ""

@@ -138,9 +138,9 @@ def _glance(found: Collection) -> list[Fact]:
 _KINDS = {"trained": "trained", "combined": "combined", "other": "from elsewhere", "untrained": "not trained"}
 
 
-def _mask_json(mask: MaskHere) -> dict[str, Any]:
+def _mask_json(mask: MaskHere) -> dict[str, object]:
     inside = mask.found
-    plain: dict[str, Any] = {
+    plain: dict[str, object] = {
         "name": mask.name,
         "path": mask.path,
         "copies": list(mask.copies),
@@ -154,11 +154,11 @@ def _mask_json(mask: MaskHere) -> dict[str, Any]:
     return plain | {"parents": info_json(inside.info).get("parents", [])}
 
 
-def _result_json(here: ResultHere) -> dict[str, Any]:
+def _result_json(here: ResultHere) -> dict[str, object]:
     result, cells = here.result, []
     for row, domain, metric in result.cells:
         difference = result.difference(row, domain, metric)
-        cell: dict[str, Any] = {"model": row, "domain": domain, "metric": metric}
+        cell: dict[str, object] = {"model": row, "domain": domain, "metric": metric}
         cell |= {"mean": result.mean(row, domain, metric), "difference": difference.mean}
         cell |= {"standard_error": finite(difference.standard_error), "rows": difference.n}
         word = "reference" if row == result.reference else result.verdict(row, domain, metric)

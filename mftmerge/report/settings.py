@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mftmerge.evaluate.results import BY_LAYER
 from mftmerge.report.blocks import Bold, Cell, Code, Content, Details, Facts, Row, Section, Table
 from mftmerge.report.collect import Collection, MaskHere, is_plain
@@ -53,7 +51,7 @@ def _compared(settings: dict[str, dict[str, str]]) -> Content:
     return parts
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(value: dict[str, object], prefix: str = "") -> dict[str, str]:
     """Nested values under dotted names, what can be shown of them."""
     found: dict[str, str] = {}
     for key, item in value.items():

@@ -61,7 +61,7 @@ def read_sweep(path: Path) -> SweepHere | None:
     return SweepHere(str(path), first, _combinations(list(runs.values()), choice), tests, masks)
 
 
-def _combinations(runs: list[dict[str, Any]], choice: Any) -> list[Combination]:
+def _combinations(runs: list[dict[str, Any]], choice: object) -> list[Combination]:
     found = []
     distinct: list[Any] = []
     for run in runs:

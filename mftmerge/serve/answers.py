@@ -64,7 +64,7 @@ class Answers:
     def piece(self, event: Event) -> dict[str, Any]:
         """The chunk for an event of a stream."""
         if self.asked.chat:
-            content: dict[str, Any] = {"delta": {"content": event.text} if event.text else {}}
+            content: dict[str, object] = {"delta": {"content": event.text} if event.text else {}}
         else:
             content = {"text": event.text}
         return self._chunk([self._choice(event.index, content, self._logprobs(event.tokens), event.reason)])
@@ -77,15 +77,15 @@ class Answers:
         """The chunk with the usage, after all others."""
         return {**self._chunk([]), "usage": self.usage}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
         kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices}
 
     @staticmethod
-    def _choice(index: int, content: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _choice(index: int, content: dict[str, object], logprobs: object, reason: str | None) -> dict[str, object]:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Chosen] | tuple[Chosen, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Chosen] | tuple[Chosen, ...]) -> dict[str, object] | None:
         if self.asked.sampling.logprobs is None:
             return None
         if self.asked.chat:
@@ -95,10 +95,10 @@ class Answers:
         texts = [self._shown(t.token) for t in tokens]
         return {"tokens": texts, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": top, "text_offset": []}
 
-    def _top(self, chosen: Chosen) -> list[dict[str, Any]]:
+    def _top(self, chosen: Chosen) -> list[dict[str, object]]:
         return [self._entry(token, value) for token, value in chosen.top]
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> dict[str, object]:
         text = self._shown(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

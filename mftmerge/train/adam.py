@@ -42,7 +42,7 @@ def start(score: Tensor, bits: int) -> dict[str, Tensor]:
     return state
 
 
-def step(name: str, state: dict[str, Any], gradient: Tensor, divisor: Tensor | None, group: dict[str, Any]) -> None:
+def step(name: str, state: dict[str, Any], gradient: Tensor, divisor: Tensor | None, group: dict[str, object]) -> None:
     """One step on `state["score"]`, in place. divisor: what the gradient is divided by on the way (clipping)."""
     state["step"] = state["step"].to(gradient.device)
     if "exp_avg_scale" not in state:
@@ -63,7 +63,7 @@ def step(name: str, state: dict[str, Any], gradient: Tensor, divisor: Tensor | N
     state["step"] += 1
 
 
-def norm_and_divisor(squares: list[Tensor], clip: float | None, steps: int, group: Any = None) -> tuple[float, Any]:
+def norm_and_divisor(squares: list[Tensor], clip: float | None, steps: int, group: object = None) -> tuple[float, Any]:
     """The norm of all gradients together, from the sums of squares of each, and what clipping divides them by.
 
     steps: done so far, for the message. group: of the ranks that hold other rows. Raises MftmergeError for a gradient

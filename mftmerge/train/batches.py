@@ -55,7 +55,7 @@ def loader(
     return shuffled(rows, size, collate)
 
 
-def shuffled(rows: Sequence[Any], size: int, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+def shuffled(rows: Sequence[object], size: int, collate: Callable[[list[Any]], object]) -> DataLoader[Any]:
     """Batches of `size` items in an order that the seed decides."""
     known = cast("Dataset[Any]", rows)  # whatever has a length and items will do
     return DataLoader(known, size, sampler=RandomSampler(rows), collate_fn=collate)
@@ -131,7 +131,7 @@ def _reaches(model: PreTrainedModel, several: Pack, fill: int) -> str:
     """Whether the last row's loss depends on the rows before it, by the gradient of their embeddings."""
     seen: list[Tensor] = []
 
-    def watch(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
+    def watch(_: torch.nn.Module, __: object, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 

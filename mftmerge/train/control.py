@@ -46,7 +46,7 @@ class WeightOptimizer(torch.optim.AdamW):
         super().__init__(list(self.copies.values()), lr=lr, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: object = None) -> Any:
         """One step; all gradients together are clipped to the norm `clip`."""
         for t in self.targets:
             copy, gradient = self.copies[t.name], t.parameter.grad

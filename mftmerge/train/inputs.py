@@ -93,11 +93,11 @@ def with_dtype(settings: TrainSettings, model: object, *, shard: bool) -> TrainS
     return settings.model_copy(update={"dtype": chosen_dtype(parts(model)[0], settings.dtype)})
 
 
-def is_tokenised(data: Any) -> bool:
+def is_tokenised(data: object) -> bool:
     return isinstance(data, Sequence) and bool(data) and isinstance(data[0], Mapping) and "input_ids" in data[0]
 
 
-def named(data: Any) -> Any:
+def named(data: object) -> Any:
     """What the settings file says about the data: names of files, not rows."""
     if isinstance(data, str | Path):
         return str(data)
@@ -121,8 +121,8 @@ def raw_rows(source: Any, settings: TrainSettings) -> Any:
 
 
 def read_rows(
-    data: Any,
-    eval_data: Any,
+    data: object,
+    eval_data: object,
     tokenizer: PreTrainedTokenizerBase,
     settings: TrainSettings,
     model: PreTrainedModel,

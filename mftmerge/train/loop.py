@@ -61,7 +61,7 @@ class Learner(Protocol):
     def scores(self) -> dict[str, Tensor]: ...
     def masked_by(self, kept: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
 
 
 # -- the best state so far --------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Loop:
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Any],
+        rows: Sequence[object],
         optimizer: Learner,
         best: Best,
         settings: TrainSettings,
@@ -189,7 +189,7 @@ class Loop:
         self._random = random_state()
         self._due = False  # the last step's validation is still to come
 
-    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[Any]:
+    def _loader(self, rows: Sequence[Any], fill: int) -> DataLoader[object]:
         whole = self.model.device.type != "cpu" or self.sharded
         return loader(self.model, rows, self.settings.batch_size, fill, None if whole else PASS_TOKENS)
 

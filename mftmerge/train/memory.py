@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mftmerge.dtypes import BY_CODE, named
 from mftmerge.errors import BadInput
@@ -57,7 +56,7 @@ def estimate(path: Path, settings: TrainSettings) -> Need:
     return need([(e.name, e.shape, e.dtype) for e in entries], config, settings)
 
 
-def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSettings) -> Need:
+def need(tensors: Sequence[Tensor], config: Mapping[str, object], settings: TrainSettings) -> Need:
     """What training needs, from the tensors of a checkpoint and its config.json.
 
     For each masked weight: its original and its gradient in the weights' dtype, the float32 score, and two moments of 4
@@ -93,7 +92,7 @@ def need(tensors: Sequence[Tensor], config: Mapping[str, Any], settings: TrainSe
     )
 
 
-def _per_token(config: Mapping[str, Any], masked: Sequence[bool], item: int, checkpointing: bool) -> int:
+def _per_token(config: Mapping[str, object], masked: Sequence[bool], item: int, checkpointing: bool) -> int:
     """Bytes that a backward pass finds of each token: of the layers from the first masked one on.
 
     masked: for each of these layers, whether its matrices learn; a matrix that does keeps its input. Counted for a
@@ -113,7 +112,7 @@ def _per_token(config: Mapping[str, Any], masked: Sequence[bool], item: int, che
     return len(sizes) * item * hidden + max(sizes, default=0)
 
 
-def _number(config: Mapping[str, Any], *names: str) -> int:
+def _number(config: Mapping[str, object], *names: str) -> int:
     """The first of these entries that is there; the largest of one that differs by layer (Gemma 3n); else 0."""
     for name in names:
         found = config.get(name)
@@ -123,7 +122,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
     return 0
 
 
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text(config: Mapping[str, object]) -> Mapping[str, object]:
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 

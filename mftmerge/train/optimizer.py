@@ -108,7 +108,7 @@ class MaskOptimizer(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
         """One step on the scores. Afterwards `p.grad` has been used up: it holds the score gradient.
 
         Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import lock, protect, refuse_existing, writing
@@ -93,7 +92,7 @@ class Place:
                 signal.raise_signal(e.number)  # whoever listened before us decides what it means
             raise KeyboardInterrupt from None
 
-    def checkpoint(self, identity: Mapping[str, Any], say: Callable[[str], None]) -> Path | None:
+    def checkpoint(self, identity: Mapping[str, object], say: Callable[[str], None]) -> Path | None:
         """The checkpoint to continue from, None to start at step 0; `say` is told which, where a run is continued.
 
         identity: all that decides the mask (settings, digests of rows and weights), as plain values. Raises BadInput

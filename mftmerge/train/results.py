@@ -65,7 +65,7 @@ class TrainResult:
 
 
 def html(
-    comparison: Mapping[str, Any], history: Sequence[Mapping[str, Any]], mask: Mask, best_step: int, gained: bool
+    comparison: Mapping[str, Any], history: Sequence[Mapping[str, object]], mask: Mask, best_step: int, gained: bool
 ) -> str:
     """The comparison as a table, below it the curve where matplotlib is there."""
     said = f"best mask: step {best_step}" if gained else "nothing was gained over the base"
@@ -81,7 +81,7 @@ def html(
     )
 
 
-def curve(history: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any], best_step: int) -> Figure:
+def curve(history: Sequence[Mapping[str, object]], comparison: Mapping[str, Any], best_step: int) -> Figure:
     """Training loss (thin), validation loss (circles) and the base's (dashed) by step; the best step is marked."""
     figure = plots.new_figure(6.0, 3.0)
     axes = figure.subplots()

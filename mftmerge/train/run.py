@@ -45,18 +45,18 @@ ASIDE = {"check_memory", "control", "log_to", "preset", "save_every", "trust_rem
 
 def train_mask(
     model: str | Path | PreTrainedModel,
-    data: Any,
+    data: object,
     out: str | Path | None = None,
     *,
-    settings: TrainSettings | Mapping[str, Any] | None = None,
-    eval_data: Any = None,
+    settings: TrainSettings | Mapping[str, object] | None = None,
+    eval_data: object = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prefix: PrefixCache | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> TrainResult:
     """Learn a mask over a model and write it to `out`.
 

@@ -142,7 +142,7 @@ class TrainSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_preset(cls, given: Any) -> Any:
+    def _from_preset(cls, given: object) -> object:
         """A preset's values below those that are given; `steps` and `epochs` are two ways to say one thing."""
         if not isinstance(given, dict):
             return given

@@ -12,7 +12,7 @@ from mftmerge.train.validation import Judged
 
 def compared(judged: Judged, base: Judged, name: str) -> dict[str, Any]:
     """A row of the comparison: loss and share of right answers, and their paired differences from the base."""
-    row: dict[str, Any] = {"loss": judged.loss}
+    row: dict[str, object] = {"loss": judged.loss}
     if name != "base":
         d = paired(judged.losses, base.losses)
         row |= {"difference": d.mean, "standard_error": d.standard_error, "rows": d.n}
