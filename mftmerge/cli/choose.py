@@ -7,17 +7,15 @@ from typing import Any
 
 import typer
 
-from mftmerge.cli.options import COLUMNS, MASKS, ROWS, SKIP_BAD_ROWS, files, named, options, pairs
+from mftmerge.cli.options import MASKS, ROWS, files, named, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
-from mftmerge.errors import BadInput
+from mftmerge.evaluate.measures import Measuring, Opening
 from mftmerge.evaluate.searchsettings import SearchSettings
 from mftmerge.files import refuse_existing
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
-@options(given=SearchSettings)
+@options(opening=Opening, measuring=Measuring, given=SearchSettings)
 def command(
     masks: list[str] = typer.Argument(
         metavar="[DOMAIN=]FILE...",
@@ -43,23 +41,8 @@ def command(
     results: Path = typer.Option(
         None, "--results", help="Also write every measurement, as `eval --out` does: `report` makes a page of it."
     ),
-    base: str = typer.Option(
-        None, "--base", help="Dropped weights take the values of this checkpoint (default: what each mask says)."
-    ),
-    exact: list[str] = typer.Option(
-        [],
-        "--exact",
-        metavar="DOMAIN=RULE",
-        help="Right answers choose there; RULE is number, text, sql or re:PATTERN.",
-    ),
-    max_new_tokens: int = typer.Option(256, "--max-new-tokens", min=1, help="Length of a generated answer."),
-    columns: list[str] = COLUMNS,
-    skip_bad_rows: bool = SKIP_BAD_ROWS,
-    limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
-    max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
-    device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
-    batch_tokens: int = typer.Option(4096, "--batch-tokens", min=1, help="Padded tokens in one forward pass."),
+    opening: dict[str, Any] | None = None,
+    measuring: dict[str, Any] | None = None,
     archive: bool = typer.Option(False, "--archive", help="Compress the result (about half the size)."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the output where it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
@@ -74,8 +57,6 @@ def command(
     mftmerge choose math.mask code.mask --model fft -d math=math-val.jsonl -d code=code-val.jsonl -o general.mask
     ... --search 20 also measures 20 combinations that optuna proposes, predictions as its guide
     """
-    if dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype}: give {', '.join(DTYPES)}")
     own, rows = named(masks, "masks"), named(data, "--data")
     if results is not None:
         refuse_existing(results, overwrite, (own, rows, out))
@@ -85,6 +66,7 @@ def command(
     from mftmerge.evaluate.choosing import choose_combination
 
     quiet()
+    how = Opening.make(opening or {}).model_dump() | Measuring.make(measuring or {}).model_dump()
     with shown_progress(quiet=as_json) as show:
         choice = choose_combination(
             model,
@@ -94,16 +76,7 @@ def command(
             candidates=candidates,
             archive=archive,
             overwrite=overwrite,
-            limit=limit,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-            device=device,
-            base=base,
-            exact=pairs(exact, "--exact", "DOMAIN=RULE"),
-            max_new_tokens=max_new_tokens,
-            columns=pairs(columns, "--columns"),
-            skip_bad_rows=skip_bad_rows,
+            **how,
             searching=SearchSettings.make(given or {}),
             progress=show,
         )

@@ -10,11 +10,10 @@ import typer
 from mftmerge.cli.options import MASKS, ROWS, files, named, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import quiet, say
-from mftmerge.errors import BadInput
-from mftmerge.evaluate.measures import Measures
+from mftmerge.evaluate.measures import Measures, Opening
 
 
-@options(given=Measures)
+@options(opening=Opening, given=Measures)
 def command(
     models: list[str] = typer.Option(
         ..., "--model", "-m", metavar="[NAME=]MODEL", help="Checkpoint directory or hub id; may be repeated."
@@ -34,10 +33,7 @@ def command(
     reference: str = typer.Option(
         None, "--reference", help="Row that differences are taken against; the first model by default."
     ),
-    limit: int = typer.Option(None, "--limit", min=1, help="Use the first rows of each domain only."),
-    max_length: int = typer.Option(1024, "--max-length", min=2, help="Tokens of a row; the rest is cut off."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto (as stored, or what is fast here), float32 or bfloat16."),
-    device: str = typer.Option(None, "--device", help="cpu, cuda, ...; by default a GPU when there is one."),
+    opening: dict[str, Any] | None = None,
     given: dict[str, Any] | None = None,
     out: Path = typer.Option(None, "--out", "-o", help="Write everything as JSON; a run that was stopped goes on."),
     markdown: Path = typer.Option(None, "--markdown", help="Write the table as Markdown."),
@@ -63,23 +59,19 @@ def command(
             refuse_existing(path, overwrite, inputs)
     if plot is not None:
         check(plot)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise BadInput(f"--dtype {dtype}: give auto, float32, bfloat16 or float16")
     from rich.console import Console
 
     from mftmerge.evaluate.files import evaluate_files
 
     quiet()
     journal = Path(f"{out}.answers") if out else None
+    measures, opened = Measures.make(given or {}), Opening.make(opening or {}).model_dump()
     with shown_progress(quiet=as_json) as show:
         result = evaluate_files(
             *inputs,
             reference=reference,
-            measures=Measures.make(given or {}),
-            max_length=max_length,
-            limit=limit,
-            dtype=dtype,
-            device=device,
+            measures=measures,
+            **opened,
             journal=journal,
             progress=show,
         )

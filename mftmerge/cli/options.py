@@ -161,16 +161,6 @@ def _help(field: FieldInfo) -> str:
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-# How rows are read, in commands that write no settings file.
-COLUMNS: list[str] = typer.Option(
-    [],
-    "--columns",
-    metavar="NAME=VALUE",
-    help="The data's names of fields, such as prompt=question; may be repeated.",
-)
-SKIP_BAD_ROWS: bool = typer.Option(False, "--skip-bad-rows", help="Leave out rows that cannot be used.")
-
-
 def pairs(texts: list[str], option: str, form: str = "NAME=VALUE") -> dict[str, str]:
     """What was typed as NAME=VALUE."""
     found = {}
