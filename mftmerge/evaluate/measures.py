@@ -17,9 +17,7 @@ class Opening(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights; auto: as stored, or what is fast here"
     )
-    device: str | None = Field(
-        None, description="where the model runs: cpu, cuda, ...; by default a GPU when there is one"
-    )
+    device: str | None = Field(None, description="where it runs: cpu, cuda, ...; by default a GPU if there is one")
 
 
 class Measuring(Settings):
@@ -27,7 +25,7 @@ class Measuring(Settings):
 
     exact: Annotated[dict[str, str], Flag(metavar="DOMAIN=RULE")] = Field(
         default_factory=dict,
-        description="let the model answer there, and count right answers; RULE: number (#### N), text, sql or re:PATTERN",
+        description="let the model answer, count right answers; RULE is number (#### N), text, sql or re:PATTERN",
     )
     max_new_tokens: int = Field(256, ge=1, description="length of a generated answer")
     base: str | None = Field(
@@ -45,7 +43,7 @@ class Measures(Measuring):
 
     run_tests: bool = Field(
         False,
-        description='run the "tests" of rows that have them on the Python that the model wrote (pass@1), in a sandbox',
+        description='run the "tests" of rows on the Python that the model wrote (pass@1), in a sandbox',
     )
     trusted: Annotated[bool, Flag(names=("--i-trust-this-code",))] = Field(
         False, description="run tests even where the system cannot isolate them"
