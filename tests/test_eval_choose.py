@@ -226,7 +226,7 @@ def test_where_no_mask_gains_there_is_nothing_to_keep(
         (["--data", "sql={here}/math.jsonl"], "masks are for code, math, rows for code, math, sql"),
         (["--data", "{here}/math.jsonl"], "two are called 'math'"),
         (["{here}/bare-math.mask"], "give each mask the name of its rows"),
-        (["--dtype", "int4"], "give auto, float32"),
+        (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32'"),
         (["-o", "{here}/math.mask"], "exists"),
         (["-o", "{here}/nowhere/new.mask"], "no directory"),
     ],

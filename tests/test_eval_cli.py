@@ -121,7 +121,7 @@ def test_several_models_and_a_named_reference(kitchen: SimpleNamespace) -> None:
         (["--exact", "math=numbers"], "give number, text, sql or re:PATTERN"),
         (["--reference", "x"], "reference 'x' is not one of the rows"),
         (["--data", "{here}/none.jsonl"], "no such file of rows"),
-        (["--dtype", "int4"], "give auto, float32"),
+        (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32'"),
         (["--lm-eval", "gsm8k"], "not installed"),
     ],
 )

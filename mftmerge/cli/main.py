@@ -173,6 +173,7 @@ def _run(arguments: list[str], plugged: list[str], debug: bool) -> None:
 def _usage(error: Any) -> str:
     """An error in the arguments: what is wrong, what may have been meant, where to read on."""
     message, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
+    message = message.replace("Value error, ", "")  # as typer puts what is not among a Literal's values
     wrong, known = getattr(error, "option_name", None), []
     if wrong and context:
         message = f"No such option: {wrong}"
