@@ -174,7 +174,7 @@ class _Run:
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from mftmerge.loading import load_model
 
-        return load_model(self.model_path(), dtype="float32", trust_remote_code=False)
+        return load_model(self.model_path(), dtype="float32", device="cpu", trust_remote_code=False)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -298,7 +298,7 @@ class _Run:
             masks = {title: Mask.load(self.mask(name)) for title, name in titles.items()}
             grid(self.model, masks, self.test_rows, progress=self.progress).to_json(self.root / "eval/masks.json")
         if not self.made("eval/built.json"):
-            model, tokenizer = load_model(self.root / "built", dtype="float32", trust_remote_code=False)
+            model, tokenizer = load_model(self.root / "built", dtype="float32", device="cpu", trust_remote_code=False)
             found = grid(model, {}, self.test_rows, name=AVERAGE, progress=self.progress)
             first = (self.root / "data" / f"{DOMAINS[-1]}-test.jsonl").read_text(encoding="utf-8").splitlines()[0]
             prompt = json.loads(first)["prompt"]
