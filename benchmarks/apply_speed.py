@@ -1,11 +1,12 @@
-"""Claim: applying a mask to a checkpoint is at least 0.7x as fast as `cp -r` of that checkpoint.
+"""Claim: applying a mask to a checkpoint is at least 0.9x as fast as `cp -r` of that checkpoint.
 
 Both sides run alternately, each finding the files as a fresh process would (page cache warm), into
 an empty target. On a disk both sides end with their data on it: `cp` is followed by `sync` of its files, since apply
 syncs too. On a memory file system there is no disk to wait for, so it shows the program's own speed.
 
 Cases: all linear layers masked; the same with the base's fingerprints checked (hashes every covered byte beside the
-copying); four layers masked and checked, as the method's masks are; all layers to the delta from a base.
+copying); four layers masked and checked, as the method's masks are; all layers to the delta from a base. `bare loop` is
+the limit of the hardware: reads and writes alone, on as many threads; with the base, it reads both.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import machine, write
+from common import bare_loop, machine, write
 from safetensors.numpy import save_file
 
 from mftmerge import Mask, MaskInfo, apply_mask
+from mftmerge.apply import WORKERS
 from mftmerge.checkpoint import Checkpoint
 
-TARGET = 0.7
+TARGET = 0.9
 
 
 def make_checkpoint(path: Path, layers: int, hidden: int, seed: int) -> None:
@@ -94,8 +96,17 @@ def run_on(where: Path, layers: int, hidden: int, rounds: int, durable: bool) ->
             if durable:
                 subprocess.run(["sync", *target.iterdir()], check=True)
 
+        def loop(target: Path, *models: str) -> None:
+            target.mkdir()
+            for shard in (root / "model").glob("*.safetensors"):
+                bare_loop([root / m / shard.name for m in models], target / shard.name, WORKERS)
+            if durable:
+                subprocess.run(["sync", *target.iterdir()], check=True)
+
         cases: dict[str, Callable[[Path], object]] = {
             "cp": copy,
+            "bare loop": lambda t: loop(t, "model"),
+            "bare loop, with the base": lambda t: loop(t, "model", "base"),
             "all layers": lambda t: apply_mask(root / "all.mask", root / "model", t),
             "all layers, base checked": lambda t: apply_mask(root / "checked.mask", root / "model", t),
             "four layers, base checked": lambda t: apply_mask(root / "four.mask", root / "model", t),
@@ -120,15 +131,15 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
     options = parser.parse_args()
-    layers, hidden, rounds = (8, 1024, 3) if options.quick else (22, 2048, 3)
+    layers, hidden, rounds = (8, 1024, 3) if options.quick else (12, 2048, 3)
     results: dict[str, object] = {}
     for name, where, durable in (("memory", options.memory, False), ("disk", options.disk, True)):
         if not where.is_dir():
             continue
         results[name] = one = run_on(where, layers, hidden, rounds, durable)
         for case, ratio in one["throughput against cp"].items():  # type: ignore[attr-defined]
-            verdict = "ok" if ratio >= TARGET else "MISSED"
-            print(f"{name:6} {case:28} {ratio:5.2f}x cp (target {TARGET}) {verdict}")
+            verdict = "" if case.startswith("bare") else "met" if ratio >= TARGET else "NOT MET"
+            print(f"{name:6} {case:28} {ratio:5.2f}x cp" + (f" (target {TARGET}) {verdict}" if verdict else ""))
     results |= {"target": TARGET, **machine(), "numpy": np.__version__}
     results["load average"] = round(os.getloadavg()[0], 1)
     if not options.quick:

@@ -1,9 +1,10 @@
 """An earlier commit of the package against this one, side by side: combine, apply, build and a training step.
 
-    python benchmarks/before_after.py d2c4eed [--rounds 5]
+    python benchmarks/before_after.py d2c4eed [--rounds 5] [--job build]
 
 Each side is a process of its own with its own package, and the two take turns, so that a busy machine meets both. The
-jobs are called by the public names that both have. Printed are median seconds and before / after: above 1 is faster.
+jobs are called by the public names that both have. Printed are median seconds and before / after, above 1 is faster,
+on the clock and of the processor, which other programs' load does not change.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+
+import common
 
 HERE = Path(__file__).resolve()
 JOBS = ("combine", "combine to a density", "apply", "build", "train, 6 steps")
@@ -62,12 +67,13 @@ def serve(folder: Path, mine: Path) -> None:
     found = jobs(folder, mine)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
+        before = time.process_time()
         found[line.strip()]()
-        print("done", file=answers, flush=True)
+        print(time.process_time() - before, file=answers, flush=True)
 
 
-def start(package: Path, folder: Path, name: str) -> Callable[[str], None]:
-    """A side with the package in a directory; gives what has it do a job."""
+def start(package: Path, folder: Path, name: str) -> Callable[[str], float]:
+    """A side with the package in a directory; gives what has it do a job, and says how long its processor took."""
     (folder / name).mkdir()
     side = subprocess.Popen(
         [sys.executable, str(HERE), "--serve", str(folder), str(folder / name)],
@@ -77,28 +83,38 @@ def start(package: Path, folder: Path, name: str) -> Callable[[str], None]:
     assert side.stdin
     assert side.stdout
 
-    def do(job: str) -> None:
+    def do(job: str) -> float:
         assert side.stdin
         assert side.stdout
         side.stdin.write(f"{job}\n")
         side.stdin.flush()
-        if side.stdout.readline() != "done\n":
+        if not (answer := side.stdout.readline()):
             raise SystemExit(f"{name}: {job} failed")
+        return float(answer)
 
     if side.stdout.readline() != "ready\n":
         raise SystemExit(f"{name}: could not begin")
     return do
 
 
+def take_turns(
+    sides: Mapping[str, Callable[[str], float]], job: str, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each side on the clock, and of its processor."""
+    used: dict[str, list[float]] = {name: [] for name in sides}
+    ways = {name: partial(lambda name: used[name].append(sides[name](job)), name) for name in sides}
+    clock = common.interleaved(ways, rounds)
+    return clock, {name: statistics.median(seconds[1:]) for name, seconds in used.items()}  # the first one warms up
+
+
 def main() -> None:
     """Make the inputs, let both sides take turns, print and write the result."""
-    import common
-
     from mftmerge.quickstart.tiny import tiny_checkpoint
 
     parser = argparse.ArgumentParser()
     parser.add_argument("commit")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--job", choices=JOBS, action="append", help="only these")
     given = parser.parse_args()
     root = HERE.parent.parent
     with tempfile.TemporaryDirectory() as made:
@@ -114,13 +130,14 @@ def main() -> None:
         )
         subprocess.run(["tar", "-x", "-C", str(folder / "package")], input=archive.stdout, check=True)
         sides = {"before": start(folder / "package", folder, "before"), "after": start(root, folder, "after")}
-        medians = {}
-        for job in JOBS:
-            ways = {name: partial(do, job) for name, do in sides.items()}
-            medians[job] = common.interleaved(ways, given.rounds)
-            before, after = medians[job]["before"], medians[job]["after"]
-            print(f"{job:24s} {before:8.3f} s before {after:8.3f} s after   {before / after:5.2f}", flush=True)
-    result = {"commit": given.commit, "median_seconds": medians, "machine": common.machine()}
+        medians, processor = {}, {}
+        for job in given.job or JOBS:
+            medians[job], processor[job] = take_turns(sides, job, given.rounds)
+            for what, seconds in (("clock", medians[job]), ("processor", processor[job])):
+                a, b = seconds["before"], seconds["after"]
+                print(f"{job:22s} {what:9s} {a:8.3f} s before {b:8.3f} s after {a / b:6.2f}", flush=True)
+    result = {"commit": given.commit, "median_seconds": medians, "median_processor_seconds": processor}
+    result["machine"] = common.machine()
     common.write("before_after", result)
 
 

@@ -6,8 +6,9 @@ idle not slower by more than a tenth. Also: products in float32 and bfloat16, wh
 
     python benchmarks/busy_machine.py [--steps N]
 
-The model has random weights and the shape of SmolLM2-135M's top four layers and head, which is what a step of the
-quickstart computes: hidden states below are cached. Each cell is a process of its own, as the policy is read at start.
+The model has random weights and the shape of SmolLM2-135M's top four layers, which is what a step of the quickstart
+computes (hidden states below are cached), with a smaller vocabulary. Each cell is a process of its own, as the policy
+is read at start. Where the machine has other work already, "idle" is not: its load is in the results.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from train_common import finish
 
 from mftmerge.machine import WAITING, cores, lacks_bfloat16
 
-ROWS, TOKENS = 8, 128
+ROWS, TOKENS = 4, 96
 SHAPE = {
-    "vocab_size": 49152,
+    "vocab_size": 8192,
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 4,
@@ -112,7 +113,7 @@ def cell(what: str, steps: int, policy: str | None) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each cell and round")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each cell and round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cell", choices=("step", "products"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -137,6 +138,7 @@ def main() -> None:
         "busy: default / passive, wall": seconds["busy default"] / seconds["busy passive"],
         "busy: default / passive, processor": seconds["busy default, processor"] / seconds["busy passive, processor"],
         "idle: passive / default, wall": seconds["idle passive"] / seconds["idle default"],
+        "idle: default / passive, processor": seconds["idle default, processor"] / seconds["idle passive, processor"],
         "products: float32 / bfloat16, GFLOP/s": speed["float32"] / speed["bfloat16"],
     }
     targets = {"busy: default / passive, wall": (">=", 2.5), "idle: passive / default, wall": ("<=", 1.1)}

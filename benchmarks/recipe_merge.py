@@ -36,8 +36,9 @@ TARGETS = {
     "masked": (2.7, 4),
     "slerp": (1.5, 4),
     "dare_ties": (1.5, 4),
+    "ties": (3, 4),
 }
-TARGETS |= {"ties": (3, 4)}
+TARGETS |= dict.fromkeys(("della", "breadcrumbs", "nuslerp", "model_stock", "sce", "karcher", "multislerp"), (1.5, 4))
 
 
 def make_model(path: Path, seed: int, hidden: int, layers: int, vocabulary: int) -> None:
@@ -127,12 +128,16 @@ def equal(a: Path, b: Path) -> tuple[int, int]:
 def configuration(case: str, models: Path) -> dict[str, Any]:
     """The mergekit configuration of a case."""
     method = "task_arithmetic" if case == "masked" else case
-    parameters = {"weight": 0.5} | ({"density": 0.5} if case in ("ties", "dare_ties") else {})
+    parameters = {"weight": 0.5} | ({"density": 0.5} if case in ("ties", "dare_ties", "della", "breadcrumbs") else {})
+    if case == "della":
+        parameters["epsilon"] = 0.1
     inputs = [{"model": str(models / n), "parameters": parameters} for n in ("a", "b")]
     if case == "slerp":
         return {"merge_method": case, "base_model": inputs[0]["model"], "models": inputs, "parameters": {"t": 0.3}}
+    if case in ("model_stock", "sce", "karcher"):
+        inputs = [{"model": i["model"]} for i in inputs]
     return {"merge_method": method, "models": inputs} | (
-        {} if case == "linear" else {"base_model": str(models / "base")}
+        {} if case in ("linear", "karcher") else {"base_model": str(models / "base")}
     )
 
 
@@ -188,46 +193,55 @@ def run_case(case: str, work: Path, models: Path, repeats: int, before: Path | N
             result[side]["times less memory"] = round(base["megabytes"] / result[side]["megabytes"], 2)
     compared, different = equal(work / ("applied" if case == "masked" else "stock"), work / "ours")
     result["weights compared"], result["weights that differ"] = compared, different
+    result["load average"] = round(os.getloadavg()[0], 1)
     result["repeats"], result["target"] = repeats, dict(zip(("time", "memory"), TARGETS[case], strict=True))
     return result
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """A case's figures beside its targets."""
+    ours, target, differ = result["ours"], result["target"], result["weights that differ"]
+    rows = [(n, ours[n], t) for n, t in (("times faster", target["time"]), ("times less memory", target["memory"]))]
+    text = ", ".join(f"{n} {v:.2f} (target {t}: {'met' if v >= t else 'NOT met'})" for n, v, t in rows)
+    return f"{text}, times less processor time {ours['times less processor time']:.2f}, {differ} weights differ"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a 70 MB checkpoint, one repeat, nothing saved")
-    parser.add_argument("--small", action="store_true", help="a 270 MB checkpoint, nothing saved")
+    parser.add_argument("--small", action="store_true", help="a 270 MB checkpoint, results of its own")
     parser.add_argument("--case", choices=list(TARGETS), action="append", help="only these; merged into the results")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--before", type=Path, help="an older checkout of this program, to measure too")
     arguments = parser.parse_args()
     shape = (512, 6, 16000) if arguments.quick else (1024, 8, 16000) if arguments.small else (2048, 8, 32000)
-    unsaved = arguments.quick or arguments.small
+    name = "recipe_merge_small" if arguments.small else "recipe_merge"
     with tempfile.TemporaryDirectory(prefix="recipe-merge-") as folder:
         models = Path(folder) / "models"
-        for i, name in enumerate(("base", "a", "b")):
-            make_model(models / name, i, *shape)
+        for i, model in enumerate(("base", "a", "b")):
+            make_model(models / model, i, *shape)
         checkpoint, rng = Checkpoint.open(models / "a"), np.random.default_rng(9)
         names = [n for n in checkpoint.names if "proj" in n]
         Mask.from_bools({n: rng.random(checkpoint.entry(n).shape, np.float32) < 0.9 for n in names}).save(
             models / "a.mask"
         )
         nbytes = sum(e.nbytes for e in checkpoint)
-        last = RESULTS / "recipe_merge.json"
-        found = {} if unsaved or not last.exists() else json.loads(last.read_text())["cases"]
+        last = RESULTS / f"{name}.json"
+        found = {} if arguments.quick or not last.exists() else json.loads(last.read_text())["cases"]
         for case in arguments.case or TARGETS:
             work = Path(folder) / case
             work.mkdir()
             found[case] = run_case(case, work, models, 1 if arguments.quick else arguments.repeats, arguments.before)
             shutil.rmtree(work)
-            print(case, json.dumps(found[case]), flush=True)
+            print(f"{case:16s} {verdict(found[case])}", flush=True)
     about = {
         "checkpoint bytes": nbytes,
         **machine(),
         "versions": {p: version(p) for p in ("torch", "numpy", "mergekit")},
         "cases": found,
     }
-    if not unsaved:
-        write("recipe_merge", about)
+    if not arguments.quick:
+        write(name, about)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ METHODS: dict[str, Method] = {
 # Methods in which a weight of the result follows from the same weight of the inputs alone; the others of the
 # task-arithmetic family do so where nothing is cut.
 BY_ELEMENT = ("linear", "passthrough", "task_arithmetic", "nearswap", "ram")
+SORTED = ("ties", "breadcrumbs", "breadcrumbs_ties")  # which sort magnitudes, and do the rest weight by weight
 AT_DENSITY_1 = ("ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mftmerge.errors import MftmergeError
 from mftmerge.machine import give_back
+from mftmerge.recipe import sorting
 from mftmerge.recipe.catalogue import by_element
 from mftmerge.recipe.inputs import OutputMask
 
@@ -67,8 +68,9 @@ class Evaluation:
         """Hand an output tensor on in its final dtype, masked; gives its bytes."""
         task, name, dtype = job.task, job.task.tensor_name, dtype_from_name(job.task.dtype)
         mask = self.mask.over(name) if self.mask else None
-        whole = not self._by_element(task.tensor_task)
-        with self.room.taken(job.size) if whole else nullcontext(), _numbers(job):
+        cut = sorting.in_pieces(task.tensor_task) and self._aligned(task.tensor_task)
+        whole = not cut and not self._by_element(task.tensor_task)
+        with self.room.taken(job.size) if whole or cut else nullcontext(), _numbers(job):
             at = count = 0
             for part in [self._whole(task)] if whole else self._pieces(task.tensor_task):
                 part = part.to("cpu", dtype or part.dtype)
@@ -78,23 +80,28 @@ class Evaluation:
                 if part.numel():
                     write(count, memoryview(part.view(torch.uint8).numpy().data))
                 at, count = at + part.numel(), count + part.nbytes
-            if whole:
-                del part
-                give_back()
+            del part
+        if whole or cut:
+            give_back()
         return count
 
     def _whole(self, task: SaveTensor) -> torch.Tensor:
-        tensor: torch.Tensor | None = self.value(task.tensor_task)
+        with sorting.Sorts(sorting.of_whole):
+            tensor: torch.Tensor | None = self.value(task.tensor_task)
         if tensor is None:
             raise MftmergeError(f"mergekit gave no value for {task.tensor_name}")
         return tensor.reshape(-1)
 
     def _by_element(self, task: Task[Any]) -> bool:
-        if self.device.type != "cpu" or not isinstance(task, ExecuteMergeMethodTask):
+        if not isinstance(task, ExecuteMergeMethodTask):
             return False
         densities = [dict(p.items()).get("density", 1) for _, p in task.input_parameters.items()]
-        # and not of tensors whose vocabularies are to be aligned first
-        return by_element(task.method_name, set(densities) <= {1}) and isinstance(task.gather_tensors, GatherTensors)
+        return by_element(task.method_name, set(densities) <= {1}) and self._aligned(task)
+
+    def _aligned(self, task: Task[Any]) -> bool:
+        """Whether pieces of the inputs belong together as they are stored: no vocabularies are to be aligned first."""
+        on_cpu = self.device.type == "cpu"
+        return on_cpu and isinstance(task, ExecuteMergeMethodTask) and isinstance(task.gather_tensors, GatherTensors)
 
     def _pieces(self, task: ExecuteMergeMethodTask) -> Iterator[torch.Tensor]:
         """What `value(task)` gives, flat, piece by piece."""
@@ -109,12 +116,19 @@ class Evaluation:
             return
         math = {model: dtype_from_name(loads[f"{model}:{w.name}"].dtype) for model, w in gather.weight_info.items()}
         flat = {model: t.reshape(-1) for model, t in whole.items()}
-        for start in range(0, max(1, next(iter(flat.values())).numel()), PIECE):
-            part = slice(start, start + PIECE)
-            merged = task.execute(tensors={m: t[part].to(math[m] or t.dtype) for m, t in flat.items()})
+
+        def merge(part: slice, models: Iterable[ModelReference] = tuple(flat)) -> torch.Tensor:
+            merged = task.execute(tensors={m: flat[m][part].to(math[m] or flat[m].dtype) for m in models})
             if merged is None:
                 raise MftmergeError(f"mergekit gave no value for {task.output_weight.name}")
-            yield merged
+            return merged
+
+        size = next(iter(flat.values())).numel()
+        parts = [slice(start, start + PIECE) for start in range(0, max(1, size), PIECE)]
+        selections = sorting.selections(task, merge, flat, parts, size) if sorting.in_pieces(task) else []
+        for part in parts:
+            with sorting.Sorts(sorting.of_part(selections, part)) if selections else nullcontext():
+                yield merge(part)
 
 
 def _not_finite(tensor: torch.Tensor) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 from mftmerge.dtypes import named
 from mftmerge.recipe.build import needed
 from mftmerge.recipe.card import masks_used
-from mftmerge.recipe.catalogue import by_element
+from mftmerge.recipe.catalogue import SORTED, by_element
 from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import BuildSettings
 
-# mergekit's imports before it reads a tensor, the pieces of tensors in one thread, and what sorting one element takes:
-# its magnitude, its place, and torch's scratch room.
-IMPORT_BYTES, PIECES_BYTES, SORT_BYTES = 320_000_000, 16_000_000, 28
-SORTED = ("ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
+# mergekit's imports before it reads a tensor, the pieces of tensors in one thread, what finding the first elements of a
+# sort takes for each (its magnitude, its place, whether it is one), and what sorting takes (and torch's scratch room).
+IMPORT_BYTES, PIECES_BYTES, CUT_BYTES, SORT_BYTES = 320_000_000, 16_000_000, 10, 28
+RANKED = ("della", "della_linear")
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ def _step(recipe: Recipe, document: Document, settings: BuildSettings) -> Step:
     if not by_element(document.merge_method, not document.sets("density")):
         # Tensors that are merged at a time are together no larger than the largest one: each input and the method's
         # own deltas in the dtype of the arithmetic, then the result.
-        held += largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
-        if document.merge_method in SORTED:
-            held += SORT_BYTES * largest
+        if document.merge_method in SORTED and not document.sets("rescale"):
+            held += largest * (CUT_BYTES + len(inputs))  # merged in pieces; a bit a byte of what each model keeps
+        else:
+            held += largest * (named(document.dtype).nbytes if document.dtype else 4) * (2 * len(inputs) + 2)
+            held += SORT_BYTES * largest * (document.merge_method in (*SORTED, *RANKED))
     return Step(
         document.name or "result",
         document.merge_method,
