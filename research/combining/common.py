@@ -126,7 +126,9 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"facts": facts, **record}) + "\n", encoding="utf-8")
-        print(place, {d: round(float(v[:, 0].sum() / v[:, 1].sum()), 4) for d, v in found["test"].items()}, flush=True)
+        print(
+            place, {d: round(float(v[:, 0].sum() / v[:, 1].sum()), 4) for d, v in found[splits[-1]].items()}, flush=True
+        )
 
 
 def average(trained: Sequence[Weights]) -> Weights:

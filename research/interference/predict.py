@@ -1,10 +1,8 @@
-"""Predict what each combination keeps of each domain's gain, and compare that with what was measured.
+"""Predictors of what each combination keeps of each domain's gain, beside what was measured.
 
-    python -m research.interference.predict OUT --model DIR --domain NAME=FILE ... --seed 0 -o RESULT.json
-
-OUT is that of `measure.py`; what was measured stands in the record of the study of combinations. A combination is a
-kept set c; m is the domain's own mask, s the untrained mask that all started from, w the weights. Predictors of the
-share that c keeps of the own mask's gain:
+A combination is a kept set c; m is the domain's
+own mask, s the untrained mask that all started from, w the weights. Predictors of the share that c keeps of the own
+mask's gain:
 
 jaccard            overlap of the pruned sets of c and m
 own changes        the share of the bits in which m differs from s that c has too
@@ -12,114 +10,96 @@ evidence           the domain's evidence along c - s, over that along m - s
 first order        the slope at s along c - s, over that along m - s
 mean slope         the mean of the slopes at s and at m, likewise
 diagonal           around m: 1 minus (its slope along c - m plus half the diagonal curvature there) over m's gain over s
-second order       around m, with the rows' whole Fisher matrix (`quadratic.py`), over m's gain over the base: what
-                   `evaluate.prediction` uses
+second order       around m, with the rows' whole Fisher matrix, over m's gain over the base: the product's
+                   `evaluate.prediction` as it is
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from mftmerge.files import replacing
 from research.combining import combinations
 from research.combining.common import Bench
-from research.interference.measure import family, measured, open_bench, options
-from research.interference.quadratic import compared
+from research.interference import measure
 
 MEASURED = Path(__file__).parent.parent / "combining" / "results" / "instruct.json"
 PREDICTORS = ("jaccard", "own changes", "evidence", "first order", "mean slope", "diagonal", "second order")
 
 
-def shares(record: Mapping[str, Any], seed: int, domains: list[str]) -> dict[str, dict[str, float]]:
-    """combination -> domain -> measured share of the own mask's gain on test rows, of one seed."""
-    records, place = record["records"], f"seed{seed}/"
-    base = {d: float(sum(records["base"]["test"][d])) for d in domains}
-    own = {d: float(sum(records[f"{place}{d} mask"]["test"][d])) for d in domains}
-    found = {n.removeprefix(place): one["test"] for n, one in records.items() if n.startswith(place)}
-    return {n: {d: (base[d] - sum(t[d])) / (base[d] - own[d]) for d in domains} for n, t in found.items()}
+def simple(
+    bench: Bench, masks: combinations.Family, seed: int, kept: Mapping[str, combinations.Kept], lost: measure.Losses
+) -> dict[str, dict[str, dict[str, float]]]:
+    """combination -> domain -> predictor -> share of the own mask's gain over the base, of all but the product's.
 
-
-def gains(record: Mapping[str, Any], seed: int, domains: list[str]) -> dict[str, float]:
-    """Nats a token that each own mask gains over the untrained mask, on validation rows."""
-    records = record["records"]
-    start, own = (
-        records["untrained mask"]["validation"],
-        {d: records[f"seed{seed}/{d} mask"]["validation"] for d in domains},
-    )
-    return {d: start[d] - own[d][d] for d in domains}
-
-
-def _tensor(kept: Any) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(kept, np.float32))
-
-
-def predicted(
-    bench: Bench, masks: combinations.Family, seed: int, kept: combinations.Kept, gain: Mapping[str, float]
-) -> dict[str, dict[str, float]]:
-    """domain -> predictor -> share."""
-    out: dict[str, dict[str, float]] = {}
+    All but two of them say how far a combination is on the way from the untrained to the own mask; where these two
+    stand on validation rows is known before anything is combined. Every sum over the weights is linear in c (whose
+    square it is), so that one product of matrices has them for all combinations, and for s and m too.
+    """
+    out: dict[str, dict[str, dict[str, float]]] = {name: {} for name in kept}
+    start = combinations.bools(masks.start)
     for i, (domain, mask) in enumerate(zip(bench.domains, masks.masks, strict=True)):
-        slopes = [measured(bench, seed, domain, where, {}) for where in ("start", "own")]
-        sums: dict[str, float] = {}
-
-        def add(name: str, value: torch.Tensor, sums: dict[str, float] = sums) -> None:
-            sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
-
-        for n, w in bench.originals.items():
-            c, m, s = _tensor(kept[n]), _tensor(mask.kept(n)), _tensor(masks.start.kept(n))
-            add("both", (1 - c) * (1 - m))
-            add("either", 1 - c * m)
-            values = {"own changes": torch.sign(m - s), "evidence": _tensor(masks.evidence[n][i])}
-            values |= {"at start": slopes[0][f"gradient/{n}"] * w, "at own": slopes[1][f"gradient/{n}"] * w}
-            for name, value in values.items():
-                add(f"{name} c", value * (c - s))
-                add(f"{name} m", value * (m - s))
-            add("curvature", slopes[1][f"curvature/{n}"] * (w * (c - m)).square() / 2)
-        both = {
-            name: (sums[f"{name} c"], sums[f"{name} m"]) for name in ("own changes", "evidence", "at start", "at own")
-        }
-        mean = [a + b for a, b in zip(both["at start"], both["at own"], strict=True)]
-        change = both["at own"][0] - both["at own"][1] + sums["curvature"]
-        out[domain] = {
-            "jaccard": sums["both"] / sums["either"],
-            "own changes": both["own changes"][0] / both["own changes"][1],
-            "evidence": both["evidence"][0] / both["evidence"][1],
-            "first order": both["at start"][0] / both["at start"][1],
-            "mean slope": mean[0] / mean[1],
-            "diagonal": 1 - change / gain[domain],
-        }
+        own = combinations.bools(mask)
+        at_start, at_own = (measure.slopes(bench, seed, domain, *at) for at in (("start", start), ("own", own)))
+        every = [*kept.values(), start, own]
+        sums, dropped = np.zeros((len(every), 7)), 0.0
+        for n, weights in bench.originals.items():
+            w, m, s = weights.numpy(), own[n].astype(np.float32), start[n].astype(np.float32)
+            curvature = at_own[f"curvature/{n}"].numpy() * w * w / 2
+            columns = [np.sign(m - s), masks.evidence[n][i], at_start[f"gradient/{n}"].numpy() * w]
+            columns += [at_own[f"gradient/{n}"].numpy() * w, curvature * (1 - 2 * m), 1 - m, m]
+            table = np.stack([c.reshape(-1).astype(np.float32) for c in columns], axis=1)
+            sums += np.stack([k[n].reshape(-1).astype(np.float32) for k in every]) @ table
+            dropped += float((1 - m).sum())
+        size = sum(w.numel() for w in bench.originals.values())
+        *combined, first, last = sums
+        base, untrained, held = (lost[m]["validation"][domain] for m in ("base", "untrained mask", f"{domain} mask"))
+        begun = (base - untrained) / (base - held)
+        for name, here in zip(kept, combined, strict=True):
+            way = (here - first)[:4] / (last - first)[:4]
+            both = (here - first)[2:4].sum() / (last - first)[2:4].sum()
+            along = dict(zip(("own changes", "evidence", "first order"), way, strict=False)) | {"mean slope": both}
+            change = here[3] - last[3] + here[4] - last[4]
+            out[name][domain] = {p: float(begun + (1 - begun) * share) for p, share in along.items()} | {
+                "jaccard": float((dropped - here[5]) / (size - here[6])),
+                "diagonal": float(1 - change / (untrained - held)),
+            }
     return out
 
 
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("-o", "--result", type=Path, required=True)
-    given = parser.parse_args()
-    record = json.loads(MEASURED.read_text(encoding="utf-8"))
-    bench = open_bench(given.out, given.model, given.domain)
-    found: dict[str, Any] = {}
-    for seed in given.seed:
-        masks, known = family(bench, seed), shares(record, seed, bench.domains)
-        rows = json.loads((given.out / f"seed{seed}" / "quadratic.json").read_text(encoding="utf-8"))
-        lost = {d: record["records"]["base"]["validation"][d] for d in bench.domains}
-        own = {d: record["records"][f"seed{seed}/{d} mask"]["validation"][d] for d in bench.domains}
-        for name, kept in compared(masks).items():
-            if name in known:
-                one = predicted(bench, masks, seed, kept, gains(record, seed, bench.domains))
-                for d in bench.domains:
-                    moved = rows[d]["own"][name]
-                    one[d]["second order"] = 1 - (moved["slope"] + moved["square"] / 2) / (lost[d] - own[d])
-                found[f"seed{seed}/{name}"] = {d: one[d] | {"measured": known[name][d]} for d in bench.domains}
-                print(seed, name, flush=True)
-    with replacing(given.result) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def seed_shares(bench: Bench, seed: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """combination -> domain -> share, by predictor, "measured" on test rows and on "validation" rows."""
+    masks = measure.family(bench, seed)
+    kept, found = measure.compared(masks), dict[str, Any]()
+    product = measure.outlook(bench, seed, masks, kept)
+    lost = measure.losses(bench, seed, record, masks, kept)
+
+    def share(name: str, split: str, domain: str) -> float:
+        base, own, here = (lost[m][split][domain] for m in ("base", f"{domain} mask", name))
+        return (base - here) / (base - own)
+
+    names = sorted(kept.keys() & lost.keys())
+    said = simple(bench, masks, seed, {name: kept[name] for name in names}, lost)
+    for name in names:
+        found[name] = {
+            d: said[name][d]
+            | {"second order": product[d]["shares"][name]}
+            | {"measured": share(name, "test", d), "validation": share(name, "validation", d)}
+            for d in bench.domains
+        }
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def seed_layers(bench: Bench, seed: int) -> dict[str, Any]:
+    """combination -> domain -> layer -> "predicted" and "measured" change of the own mask's loss, and its "error"."""
+    masks = measure.family(bench, seed)
+    kept = measure.compared(masks)
+    product, found = measure.outlook(bench, seed, masks, kept), measure.replaced(bench, seed, masks, kept)
+    for name, domains in found.items():
+        for domain, layers in domains.items():
+            for layer, one in layers.items():
+                one["predicted"] = product[domain]["layers"][name][layer]
+    return found
