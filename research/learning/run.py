@@ -319,7 +319,7 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(first, "fine-tuning", "expert", 10)
     learning(first, "masks", "answers", 30)
     learning(first, "masks", "answers", 10)
-    asked = ("base", "expert sql", "task arithmetic", "masks by expert, 100 rows", "fine-tuning by answers, 100 rows")
+    asked = ("base", "expert sql", "task arithmetic", "masks by answers, 100 rows", "fine-tuning by answers, 100 rows")
     for model in asked:
         add(f"answers of {model}, sql", first, lambda s, m=model: partial(s.answers, m, "sql", "text", 48))
     for model in ("base", "expert math", *asked[2:]):
@@ -334,6 +334,11 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     for count in (100, 30, 10):
         for teacher in TEACHERS:
             learning(first, "masks", teacher, count, weight=0.7, start_density=1.0)
+    learning(others, "masks", "expert", 30, weight=0.7, start_density=1.0)
+    learning(others, "masks", "both", 30, weight=0.7, start_density=1.0)
+    learning(others, "masks", "answers", 100, weight=0.7, start_density=1.0)
+    learning(first, "masks", "answers", 100, weight=0.5, start_density=1.0)
+    learning(first, "masks", "answers", 300)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)
     return found
