@@ -56,9 +56,9 @@ def agreement_table(values: Shares) -> list[str]:
         rows.append([p, *(", ".join(f"{c:.2f}" for c in of) for of in cells), f"{np.mean(cells):.2f}"])
         good = [LONG.get(d, d) for d, of in zip(domains, cells, strict=True) if np.mean(of) >= GOAL]
         met += [f"{p} ({', '.join(good)})"] if good else []
-    count = len([n for n in values if n.startswith(f"{seeds[0]}/")])
+    counts = ", ".join(str(len([n for n in values if n.startswith(f"{s}/")])) for s in seeds)
     head = ["predictor", *(LONG.get(d, d) for d in domains), "mean"]
-    said = f"{count} combinations a seed, {len(seeds)} seeds. The goal of {GOAL} is met by: {'; '.join(met) or 'none'}."
+    said = f"Combinations, by seed: {counts}. The goal of {GOAL} is met by: {'; '.join(met) or 'none'}."
     return [*markdown_table(head, rows), "", said]
 
 
@@ -79,9 +79,8 @@ def search_table(values: Shares) -> list[str]:
     for p in PREDICTORS:
         found = [searched(values, p, s) for s in _seeds(values)]
         rows.append([p, *(f"{100 * few:.0f} of {100 * best:.0f} %" for best, few, _ in found)])
-    few = searched(values, PREDICTORS[0], _seeds(values)[0])[2]
     return markdown_table(
-        [f"best of the {few} that a predictor puts first, against the best of all", *_seeds(values)], rows
+        ["best of the fifth that a predictor puts first, against the best of all", *_seeds(values)], rows
     )
 
 
