@@ -86,8 +86,9 @@ class Evaluation:
         return count
 
     def _whole(self, task: SaveTensor) -> torch.Tensor:
-        with sorting.Sorts(sorting.of_whole):
-            tensor: torch.Tensor | None = self.value(task.tensor_task)
+        tensor: torch.Tensor | None
+        with sorting.Sorts(sorting.of_whole) if sorting.sorts(task.tensor_task) else nullcontext():
+            tensor = self.value(task.tensor_task)
         if tensor is None:
             raise MftmergeError(f"mergekit gave no value for {task.tensor_name}")
         return tensor.reshape(-1)

@@ -93,11 +93,16 @@ def of_part(selections: Sequence[Bools], part: slice) -> Answer:
     return lambda tensor, wanted: torch.from_numpy(next(rest)[part])
 
 
+def sorts(task: Task[Any]) -> bool:
+    """Whether a merge sorts magnitudes to take a range of their order; other methods may want more of a sort."""
+    return isinstance(task, ExecuteMergeMethodTask) and task.method_name in SORTED
+
+
 def in_pieces(task: Task[Any]) -> bool:
     """Whether a merge sorts magnitudes, and does the rest weight by weight."""
     return (
         isinstance(task, ExecuteMergeMethodTask)
-        and task.method_name in SORTED
+        and sorts(task)
         and not dict(task.parameters.items())["rescale"]
         and task.base_model is not None
     )

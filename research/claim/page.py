@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 AGREEMENT = RESULTS / "agreement.json"
 PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
 BEGIN, END = "<!-- generated: claim -->\n", "<!-- end -->"
+States = dict[str, dict[str, Any]]  # of one run: losses and marks of every test row, by state
 CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by validation answers"}
 
 
@@ -35,13 +38,45 @@ def collect(out: Path, name: str) -> None:
 
 
 def tables() -> str:
-    """One table a results file."""
+    """One table a results file, and before them one over the seeds of a domain."""
     parts = _agreement(json.loads(AGREEMENT.read_text())) if AGREEMENT.exists() else []
+    domains = defaultdict[str, list[States]](list)
+    single = []
     for path in sorted(set(RESULTS.glob("*.json")) - {AGREEMENT}):
-        found = json.loads(path.read_text())
-        if "base" in found["states"]:
-            parts += [f"### {path.stem}", "", *_table(found["states"]), ""]
-    return "\n".join(parts)
+        states = json.loads(path.read_text())["states"]
+        if "base" in states:
+            domains[path.stem.rpartition("-")[0]].append(states)
+            single += [f"### {path.stem}", "", *_table(states), ""]
+    for domain, seeds in domains.items():
+        if len(seeds) > 1:
+            parts += [f"### {domain}, over seeds", "", *_over_seeds(seeds), ""]
+    return "\n".join([*parts, *single])
+
+
+def _over_seeds(seeds: Sequence[States]) -> list[str]:
+    """The last state of every run that more than one seed has, minus the base of its seed, and the mask minus it."""
+    rows = []
+    for name in sorted({n for states in seeds for n in states if not n.endswith((" loss", " exact", "base"))}):
+        if len([s for s in seeds if name in s]) < 2:
+            continue
+        cells = [name.removesuffix(" last"), *_mean_difference(seeds, name, "base")]
+        if name.endswith(" last") and name != "mask last":
+            cells += _mean_difference(seeds, "mask last", name)[1:]
+        rows.append(cells + [""] * (6 - len(cells)))
+    head = ["state, last step", "seeds", "loss, minus the base's", "points over the base"]
+    return markdown_table([*head, "the mask minus it: loss", "points"], rows)
+
+
+def _mean_difference(seeds: Sequence[States], name: str, other: str) -> list[str]:
+    """How many seeds have both states; difference in loss and in points of exact match, of means over these seeds.
+
+    Seeds share their test rows: of each row the mean over seeds is taken first, so that the errors are those over rows.
+    """
+    both = [(_arrays(s[name]), _arrays(s[other])) for s in seeds if name in s and other in s]
+    ours, theirs = ([np.mean([pair[side][k] for pair in both], 0) for k in (0, 1)] for side in (0, 1))
+    loss, exact = (pairing.paired(x, y) for x, y in zip(ours, theirs, strict=True))
+    points = f"{100 * exact.mean:+.1f} ± {100 * exact.standard_error:.1f}"
+    return [str(len(both)), f"{loss.mean:+.4f} ± {loss.standard_error:.4f}", points]
 
 
 def _agreement(found: dict[str, Any]) -> list[str]:
@@ -60,7 +95,7 @@ def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
     return np.array(state["loss"], np.float64), np.stack([marks, np.ones_like(marks)], 1)
 
 
-def _table(states: dict[str, Any]) -> list[str]:
+def _table(states: States) -> list[str]:
     base_loss, base_marks = _arrays(states["base"])
     rows, widest = [], 0.0
     order = sorted(states, key=lambda n: (n != "base", n))
@@ -88,7 +123,7 @@ def _table(states: dict[str, Any]) -> list[str]:
     return [*table, "", said, *_against(states)]
 
 
-def _against(states: dict[str, Any]) -> list[str]:
+def _against(states: States) -> list[str]:
     """The default mask's last state minus that of every other run, row by row: both say the same of most rows."""
     if "mask last" not in states:
         return []
