@@ -23,38 +23,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from common import small_llama
 from train_common import finish
 
 from mftmerge.machine import WAITING, cores, lacks_bfloat16
 
 ROWS, TOKENS = 4, 96
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
+VOCABULARY = 8192
 NEIGHBOUR = "x = 1\nwhile True:\n    x = x * 3 % 1000003"
 
 
 def measure(steps: int) -> dict[str, list[float]]:
     """Wall and processor seconds of each training step, in this process."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from mftmerge.train import scores, targets
     from mftmerge.train.optimizer import MaskOptimizer
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = LlamaForCausalLM(small_llama(VOCABULARY, layers=4))
     model.config.use_cache = False
     found = targets.find(model, "0-3")
     targets.freeze_others(model, found)
     optimizer = MaskOptimizer(found, scores.initial(found, "magnitude"), signed=True)
-    ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, TOKENS))  # (rows, tokens)
+    ids = torch.randint(0, VOCABULARY, (ROWS, TOKENS))  # (rows, tokens)
     wall, processor = [], []
     for step in range(steps + 1):
         start, own = time.perf_counter(), time.process_time()

@@ -17,24 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from common import machine, write
+from common import machine, small_llama, write
 
 from mftmerge import Mask, attach
 from mftmerge.checkpoint import Checkpoint
 
 
 def make_model(path: Path, layers: int) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    transformers.LlamaForCausalLM(small_llama(49152, layers)).to(torch.bfloat16).save_pretrained(path)
 
 
 def random_masks(path: Path, k: int, last: int | None) -> dict[str, Mask]:

@@ -99,7 +99,7 @@ def _tokens(source: object, tokenizer: PreTrainedTokenizerBase, settings: LearnS
     asked = [isinstance(row, Mapping) and is_question(row) for row in rows]
     if not any(asked):
         return tokens_of(source, tokenizer, settings)
-    if settings.teacher in ("answers", "both"):
+    if settings.asks_answers:
         raise BadInput("a row has no answer to learn from; give answers, or --teacher expert")
     rest = [row for row, alone in zip(rows, asked, strict=True) if not alone]
     answered = tokens_of(rest, tokenizer, settings) if rest else []

@@ -66,7 +66,7 @@ def estimate(
     weights = sum(e.size for e in changed)
     rows = [r for d in domains for r in (*d.train, *d.valid)]
     tokens = sum(sum(label >= 0 for label in r["labels"][1:]) if r["labels"] else settings.answer_tokens for r in rows)
-    told = tokens * settings.teacher_top * TOLD if settings.teacher in ("expert", "both") else 0
+    told = tokens * settings.teacher_top * TOLD if settings.asks_experts else 0
     return replace(
         plain,
         training=math.ceil(weights * each),

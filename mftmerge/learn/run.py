@@ -231,13 +231,15 @@ class _Run:
 
     def _ask_experts(self, optimizer: MergeOptimizer) -> None:
         """What each expert tells of its rows, and how far the base is from it: the scale of the domain's loss."""
-        teachers = {"expert": [DIVERGENCE], "answers": [ANSWERS], "both": [DIVERGENCE, ANSWERS]}[self.settings.teacher]
+        s = self.settings
+        asked = ((DIVERGENCE, s.asks_experts), (ANSWERS, s.asks_answers))
+        teachers = [column for column, wanted in asked if wanted]
         for number, domain in enumerate(self.domains):
             few = domain.train[:SCALED]
             optimizer.put_expert(number)
-            if DIVERGENCE in teachers:
-                domain.told = listen(self.model, domain.train, self.settings.teacher_top)
-                domain.told_valid = listen(self.model, domain.valid, self.settings.teacher_top)
+            if s.asks_experts:
+                domain.told = listen(self.model, domain.train, s.teacher_top)
+                domain.told_valid = listen(self.model, domain.valid, s.teacher_top)
             own = measure(self.model, few, domain.told[:SCALED])
             domain.measured["expert"] = measure(self.model, domain.valid, domain.told_valid)
             optimizer.put_expert(None)

@@ -83,6 +83,16 @@ class LearnSettings(Settings):
     trust_remote_code: bool = as_in_training("trust_remote_code")
     check_memory: bool = as_in_training("check_memory")
 
+    @property
+    def asks_experts(self) -> bool:
+        """Whether the experts' distributions are learnt, of settings that have their teacher."""
+        return self.teacher in ("expert", "both")
+
+    @property
+    def asks_answers(self) -> bool:
+        """Whether the rows' answers are learnt, of settings that have their teacher."""
+        return self.teacher in ("answers", "both")
+
     def settled(self, rows: int, answered: bool) -> LearnSettings:
         """The settings with their steps and teacher, where the smallest domain trains on so many rows.
 

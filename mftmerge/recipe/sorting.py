@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -93,19 +93,14 @@ def of_part(selections: Sequence[Bools], part: slice) -> Answer:
     return lambda tensor, wanted: torch.from_numpy(next(rest)[part])
 
 
-def sorts(task: Task[Any]) -> bool:
+def sorts(task: Task[Any]) -> TypeGuard[ExecuteMergeMethodTask]:
     """Whether a merge sorts magnitudes to take a range of their order; other methods may want more of a sort."""
     return isinstance(task, ExecuteMergeMethodTask) and task.method_name in SORTED
 
 
 def in_pieces(task: Task[Any]) -> bool:
     """Whether a merge sorts magnitudes, and does the rest weight by weight."""
-    return (
-        isinstance(task, ExecuteMergeMethodTask)
-        and sorts(task)
-        and not dict(task.parameters.items())["rescale"]
-        and task.base_model is not None
-    )
+    return sorts(task) and not dict(task.parameters.items())["rescale"] and task.base_model is not None
 
 
 def selections(
