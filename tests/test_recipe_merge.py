@@ -62,6 +62,19 @@ def recipes(models: Path) -> dict[str, dict[str, object]]:
         },
         "dare": {"merge_method": "dare_ties", "models": inputs(weight=0.5, density=0.6), **base},
         "della": {"merge_method": "della", "models": inputs(weight=0.5, density=0.6, epsilon=0.1), **base},
+        "dare without scale": {
+            **{"merge_method": "dare_ties", "models": inputs(weight=0.5, density=0.4), **base},
+            **{"parameters": {"rescale": False, "normalize": True}, "dtype": "float16"},
+        },
+        "dare of nothing": {"merge_method": "dare_linear", "models": inputs(weight=0.5, density=0), **base},
+        "della of some": {
+            "merge_method": "della_linear",
+            "models": [
+                {"model": str(models / name), "parameters": {"weight": 0.4, "density": density, "epsilon": 0.1}}
+                for name, density in (("math", 0), ("code", 0.6), ("instruct", 1))
+            ],
+            **{"parameters": {"int8_mask": True, "lambda": 0.9}, "dtype": "float32", **base},
+        },
         "dare at some": {"merge_method": "dare_linear", "models": inputs(weight=0.5, density=[1, 0.3, 1]), **base},
         "nearswap": {
             **{"merge_method": "nearswap", "models": inputs()[:2], "parameters": {"t": 0.01}},

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mftmerge.cli.lateimports import postpone
 from mftmerge.cli.options import AsJson, Recipe, options
 from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, say
 from mftmerge.errors import BadInput
+from mftmerge.machine import set_large_pages
 from mftmerge.recipe.settings import BuildSettings
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -35,6 +37,8 @@ def command(
       mftmerge build recipes/masked_task_arithmetic.yml -o merged
       mftmerge build recipes/masked_task_arithmetic.yml --dry-run
     """
+    postpone()
+    set_large_pages()
     from mftmerge.recipe.build import build
     from mftmerge.recipe.plan import plan
 

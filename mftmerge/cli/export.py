@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mftmerge.cli.lateimports import postpone
 from mftmerge.cli.options import AsJson, Overwrite, Recipe
 from mftmerge.cli.reporting import print_json, say
 
@@ -33,6 +34,7 @@ def command(
     Example:
       mftmerge export recipes/vote_mask_on_merge.yml -o exported --verify
     """
+    postpone()
     from mftmerge.recipe.export import export
 
     report = export(

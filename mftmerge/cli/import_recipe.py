@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mftmerge.cli.lateimports import postpone
 from mftmerge.cli.options import YAML, AsJson, Overwrite, files
 from mftmerge.cli.reporting import print_json, say
 
@@ -25,6 +26,7 @@ def command(
     Example:
       mftmerge import-recipe mergekit_config.yml -o recipe.yml
     """
+    postpone()
     from mftmerge.files import refuse_existing, write_text
     from mftmerge.recipe.importing import import_recipe
 

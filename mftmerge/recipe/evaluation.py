@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,29 +20,18 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from torch.overrides import TorchFunctionMode
 
 from mftmerge.errors import MftmergeError
 from mftmerge.machine import give_back
-from mftmerge.recipe import sorting
+from mftmerge.recipe import drawing, sorting
 from mftmerge.recipe.catalogue import by_element
+from mftmerge.recipe.drawing import Job
 from mftmerge.recipe.inputs import OutputMask
 
 Write = Callable[[int, memoryview], None]  # takes bytes of a tensor, and which of its bytes is the first
 # Elements; a multiple of all vector widths: from four models on, torch adds the last few elements of a tensor in
 # another order than the rest, and those are to be the tensor's own.
-PIECE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Job:
-    """One output tensor. size: its weights. draws: random numbers that it takes, from state `start` to `end`."""
-
-    task: SaveTensor
-    size: int
-    draws: int = 0
-    start: torch.Tensor | None = None
-    end: torch.Tensor | None = None
+PIECE = 1 << 20
 
 
 @dataclass
@@ -68,9 +58,8 @@ class Evaluation:
         """Hand an output tensor on in its final dtype, masked; gives its bytes."""
         task, name, dtype = job.task, job.task.tensor_name, dtype_from_name(job.task.dtype)
         mask = self.mask.over(name) if self.mask else None
-        cut = sorting.in_pieces(task.tensor_task) and self._aligned(task.tensor_task)
-        whole = not cut and not self._by_element(task.tensor_task)
-        with self.room.taken(job.size) if whole or cut else nullcontext(), _numbers(job):
+        whole = not self._in_pieces(task.tensor_task)
+        with self.room.taken(job.size) if whole else nullcontext(), drawing.numbers(job):
             at = count = 0
             for part in [self._whole(task)] if whole else self._pieces(task.tensor_task):
                 part = part.to("cpu", dtype or part.dtype)
@@ -81,7 +70,7 @@ class Evaluation:
                     write(count, memoryview(part.view(torch.uint8).numpy().data))
                 at, count = at + part.numel(), count + part.nbytes
             del part
-        if whole or cut:
+        if whole:
             give_back()
         return count
 
@@ -93,16 +82,16 @@ class Evaluation:
             raise MftmergeError(f"mergekit gave no value for {task.tensor_name}")
         return tensor.reshape(-1)
 
-    def _by_element(self, task: Task[Any]) -> bool:
-        if not isinstance(task, ExecuteMergeMethodTask):
+    def _in_pieces(self, task: Task[Any]) -> bool:
+        """Whether a tensor can be merged weight by weight, perhaps once something is known of the whole tensor.
+
+        Pieces of the inputs must belong together as they are stored: no vocabularies are to be aligned first.
+        """
+        if not isinstance(task, ExecuteMergeMethodTask) or not isinstance(task.gather_tensors, GatherTensors):
             return False
         densities = [dict(p.items()).get("density", 1) for _, p in task.input_parameters.items()]
-        return by_element(task.method_name, set(densities) <= {1}) and self._aligned(task)
-
-    def _aligned(self, task: Task[Any]) -> bool:
-        """Whether pieces of the inputs belong together as they are stored: no vocabularies are to be aligned first."""
-        on_cpu = self.device.type == "cpu"
-        return on_cpu and isinstance(task, ExecuteMergeMethodTask) and isinstance(task.gather_tensors, GatherTensors)
+        plain = by_element(task.method_name, set(densities) <= {1})
+        return self.device.type == "cpu" and (plain or sorting.in_pieces(task) or drawing.in_pieces(task))
 
     def _pieces(self, task: ExecuteMergeMethodTask) -> Iterator[torch.Tensor]:
         """What `value(task)` gives, flat, piece by piece."""
@@ -118,18 +107,42 @@ class Evaluation:
         math = {model: dtype_from_name(loads[f"{model}:{w.name}"].dtype) for model, w in gather.weight_info.items()}
         flat = {model: t.reshape(-1) for model, t in whole.items()}
 
-        def merge(part: slice, models: Iterable[ModelReference] = tuple(flat)) -> torch.Tensor:
-            merged = task.execute(tensors={m: flat[m][part].to(math[m] or flat[m].dtype) for m in models})
-            if merged is None:
+        def merged(tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor:
+            found = task.execute(tensors={m: t.to(math[m] or t.dtype) for m, t in tensors.items()})
+            if found is None:
                 raise MftmergeError(f"mergekit gave no value for {task.output_weight.name}")
-            return merged
+            return found
 
-        size = next(iter(flat.values())).numel()
+        def merge(part: slice, models: Iterable[ModelReference] = tuple(flat)) -> torch.Tensor:
+            return merged({m: flat[m][part] for m in models})
+
+        def merge_rows(rows: drawing.Rows, models: Iterable[ModelReference]) -> torch.Tensor:
+            return merged({m: whole[m][rows] for m in models})
+
+        one = next(iter(whole.values()))
+        size = one.numel()
         parts = [slice(start, start + PIECE) for start in range(0, max(1, size), PIECE)]
-        selections = sorting.selections(task, merge, flat, parts, size) if sorting.in_pieces(task) else []
+        answers: Callable[[slice], AbstractContextManager[Any]] = nullcontext
+        if sorting.in_pieces(task):
+            with self.room.taken(size):
+                answers = partial(sorting.of_part, sorting.selections(task, merge, flat, parts, size))
+            give_back()
+        elif drawing.in_pieces(task):
+            room = partial(self.room.taken, size)
+            answers = partial(drawing.Answers, drawing.thinned(task, merge_rows, flat, _rows(one), size, room))
+            give_back()
         for part in parts:
-            with sorting.Sorts(sorting.of_part(selections, part)) if selections else nullcontext():
-                yield merge(part)
+            with answers(part):
+                piece = merge(part)
+            yield piece
+
+
+def _rows(tensor: torch.Tensor) -> list[drawing.Rows]:
+    """The rows of a tensor in pieces; one of all where it has no rows."""
+    if tensor.dim() < 2 or not tensor.numel():
+        return [slice(None)] if tensor.dim() else [...]
+    step = max(1, PIECE * tensor.shape[0] // tensor.numel())
+    return [slice(start, start + step) for start in range(0, tensor.shape[0], step)]
 
 
 def _not_finite(tensor: torch.Tensor) -> int:
@@ -167,66 +180,3 @@ class Room:
             with self._changed:
                 self._taken -= size
                 self._changed.notify_all()
-
-
-# -- random numbers ---------------------------------------------------------------------------------------------------
-#
-# mergekit draws from torch's one default generator, tensor after tensor. For two tensors to be merged at a time each
-# needs the generator as it would have been at its turn. `torch.bernoulli` takes one number of it for each weight, so
-# the turn is found by passing over numbers, which takes a fifth of the time that drawing takes.
-
-
-def with_numbers(jobs: Sequence[Job]) -> Iterator[Job]:
-    """The jobs, in the order in which mergekit merges them, each with the state of the generator at its turn.
-
-    At the end torch's default generator is where mergekit would have left it.
-    """
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    for job in jobs:
-        start = generator.get_state()
-        _pass_over(generator, job.draws)
-        yield replace(job, start=start, end=generator.get_state())
-    torch.set_rng_state(generator.get_state())
-
-
-def draws(task: SaveTensor, size: int) -> int:
-    """Random numbers that DARE or DELLA take for a tensor: one for each weight of a task vector that is thinned out."""
-    merge = task.tensor_task
-    assert isinstance(merge, ExecuteMergeMethodTask)
-    densities: Iterable[float] = (dict(p.items()).get("density", 1) for _, p in merge.input_parameters.items())
-    drawn = sum(d < 1 and (d > 0 or not merge.method_name.startswith("della")) for d in densities)
-    return drawn * size
-
-
-def _pass_over(generator: torch.Generator, count: int) -> None:
-    buffer = torch.empty(min(count, 1 << 20), dtype=torch.int32)
-    for start in range(0, count, 1 << 20):
-        buffer[: count - start].random_(generator=generator)
-
-
-class _Draw(TorchFunctionMode):
-    """In this thread, while it lasts, `torch.bernoulli` draws from a generator of ours."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = {"generator": self.generator} if func is torch.bernoulli else {}
-        return func(*args, **(kwargs or {}), **more)
-
-
-@contextmanager
-def _numbers(job: Job) -> Iterator[None]:
-    """Draw from the job's own numbers. Raises MftmergeError where another number of them was drawn than was counted."""
-    if job.start is None or job.end is None:
-        yield
-        return
-    generator = torch.Generator()
-    generator.set_state(job.start)
-    with _Draw(generator):
-        yield
-    if not torch.equal(generator.get_state(), job.end):
-        name = job.task.tensor_name
-        raise MftmergeError(f"{name}: mergekit drew other random numbers than were counted; give --num-threads 1")

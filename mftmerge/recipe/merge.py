@@ -9,6 +9,7 @@ configurations are mergekit's. Every thread reads through a loader cache of its 
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mergekit import merge as stock
 from mergekit.architecture import get_architecture_info
@@ -25,14 +27,14 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import TokenizerInfo
-from transformers.trainer_utils import set_seed
 
 from mftmerge.checkpoint import TensorEntry
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.machine import in_order, share_memory
 from mftmerge.recipe.catalogue import COUNTED, METHODS
-from mftmerge.recipe.evaluation import Evaluation, Job, Room, draws, with_numbers
+from mftmerge.recipe.drawing import Job, draws, with_numbers
+from mftmerge.recipe.evaluation import Evaluation, Room
 from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
@@ -107,7 +109,7 @@ class Output:
 def _merge(configuration: OrderedConfiguration, options: MergeOptions, inputs: MaskedInputs, output: Output) -> Merged:
     """What mergekit's `run_merge` does, with another way through the plan."""
     if options.random_seed is not None:
-        set_seed(options.random_seed)
+        _seed(options.random_seed)
     architecture = get_architecture_info(configuration, options)
     config = result_config(configuration, architecture, options.trust_remote_code)
     for model in configuration.referenced_models():  # an absent one is found before anything is written
@@ -141,6 +143,13 @@ def _merge(configuration: OrderedConfiguration, options: MergeOptions, inputs: M
     stock._copy_tagalong_files(configuration, str(out), files=architecture.tagalong_files or [], options=options)
     copy_generation_config(configuration, out)
     return Merged(sizes, tuple(warnings), evaluation.not_finite)
+
+
+def _seed(seed: int) -> None:
+    """What `transformers.set_seed` does, whose module imports models and peft; torch seeds all its devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _write(

@@ -87,10 +87,10 @@ def of_whole(tensor: torch.Tensor, wanted: Range) -> torch.Tensor:
     return torch.from_numpy(kept(tensor.numpy().view(np.uint32).copy(), wanted))
 
 
-def of_part(selections: Sequence[Bools], part: slice) -> Answer:
+def of_part(selections: Sequence[Bools], part: slice) -> Sorts:
     """Answers a method's sorts of one piece of a tensor, in their order, with what is selected of the whole tensor."""
     rest = iter(selections)
-    return lambda tensor, wanted: torch.from_numpy(next(rest)[part])
+    return Sorts(lambda tensor, wanted: torch.from_numpy(next(rest)[part]))
 
 
 def sorts(task: Task[Any]) -> TypeGuard[ExecuteMergeMethodTask]:

@@ -138,8 +138,12 @@ class Bench:
             for items in splits.values():
                 self.cache.add([i.tokens for i in items])
 
-    def new_cache(self, model: Any, first_layer: int, **_: Any) -> PrefixCache:
-        """A cache over the study's states; takes the place of `PrefixCache` in the product as well."""
+    def as_set(self, model: Any, first_layer: int, place: str) -> PrefixCache | None:
+        """Takes the place of `PrefixCache.as_set` in the product: the study's states, whatever the setting."""
+        return self.new_cache(model, first_layer) if first_layer else None
+
+    def new_cache(self, model: Any, first_layer: int) -> PrefixCache:
+        """A cache over the study's states."""
         cache = PrefixCache(model, first_layer)
         cache._store = States(self.lab / "states")  # type: ignore[assignment]
         return cache

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import mftmerge.learn.run as product
 from mftmerge.evaluate.generation import EXACT, Marker
 from mftmerge.files import replacing
+from mftmerge.prefix import PrefixCache
 from research.combining.common import Weights, average
 from research.learning import train
 from research.learning.common import CLAIMED, Bench, Plan, Tokens, claimed_rows, opened, read_rows, write_rows
@@ -203,7 +205,6 @@ class Seed:
         def make() -> tuple[Weights, dict[str, Any]]:
             self.rows(count)
             recipe, out = self.recipe(count, arithmetic, weight), self.place / f"{what}.masks"
-            product.PrefixCache = self.bench.new_cache  # type: ignore[assignment, misc]
             given = {
                 "teacher": teacher,
                 "steps": STEPS[count],
@@ -211,7 +212,7 @@ class Seed:
                 "max_length": self.bench.plan.max_length,
                 **settings,
             }
-            with train.watched() as cost:
+            with train.watched() as cost, patch.object(PrefixCache, "as_set", self.bench.as_set):
                 result = product.learn_merge(
                     recipe, out, settings=given, note=print, resume=out.exists(), overwrite=True
                 )
