@@ -8,11 +8,11 @@ was after any number of switches.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from mftmerge.mask import Mask
 from mftmerge.maskedparameter import UNKNOWN, MaskedParameter, on_cpu
 from mftmerge.modelcalls import Block, ModelCalls, inside, owners
 from mftmerge.rowmasks import RowMasks
+
+R = TypeVar("R")
 
 
 class Switcher:
@@ -225,20 +227,38 @@ class Switcher:
 
     def _changed(self, state: str | None, parts: list[MaskedParameter]) -> list[MaskedParameter]:
         """Those that somebody else has written to, moved or replaced."""
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing lets go of the interpreter's lock
-            return [p for p, found in zip(parts, pool.map(lambda p: p.changed(state), parts), strict=True) if found]
+        return [p for p, found in zip(parts, _each(parts, lambda p: p.changed(state)), strict=True) if found]
 
     def _write(self, before: str | None, after: str | None, parts: list[MaskedParameter]) -> int:
         try:
-            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-                here = [p for p in parts if on_cpu(p.parameter)]
-                written = sum(pool.map(lambda part: part.write(before, after), here))
+            here = [p for p in parts if on_cpu(p.parameter)]
+            written = sum(_each(here, lambda p: p.write(before, after)))
             return written + sum(p.write(before, after) for p in parts if not on_cpu(p.parameter))
         finally:
             torch.clear_autocast_cache()  # it holds the weights in the other dtype, as they were
 
     def __reduce__(self) -> NoReturn:
         raise MftmergeError("a switcher belongs to one model in one process; attach the masks to the copy again")
+
+
+def _each(parts: list[MaskedParameter], work: Callable[[MaskedParameter], R]) -> list[R]:
+    """What `work` gives for each part, on as many threads as torch has.
+
+    A thread gets its share at once: parts are small, and handing over each of hundreds takes as long as the work.
+    """
+    threads = max(1, min(torch.get_num_threads(), len(parts)))
+    found: list[Any] = [None] * len(parts)
+
+    def share(first: int) -> None:
+        for number in range(first, len(parts), threads):
+            found[number] = work(parts[number])
+
+    if threads == 1:
+        share(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(share, range(threads)))
+    return found
 
 
 def attach(

@@ -6,6 +6,7 @@ several times faster than torch there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +17,15 @@ import xxhash
 
 from mftmerge.dtypes import integer_view
 from mftmerge.errors import BadInput
-from mftmerge.select import select
+from mftmerge.select import Integers, select
 
 UNKNOWN = "\0unknown"  # what is active after an interrupted switch; no mask can be called that
-CACHED = 1 << 17  # weights that fit the processor's cache
-PIECE = 1 << 20  # weights handled at a time on the CPU; a multiple of 8
+# Weights handled at a time on the CPU; a multiple of 8. With pieces that fit a core's cache a single thread is a tenth
+# faster, but several wait for each other's turn at the interpreter.
+PIECE = 1 << 20
 HASHED = 1 << 22  # words hashed at a time on an accelerator: its memory may be nearly full
 GPU_PIECE = 1 << 25  # on an accelerator, where the launches cost more than the memory
+_ROOM = threading.local()
 
 
 @dataclass
@@ -48,6 +51,9 @@ class MaskedParameter:
         self.dtype, self.place = self.parameter.dtype, self._place()
         self.whole = on_cpu(self.parameter)  # originals and dropped values are stored for all weights
         self._checks: dict[str | None, int] = {}  # mask (None: no mask) -> checksum of the contents under it
+        self._differing: dict[
+            tuple[str | None, str | None], int
+        ] = {}  # two masks -> weights that only one of them drops
 
     def add(self, mask: str, kept: torch.Tensor) -> None:
         """Take up a mask: booleans of the parameter's shape, on the CPU. No mask may be on."""
@@ -62,6 +68,7 @@ class MaskedParameter:
                 del self.kept[mask]
                 self.dropped.pop(mask, None)
             self._checks.pop(mask, None)
+            self._differing = {pair: n for pair, n in self._differing.items() if mask not in pair}
 
     @contextmanager
     def _regathered(self) -> Iterator[None]:
@@ -176,13 +183,22 @@ class MaskedParameter:
             self.originals = self.gather(flat)
         dropped = None if after is None else self.dropped.get(after)
         try:
-            changed = self._put(flat, self.originals, dropped, before, after)
+            self._put(flat, self.originals, dropped, before, after)
         finally:
             _mark_written(flat)
         state = after if after in self.kept else None
         if state not in self._checks:  # the same every time: reckoned at the first
             self._checks[state] = self.checksum()
-        return changed
+        return self._count_differing(before, after)
+
+    def _count_differing(self, before: str | None, after: str | None) -> int:
+        """Number of weights that one of two masks drops and the other keeps; counted once."""
+        if (before, after) not in self._differing:
+            sizes = ((self.bits(before, *piece), self.bits(after, *piece), piece) for piece in self.pieces())
+            self._differing[before, after] = sum(
+                _differing(old, new, stop - start) for old, new, (start, stop) in sizes
+            )
+        return self._differing[before, after]
 
     def _put(
         self,
@@ -191,8 +207,8 @@ class MaskedParameter:
         dropped: torch.Tensor | None,
         before: str | None,
         after: str | None,
-    ) -> int:
-        taken = changed = 0
+    ) -> None:
+        taken = 0
         for start, stop in self.pieces():
             old, new = self.bits(before, start, stop), self.bits(after, start, stop)
             piece = flat[start:stop]
@@ -211,8 +227,6 @@ class MaskedParameter:
                     piece.scatter_(0, known, values)
                 if new is not None and dropped is None:
                     _select(piece, new)
-            changed += _count_differing(old, new, stop - start)
-        return changed
 
     @torch.no_grad()
     def masked(self, mask: str, dropped: torch.Tensor | None) -> torch.Tensor:
@@ -297,21 +311,25 @@ def _select(
         else:
             piece.copy_(torch.where(others, dropped, piece))
         return
-    kind, size = f"u{piece.element_size()}", min(len(piece), CACHED)
-    unsigned, values, first = (None if t is None else t.numpy().view(kind) for t in (piece, dropped, originals))
+    kind = f"u{piece.element_size()}"
+    unsigned, values, source = (None if t is None else t.numpy().view(kind) for t in (piece, dropped, originals))
     assert unsigned is not None
-    scratch = bytearray((size + 7) // 8 * 8 * piece.element_size())
-    for start in range(0, len(unsigned), CACHED):
-        part = unsigned[start : start + CACHED]
-        stop = start + len(part)
-        base, source = (None if v is None else v[start:stop] for v in (values, first))
-        if kept is not None:
-            select(part, kept[start // 8 : (stop + 7) // 8].numpy(), base, scratch, source)
-        elif source is not None:
-            part[:] = source
+    if kept is not None:
+        select(unsigned, kept.numpy(), values, _scratch(unsigned), source)
+    elif source is not None:
+        unsigned[:] = source
 
 
-def _count_differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
+def _scratch(values: Integers) -> bytearray:
+    """Room for the masks of so many values, this thread's own: new memory costs as much as the work."""
+    needed = (len(values) + 7) // 8 * 8 * values.itemsize
+    if len(getattr(_ROOM, "bytes", b"")) < needed:
+        _ROOM.bytes = bytearray(needed)
+    room: bytearray = _ROOM.bytes
+    return room
+
+
+def _differing(old: torch.Tensor | None, new: torch.Tensor | None, size: int) -> int:
     """Number of bits in which two packed masks differ; None keeps everything. Padding bits are 0 in both."""
     if old is None and new is None:
         return 0
