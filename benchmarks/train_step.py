@@ -1,7 +1,7 @@
 """Claims about a training step, against full fine-tuning (FFT) with fused AdamW and against the released algorithm.
 
-At 2048 tokens a full step costs at most 1.08 (fp32) or 1.05 (bf16) of FFT's, forward plus backward at most 1.01. The
-released algorithm (a sort of every matrix in every forward pass) costs at least 1.6 times ours at 2048 tokens
+A full step costs at most 1.05 of FFT's at 2048 tokens and 1.15 at 512, forward plus backward at most 1.01. The released
+algorithm (a sort of every matrix in every forward pass) costs at least 1.6 times ours at 2048 tokens
 in bf16, and 6 times at 512 in fp32.
 
     python benchmarks/train_step.py [--quick] [--shape small|llama7b] [--only DTYPE TOKENS ROUNDS]
@@ -151,8 +151,8 @@ def main() -> None:
                 measure(key, kinds, (shape, layers, tokens, dtype, device), rounds, seconds, ratios)
                 if device == "cuda":
                     memory |= {f"{key} {k} GiB": peak(k, shape, layers, tokens, dtype) for k in kinds}
+                goals[f"{key} step, mask / fft"] = ("<=", 1.05 if tokens == 2048 else 1.15)
                 if tokens == 2048:
-                    goals[f"{key} step, mask / fft"] = ("<=", 1.08 if name == "fp32" else 1.05)
                     goals[f"{key} pass, mask / fft"] = ("<=", 1.01)
                     if name == "bf16":
                         goals[f"{key} step, released / mask"] = (">=", 1.6)

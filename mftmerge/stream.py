@@ -1,4 +1,4 @@
-"""Copying a checkpoint's shards while masking some of their tensors, in pieces that stay in the processor's cache."""
+"""Copying a checkpoint's shards while masking some of their tensors, in pieces that a worker's buffers hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mftmerge.files import read_at, unsupported, write_at
 from mftmerge.mask import Mask
 from mftmerge.select import Integers, select
 
-PIECE = 1 << 18  # bytes in the processor's cache
+PIECE = 1 << 19  # bytes that a worker handles at a time: smaller ones wait for the interpreter's lock more often
 RUN = 1 << 26  # bytes outside the mask that one worker copies at a time
 # The kernel's copy is not possible between these two files: read and write instead.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
@@ -128,7 +128,7 @@ class MaskStream:
 
 def copy_range(source: int, target: int, start: int, stop: int, what: Path) -> None:
     """Copy bytes [start, stop) to the same place in another file, inside the kernel where the two files allow it."""
-    step = 64 * PIECE
+    step = RUN
     while start < stop:
         try:
             copied = _kernel_copy(source, target, min(step, stop - start), start, start)
