@@ -240,6 +240,18 @@ def test_rows_decide_how_long_and_from_whom_it_is_learnt() -> None:
     assert settled(10, True, teacher="answers")[1] == "answers"
 
 
+def test_the_loss_stands_beside_the_base_s(kitchen: Callable[..., Path]) -> None:
+    """Of answers it is the loss over an expert's gain, of which the base's is not 1."""
+    said: list[str] = []
+    result = learn_merge(open_recipe(kitchen()), steps=2, teacher="answers", note=said.append)
+    found = re.fullmatch(r".*validation loss over gain (.*); at step 0 (.*), the base's (.*)\)", said[-1])
+    assert found is not None, said[-1]
+    best, first, base = map(float, found.groups())
+    losses = [d["loss"] for d in result.domains.values()]
+    assert base == pytest.approx(np.mean([x["base"] / (x["base"] - x["expert"]) for x in losses]), rel=0.5)
+    assert best <= first < base
+
+
 def test_a_density_is_exact(kitchen: Callable[..., Path]) -> None:
     result = learn_merge(open_recipe(kitchen()), steps=2, density=0.3)
     for mask in result.masks.values():

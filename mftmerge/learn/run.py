@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,9 +266,12 @@ class _Run:
         return [measure(self.model, d.valid, d.told_valid) for d in self.domains]
 
     def _losses(self) -> Losses:
+        return self._over_scales(self._measured())
+
+    def _over_scales(self, measured: Sequence[Losses]) -> Losses:
         """Of the validation rows, (rows, 2), such that sum over sum is the mean over domains of loss over scale."""
         found = []
-        for domain, rows in zip(self.domains, self._measured(), strict=True):
+        for domain, rows in zip(self.domains, measured, strict=True):
             tokens = rows[:, 2].sum()
             loss = sum(rows[:, column] / (scale * tokens) for column, scale in domain.scales.items())
             found.append(np.stack([loss, rows[:, 2] / tokens], 1))
@@ -318,7 +321,11 @@ class _Run:
             self.say(f"{name}: {kept['learnt']:.0%} of its expert's gain (before learning {kept['initial']:.0%}){near}")
         if domains:
             what = f"best masks: step {best.step}" if gained else "nothing was gained: the plain merge is kept"
-            self.say(f"{what} (loss {best.loss:.3f}, 1 is the base's; at step 0 {validation[0][1]:.3f})")
+            base = self._over_scales([d.measured["base"] for d in self.domains]).sum(0)
+            self.say(
+                f"{what} (validation loss over gain {best.loss:.3f}; at step 0 {validation[0][1]:.3f}, the base's "
+                f"{base[0] / base[1]:.3f})"
+            )
         return LearnResult(
             dict(zip(names, made, strict=True)),
             plain_recipe(self.recipe, [f"{n}.mask" for n in names]),
