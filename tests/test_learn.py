@@ -134,9 +134,9 @@ def test_each_selected_weight_is_one_parents_bits(kitchen: Callable[..., Path], 
         np.testing.assert_array_equal(built.read(name), expected)
 
 
-@pytest.mark.parametrize("teacher", ["expert", "answers", "both"])
+@pytest.mark.parametrize(("teacher", "base_kl"), [("expert", 0), ("answers", 0), ("both", 0), ("answers", 0.7)])
 def test_scores_follow_the_gradient_of_the_merge_by_autograd(
-    kitchen: Callable[..., Path], tmp_path: Path, teacher: str
+    kitchen: Callable[..., Path], tmp_path: Path, teacher: str, base_kl: float
 ) -> None:
     """One step: each score moves by the rate against the sign of dL/dM, with M a factor in the merge."""
     folder = kitchen()
@@ -145,7 +145,7 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(
     work.mkdir()
     chosen = LearnSettings.make(
         {"steps": 1, "scores": True, "eval_share": 0, "batch_size": 20, "lr": 0.01, "teacher_top": 1000}
-        | {"teacher": teacher}
+        | {"teacher": teacher, "base_kl": base_kl}
     )
     run = _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None)
     result = run.learn(None, None)
@@ -164,10 +164,15 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(
     assert [len(d.scales) for d in run.domains] == [2 if teacher == "both" else 1] * 3
     for domain in run.domains:
         losses: dict[int, list[torch.Tensor]] = {column: [] for column in domain.scales}
+        apart: list[torch.Tensor] = []
         for row, told in zip_longest(domain.train, domain.told):
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
             wanted = labels[0, 1:] != -100
-            logits = torch.func.functional_call(model, merged, (ids,)).logits[0, :-1][wanted].log_softmax(-1)
+            everywhere = torch.func.functional_call(model, merged, (ids,)).logits[0, :-1].log_softmax(-1)
+            with torch.no_grad():
+                own = model(ids).logits[0, :-1].log_softmax(-1)
+            apart.append((own.exp() * (own - everywhere)).sum(-1)[~wanted])
+            logits = everywhere[wanted]
             if ANSWERS in losses:
                 losses[ANSWERS].append(-logits.gather(1, labels[0, 1:][wanted][:, None])[:, 0])
             if DIVERGENCE in losses:
@@ -175,6 +180,7 @@ def test_scores_follow_the_gradient_of_the_merge_by_autograd(
                 share = full.exp()
                 losses[DIVERGENCE].append(torch.where(share > 0, share * (full - logits), 0).sum(-1))
         total = total + sum(torch.cat(found).mean() / domain.scales[column] / 3 for column, found in losses.items())
+        total = total + base_kl * torch.cat(apart).mean() / 3
     (gradient,) = torch.autograd.grad(total, factors)
     for k, mask in enumerate(result.masks.values()):
         moved = torch.from_numpy(mask.scores(name) - mask.initial_scores(name))
@@ -250,6 +256,22 @@ def test_the_loss_stands_beside_the_base_s(kitchen: Callable[..., Path]) -> None
     losses = [d["loss"] for d in result.domains.values()]
     assert base == pytest.approx(np.mean([x["base"] / (x["base"] - x["expert"]) for x in losses]), rel=0.5)
     assert best <= first < base
+
+
+def test_rows_without_a_prompt_stand_beside_others(kitchen: Callable[..., Path]) -> None:
+    """Where there is no prompt, nothing holds the merge to the base."""
+    folder = kitchen()
+    names = ("count", "say")
+    models = [
+        {"model": str(folder / n), "parameters": {"weight": 1.0}, "mask": {"learn": {"data": "-"}}} for n in names
+    ]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": models}
+    text = [{"text": f"{r['prompt']}{r['completion']}"} for r in domain_rows("say")[:12]]
+    for say in (text, [*text[:6], *domain_rows("say")[6:12]]):
+        rows = {str(folder / "count"): domain_rows("count")[:12], str(folder / "say"): say}
+        held = learn_merge(recipe, data=rows, steps=4, seed=1)
+        free = learn_merge(recipe, data=rows, steps=4, seed=1, base_kl=0)
+        assert any(held.masks["count"].digest != m.digest for m in free.masks.values())
 
 
 def test_a_density_is_exact(kitchen: Callable[..., Path]) -> None:

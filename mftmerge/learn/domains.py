@@ -1,5 +1,8 @@
 """The rows of each expert's domain, and what they ask of the merge: the expert's own distribution, or the answers.
 
+On the prompts they ask for the base's distribution: nothing is to be learnt there, and what a merge changes of it, it
+changes elsewhere too (docs/learnt-merges.md).
+
 Agreement with an expert is the Kullback-Leibler divergence of the merge's next-token distribution from the expert's, at
 the labelled tokens. Of the expert's distribution the most likely tokens are told apart, the rest counts as one event: a
 lower bound of the whole divergence, and with the vocabulary's size the whole of it.
@@ -34,7 +37,7 @@ BATCH_TOKENS = 4096  # padded tokens of a forward pass without gradients
 
 @dataclass
 class Told:
-    """What an expert says at the labelled tokens of one row: log-probabilities (tokens, top) of its most likely tokens
+    """What a model says at the labelled tokens of one row: log-probabilities (tokens, top) of its most likely tokens
     (tokens, top), float32 and int32."""
 
     likely: Tensor
@@ -45,6 +48,7 @@ class Told:
 class Domain:
     """An expert's rows. name: the expert's, for messages. told, told_valid: by row; empty where answers are learnt.
 
+    prompts: what the base says of each training row's prompt; empty where nothing holds the merge to it.
     measured: what `measure` says of the validation rows, under "base" and "expert" before anything is merged. scales:
     what the domain's loss is the sum of, columns of `measure`, each with what it is divided by; so that the base has
     about 1 more than the expert.
@@ -55,6 +59,7 @@ class Domain:
     valid: list[Tokens]
     told: list[Told] = field(default_factory=list)
     told_valid: list[Told] = field(default_factory=list)
+    prompts: list[Told] = field(default_factory=list)
     measured: dict[str, Losses] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
 
@@ -139,19 +144,29 @@ def answer(
 
 @torch.no_grad()
 def listen(model: PreTrainedModel, rows: Sequence[Tokens], top: int) -> list[Told]:
-    """What the model, which holds an expert's weights, says of each row.
+    """What the model, which holds an expert's or the base's weights, says of each row.
 
     One row at a time, so that it is the same whatever other rows there are.
     """
     found = []
     with evaluating(model):
         for row in rows:
+            if all(label == IGNORE for label in row["labels"][1:]):
+                found.append(Told(torch.empty(0, dtype=torch.int32), torch.empty(0)))
+                continue
             ids, labels, attention = padded([row], model.device)
             logits, _, _ = labelled_logits(model, ids, labels, attention_mask=attention)
             logs = torch.log_softmax(logits.float(), -1)
             best = logs.topk(min(top, logs.shape[-1]), dim=-1)
             found.append(Told(best.indices.int().cpu(), best.values.cpu()))
     return found
+
+
+def prompt_of(row: Tokens) -> Tokens:
+    """The row with its prompt labelled, all tokens before the first label, in the place of its answer."""
+    labels = row["labels"]
+    first = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+    return {"input_ids": row["input_ids"], "labels": [*row["input_ids"][:first], *[IGNORE] * (len(labels) - first)]}
 
 
 def disagreement(logits: Tensor, likely: Tensor, logs: Tensor) -> Tensor:
@@ -192,7 +207,10 @@ def measure(model: PreTrainedModel, rows: Sequence[Tokens], told: Sequence[Told]
 
 
 def stacked(told: Sequence[Told], batch: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """What was told of some rows, one after another: (tokens, top) tokens and log-probabilities."""
+    """What was told of some rows, one after another: (tokens, top) tokens and log-probabilities.
+
+    Rows of which nothing was told, shape (0,), add nothing.
+    """
     return torch.cat([told[i].likely for i in batch]).to(device), torch.cat([told[i].logs for i in batch]).to(device)
 
 
@@ -215,7 +233,10 @@ class Rounds(Sequence[tuple[int, ...]]):
 
 
 def batch_of(domains: Sequence[Domain], rounds: Sequence[tuple[int, ...]], fill: int) -> list[dict[str, Tensor]]:
-    """For each domain, its rows of these rounds: input_ids and labels (rows, length), and likely and logs if told."""
+    """For each domain, its rows of these rounds: input_ids and labels (rows, length), and likely and logs if told.
+
+    Where the merge is held to the base also its base_likely and base_logs, and the labels of the prompts.
+    """
     found = []
     for number, domain in enumerate(domains):
         chosen = [r[number] for r in rounds]
@@ -223,5 +244,8 @@ def batch_of(domains: Sequence[Domain], rounds: Sequence[tuple[int, ...]], fill:
         batch = {"input_ids": ids, "labels": labels}
         if domain.told:
             batch["likely"], batch["logs"] = stacked(domain.told, chosen)
+        if domain.prompts:
+            batch["prompts"] = padded([prompt_of(domain.train[i]) for i in chosen], fill=fill)[1]
+            batch["base_likely"], batch["base_logs"] = stacked(domain.prompts, chosen)
         found.append(batch)
     return found

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from mftmerge.data import IGNORE
 from mftmerge.learn.domains import ANSWERS, Domain, Rounds, batch_of, disagreement
 from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.settings import LearnSettings
@@ -33,7 +34,7 @@ class MergeLoop(Loop):
         fill: int,
         place: Path | None,
     ) -> None:
-        self.domains = domains
+        self.domains, self.base_kl = domains, settings.base_kl
         super().__init__(
             model, Rounds(domains), optimizer, best, settings.of_loop(), pad=fill, place=place, name="learn"
         )
@@ -45,18 +46,28 @@ class MergeLoop(Loop):
         return shuffled(rows, self.settings.batch_size, collate)
 
     def _gradients(self, batches: Sequence[Any]) -> float:
-        """Gradients of the mean over domains of their losses over their scales; gives that mean."""
+        """Gradients of the mean over domains of their losses; gives that mean."""
         total = 0.0
         for batch in batches:
             for domain, rows in zip(self.domains, batch, strict=True):
-                logits, targets, _ = labelled_logits(self.model, rows["input_ids"], rows["labels"])
-                loss = torch.zeros(())
-                for column, scale in domain.scales.items():
-                    if column == ANSWERS:
-                        part = cross_entropy(logits.float(), targets)
-                    else:
-                        part = disagreement(logits, rows["likely"], rows["logs"]).mean()
-                    loss = loss + part / (scale * len(self.domains) * len(batches))
+                loss = self._loss(domain, rows) / (len(self.domains) * len(batches))
                 self.accelerator.backward(loss)
                 total += float(loss.detach())
         return total
+
+    def _loss(self, domain: Domain, rows: dict[str, Tensor]) -> Tensor:
+        """What the rows ask for, over the domain's scales, and how far the merge is from the base on their prompts."""
+        labels = rows["labels"]
+        asked = labels if "prompts" not in rows else torch.where(labels == IGNORE, rows["prompts"], labels)
+        logits, targets, wanted = labelled_logits(self.model, rows["input_ids"], asked)
+        answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
+        answers, loss = logits[answered], torch.zeros((), device=logits.device)
+        for column, scale in domain.scales.items():
+            if column == ANSWERS:
+                loss = loss + cross_entropy(answers.float(), targets[answered]) / scale
+            else:
+                loss = loss + disagreement(answers, rows["likely"], rows["logs"]).mean() / scale
+        if "prompts" in rows and not bool(answered.all()):
+            apart = disagreement(logits[~answered], rows["base_likely"], rows["base_logs"])
+            loss = loss + self.base_kl * apart.mean()
+        return loss

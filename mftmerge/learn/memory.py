@@ -49,7 +49,7 @@ def estimate(
 
     For each weight that differs: its values in base and experts as they are stored, its gradient in the model's dtype,
     a float32 rank an expert, the way of the weight and two moments, and room for one tensor's scores and merge. In the
-    computer's memory: two states of the masks, and what the experts tell of every row.
+    computer's memory: two states of the masks, and what the experts and the base tell of every row.
     """
     base = _opened(merging, merging.base)
     path = merging.directory(merging.base)
@@ -66,10 +66,11 @@ def estimate(
     weights = sum(e.size for e in changed)
     rows = [r for d in domains for r in (*d.train, *d.valid)]
     tokens = sum(sum(label >= 0 for label in r["labels"][1:]) if r["labels"] else settings.answer_tokens for r in rows)
-    told = tokens * settings.teacher_top * TOLD if settings.asks_experts else 0
+    prompts = sum(sum(label < 0 for label in r["labels"]) or len(r["input_ids"]) for d in domains for r in d.train)
+    heard = tokens * settings.asks_experts + prompts * bool(settings.base_kl)
     return replace(
         plain,
         training=math.ceil(weights * each),
         step=max((e.size for e in changed), default=0) * 4 * (experts + 4),
-        host=weights * 2 + told,
+        host=weights * 2 + heard * settings.teacher_top * TOLD,
     )

@@ -24,7 +24,6 @@ from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from mftmerge.errors import BadInput
-from mftmerge.recipe.evaluation import PIECE
 from mftmerge.recipe.inputs import MaskedInputs
 from mftmerge.recipe.load import Recipe
 from mftmerge.recipe.methods import register
@@ -35,6 +34,8 @@ from mftmerge.select import choose
 
 MOST_EXPERTS = 31  # bits of a code
 Kept = Callable[[slice], Sequence[Tensor]]  # of a piece of a flat tensor: booleans of each open expert
+
+PIECE = 1 << 18  # weights handled at a time: of every expert and score they stay in the processor's cache
 
 
 @dataclass

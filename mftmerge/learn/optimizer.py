@@ -16,7 +16,7 @@ nothing: the model's parameters hold W, and `step()` turns their gradients into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from mftmerge import cut
 from mftmerge.errors import BadInput
-from mftmerge.learn.merging import Kept, Part
+from mftmerge.learn.merging import PIECE, Kept, Part
 from mftmerge.learn.parameters import Holders
-from mftmerge.recipe.evaluation import PIECE
 from mftmerge.select import choose
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
@@ -109,11 +108,15 @@ class MergeOptimizer(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: object = None) -> Any:
-        """One step on the scores; the parameters hold the new merge.
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
+        """One step on the scores; the parameters hold the new merge. Gives what `closure` gives, where there is one.
 
         Raises MftmergeError, with scores and parameters unchanged, when a gradient is not finite.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         gradients: dict[str, Tensor] = {}
         for t, names in self._by_target:
             if t.parameter.grad is not None and names:
@@ -128,6 +131,7 @@ class MergeOptimizer(torch.optim.Optimizer):
         each(update, list(gradients), self._device)
         self.steps += 1
         self.refresh()
+        return loss
 
     # -- masks --------------------------------------------------------------------------------------------------------
 

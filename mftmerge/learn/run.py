@@ -20,7 +20,7 @@ from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import protect, write_text
 from mftmerge.learn import memory
-from mftmerge.learn.domains import ANSWERS, DIVERGENCE, answer, listen, measure, read_domain
+from mftmerge.learn.domains import ANSWERS, DIVERGENCE, answer, listen, measure, prompt_of, read_domain
 from mftmerge.learn.experts import load
 from mftmerge.learn.loop import MergeLoop
 from mftmerge.learn.merging import Merging
@@ -243,6 +243,8 @@ class _Run:
             own = measure(self.model, few, domain.told[:SCALED])
             domain.measured["expert"] = measure(self.model, domain.valid, domain.told_valid)
             optimizer.put_expert(None)
+            if s.base_kl:
+                domain.prompts = listen(self.model, [prompt_of(row) for row in domain.train], s.teacher_top)
             base = measure(self.model, few, domain.told[:SCALED])
             domain.measured["base"] = measure(self.model, domain.valid, domain.told_valid)
             gains = (base - own).sum(0) / base[:, 2].sum()

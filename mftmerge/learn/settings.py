@@ -37,6 +37,12 @@ class LearnSettings(Settings):
         f"equal parts; auto: where every row has an answer, the answers if the smallest domain has {ANSWERS_FROM} rows "
         f"and both if it has {BOTH_FROM}; else the expert",
     )
+    base_kl: float = Field(
+        1.0,
+        ge=0,
+        description="how much the merge is held to the base on the prompts: the divergence from the base's next-token "
+        "distribution there, in nats, counts this much beside a domain's loss over its expert's gain; 0: not at all",
+    )
     start_density: float = Field(
         0.5, ge=0, le=1, description="share of each expert's changes in a tensor that is kept at first, the largest"
     )
@@ -64,7 +70,9 @@ class LearnSettings(Settings):
         128, ge=1, description="longest answer that an expert writes to a prompt without one, in tokens"
     )
     teacher_top: int = Field(
-        256, ge=1, description="tokens of the expert's distribution that are told apart; the others count as one"
+        256,
+        ge=1,
+        description="tokens of a distribution that is learnt which are told apart; the others count as one",
     )
 
     # Validation

@@ -115,8 +115,8 @@ class Seed:
             self.bench.warm(of_domain)
         return rows
 
-    def lesson(self, teacher: str, count: int) -> train.Lesson:
-        return train.lesson(self.bench, self.experts, self.rows(count), teacher, STEPS[count])
+    def lesson(self, teacher: str, count: int, base_kl: float = 0.0) -> train.Lesson:
+        return train.lesson(self.bench, self.experts, self.rows(count), teacher, STEPS[count], base_kl)
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -148,17 +148,17 @@ class Seed:
 
         self.cell("joint training", make)
 
-    def fine_tuning(self, teacher: str, count: int) -> None:
+    def fine_tuning(self, teacher: str, count: int, base_kl: float = 0.0) -> None:
         """Ordinary fine-tuning of the tuned task arithmetic; rate and steps by validation.
 
         The first seed tries two rates in 20 steps, and the better one in as many as the masks have; the other seeds
         take its rate. Whatever was tried may be the choice.
         """
-        what = f"fine-tuning by {teacher}, {count} rows"
+        what = f"fine-tuning by {teacher}, {count} rows" + (f", base_kl {base_kl}" if base_kl else "")
 
         def make() -> tuple[Weights, dict[str, Any]]:
             start = self.tune("task arithmetic")[0]
-            lesson = self.lesson(teacher, count)
+            lesson = self.lesson(teacher, count, base_kl)
             best: tuple[float, Weights, dict[str, Any]] = (-math.inf, {}, {})
             tried = []
 
@@ -210,6 +210,7 @@ class Seed:
                 "steps": STEPS[count],
                 "eval_every": STEPS[count] // 4,
                 "max_length": self.bench.plan.max_length,
+                "base_kl": 0,  # as the first cells were learnt, before there was this setting
                 **settings,
             }
             with train.watched() as cost, patch.object(PrefixCache, "as_set", self.bench.as_set):
@@ -339,6 +340,11 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(others, "masks", "both", 30, weight=0.7, start_density=1.0)
     learning(others, "masks", "answers", 100, weight=0.7, start_density=1.0)
     learning(first, "masks", "answers", 100, weight=0.5, start_density=1.0)
+    for numbers in (first, others):
+        learning(numbers, "masks", "answers", 100, base_kl=1.0)
+        learning(numbers, "masks", "both", 30, weight=0.7, start_density=1.0, base_kl=1.0)
+        learning(numbers, "masks", "expert", 10, weight=0.7, start_density=1.0, base_kl=1.0)
+    learning(first, "fine-tuning", "answers", 100, base_kl=1.0)
     learning(first, "masks", "answers", 300)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)

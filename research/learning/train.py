@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
-from mftmerge.learn.domains import Told, disagreement, listen, stacked
+from mftmerge.data import IGNORE
+from mftmerge.learn.domains import Told, disagreement, listen, prompt_of, stacked
 from mftmerge.loss import labelled_logits, padded
 from research.combining.common import Weights
 from research.learning.common import Bench, Tokens
@@ -83,7 +84,8 @@ def answers(bench: Bench, rows: Sequence[Tokens]) -> Tensor:
 class Lesson:
     """What a control learns from. rows: by domain; told: what each domain's expert says of them, empty for answers.
 
-    scales: what a domain's loss is divided by, so that all count alike.
+    scales: what a domain's loss is divided by, so that all count alike. prompts: what the base says of the rows'
+    prompts, to which the model is held with `base_kl` a nat, as in the product; empty for nothing.
     """
 
     rows: Mapping[str, Sequence[Tokens]]
@@ -92,6 +94,8 @@ class Lesson:
     steps: int
     seconds: float = 0.0  # process time that asking the experts took
     per_step: int = 3
+    prompts: Mapping[str, Sequence[Told]] = field(default_factory=dict)
+    base_kl: float = 0.0
 
     def batches(self) -> Iterator[list[tuple[str, list[int]]]]:
         """For every step, numbers of rows by domain: every row once before any comes again."""
@@ -106,17 +110,31 @@ class Lesson:
 
     def loss(self, bench: Bench, domain: str, chosen: Sequence[int]) -> Tensor:
         """The loss of some rows of a domain over its scale and the number of domains."""
-        ids, labels, attention = padded([self.rows[domain][i] for i in chosen])
-        logits, targets, _ = labelled_logits(bench.model, ids, labels, attention_mask=attention)
+        rows = [self.rows[domain][i] for i in chosen]
+        ids, labels, attention = padded(rows)
+        asked = (
+            torch.where(labels == IGNORE, padded([prompt_of(r) for r in rows])[1], labels) if self.prompts else labels
+        )
+        logits, targets, wanted = labelled_logits(bench.model, ids, asked, attention_mask=attention)
+        answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
         if self.told:
-            found = disagreement(logits, *stacked(self.told[domain], chosen)).mean()
+            found = disagreement(logits[answered], *stacked(self.told[domain], chosen)).mean()
         else:
-            found = cross_entropy(logits, targets)
-        return found / (self.scales[domain] * len(self.rows))
+            found = cross_entropy(logits[answered], targets[answered])
+        found = found / self.scales[domain]
+        if self.prompts:
+            apart = disagreement(logits[~answered], *stacked(self.prompts[domain], chosen))
+            found = found + self.base_kl * apart.mean()
+        return found / len(self.rows)
 
 
 def lesson(
-    bench: Bench, experts: Mapping[str, Weights], rows: Mapping[str, Sequence[Tokens]], teacher: str, steps: int
+    bench: Bench,
+    experts: Mapping[str, Weights],
+    rows: Mapping[str, Sequence[Tokens]],
+    teacher: str,
+    steps: int,
+    base_kl: float = 0.0,
 ) -> Lesson:
     """The lesson of these rows; teacher: "expert" or "answers". The scale is the base's loss minus the expert's."""
     told: dict[str, list[Told]] = {}
@@ -129,7 +147,9 @@ def lesson(
                 told[domain] = listen(bench.model, rows[domain] if teacher == "expert" else few, TOP)
                 own = distance(bench, few, told[domain], teacher)
             scales[domain] = distance(bench, few, told[domain], teacher) - own
-    return Lesson(rows, told if teacher == "expert" else {}, scales, steps, time.process_time() - began)
+        prompts = {d: listen(bench.model, [prompt_of(r) for r in rows[d]], TOP) for d in experts} if base_kl else {}
+    spent = time.process_time() - began
+    return Lesson(rows, told if teacher == "expert" else {}, scales, steps, spent, prompts=prompts, base_kl=base_kl)
 
 
 def distance(bench: Bench, rows: Sequence[Tokens], told: Sequence[Told], teacher: str) -> float:
