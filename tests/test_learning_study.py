@@ -50,7 +50,7 @@ def toy(ours: list[float], few: list[float]) -> tables.Record:
             "base": cell([20, 30, 40, 10]),
             "seed0/expert math": cell([10, 20, 30, 0]),
             "seed0/TIES": cell([13, 22, 33, 2]),
-            "seed0/masks by answers, 100 rows": cell(ours),
+            f"seed0/{page.OURS}": cell(ours),
             "seed0/masks by expert, 10 rows": cell(few),
             "seed0/fine-tuning by answers, 100 rows": cell([11, 21, 31, 1]),
             "seed0/fine-tuning by answers, 10 rows": cell([15, 25, 35, 5]),

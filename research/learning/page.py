@@ -23,8 +23,10 @@ RECORDS = Path(__file__).resolve().parent / "results"
 LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
 # What is judged with 100 rows, and with fewer: the product's teachers; for few rows, weight and start as is advised.
 TEACHERS = ("answers", "expert", "both")
-ADVISED = "masks by {}, {} rows, weight 0.7, start_density 1.0"
-OURS, FEW = "masks by answers, 100 rows", {30: ADVISED.format("both", 30), 10: ADVISED.format("expert", 10)}
+PLAIN, ADVISED = "masks by {}, {} rows", "masks by {}, {} rows, weight 0.7, start_density 1.0"
+HELD = ", base_kl 1.0"  # to the base on the prompts, which is the product's default
+OURS = PLAIN.format("answers", 100) + HELD
+FEW = {30: ADVISED.format("both", 30) + HELD, 10: ADVISED.format("expert", 10) + HELD}
 WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
 COUNTS = (10, 30, 100, 300)
 SETTINGS = {"four": "the four-layer experts", "full": "experts fine-tuned in all layers"}
@@ -66,7 +68,7 @@ def shares(record: Record) -> str:
                 ", ".join(f"{100 * s:.0f}" for s in record.lowest(model)),
                 difference(record, model, "base", "other"),
                 f"{sum(costs) / len(costs):.0f}" if costs else "",
-                f"{max(memory):,.0f}" if memory else "",
+                f"{min(memory):,.0f}" if memory else "",  # some seeds shared a process, which held the experts of all
             ]
         )
     names = [LONG[d] for d in record.domains]
@@ -109,9 +111,11 @@ def against_fine_tuning(record: Record) -> str:
     """Masks minus fine-tuning of the merged model on the same rows, by rows and by what each learns from."""
     rows = []
     for count in COUNTS:
-        for mine in (*(f"masks by {t}, {count} rows" for t in TEACHERS), *(ADVISED.format(t, count) for t in TEACHERS)):
-            for other in ("answers", "expert"):
-                pair = mine, f"fine-tuning by {other}, {count} rows"
+        kinds = [f"{kind.format(t, count)}{held}" for held in ("", HELD) for kind in (PLAIN, ADVISED) for t in TEACHERS]
+        for mine in kinds:
+            for other in ("answers", "expert", "answers" + HELD):
+                teacher, _, held = other.partition(",")
+                pair = mine, f"fine-tuning by {teacher}, {count} rows" + (f",{held}" if held else "")
                 if seeds := record.seeds_of(*pair):
                     cells = [difference(record, *pair, d) for d in [*record.domains, "other"]]
                     rows.append([f"{pair[0]}; fine-tuning by {other} ({len(seeds)})", *cells])
@@ -122,7 +126,8 @@ def against_fine_tuning(record: Record) -> str:
 
 def goal(record: Record) -> str:
     found = verdicts(record, OURS, FEW, WITHOUT_DATA, LONG)
-    return markdown(["goal", "met", "measured"], [[v.what, "yes" if v.met else "**no**", v.numbers] for v in found])
+    said = {True: "yes", None: "level", False: "**no**"}
+    return markdown(["goal", "met", "measured"], [[v.what, said[v.met], v.numbers] for v in found])
 
 
 def chosen(record: Record) -> str:
@@ -162,9 +167,8 @@ def answers(record: Record) -> str:
 SHORT = {  # the README's rows
     "plain average": "plain average of the three",
     "TIES": "best TIES merge (scale and density tuned)",
-    ADVISED.format("expert", 30): "masks learnt from 30 rows a skill, without answers",
-    ADVISED.format("both", 30): "masks learnt from 30 rows a skill",
-    "masks by answers, 100 rows": "**masks learnt from 100 rows a skill**",
+    FEW[30]: "masks learnt from 30 rows a skill",
+    OURS: "**masks learnt from 100 rows a skill**",
     "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
 }
 

@@ -35,6 +35,7 @@ from research.learning.merges import METHODS, Judge, merged, tuned
 
 # Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
 RATES = {10: (1e-4, 3e-4), 30: (1e-4, 3e-4), 100: (3e-4, 1e-3), 300: (3e-4, 1e-3)}
+RATES_OF_ALL_LAYERS = (3e-5, 1e-4)  # there higher ones, 3e-4 and 1e-3, lost to the merge that they began from
 STEPS = {10: 20, 30: 20, 100: 60, 300: 60}  # the product's defaults, for every method that learns
 TEACHERS = ("expert", "answers", "both")
 
@@ -174,7 +175,7 @@ class Seed:
 
             first = self.cells.found.get(f"seed0/{what}")
             if first is None:
-                for rate in RATES[count]:
+                for rate in RATES_OF_ALL_LAYERS if self.given else RATES[count]:
                     attempt(rate, min(STEPS.values()))
                 rate = max(tried, key=lambda t: t[2])[0]
             else:
@@ -344,6 +345,8 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
         learning(numbers, "masks", "answers", 100, base_kl=1.0)
         learning(numbers, "masks", "both", 30, weight=0.7, start_density=1.0, base_kl=1.0)
         learning(numbers, "masks", "expert", 10, weight=0.7, start_density=1.0, base_kl=1.0)
+    learning((*first, *others), "masks", "expert", 30, weight=0.7, start_density=1.0, base_kl=1.0)
+    learning(first, "masks", "answers", 100, base_kl=3.0)
     learning(first, "fine-tuning", "answers", 100, base_kl=1.0)
     learning(first, "masks", "answers", 300)
     learning(first, "masks", "expert", 100, density=0.5)

@@ -99,11 +99,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the goal. met: None where nothing was measured."""
+    """One line of the goal. met: None where a difference is within two standard errors: level."""
 
     what: str
     met: bool | None
     numbers: str
+
+
+def decided(mean: float, error: float) -> bool | None:
+    """Whether a difference is below 0; None within two standard errors of it."""
+    return None if abs(mean) <= 2 * error else mean < 0
 
 
 def ahead(record: Record, model: str, reference: str, domain: str, errors: float) -> bool:
@@ -143,12 +148,14 @@ def verdicts(
             found.append(
                 Verdict(
                     f"ahead of fine-tuning the merge on the same {count} rows on {long[d]}",
-                    mean < 0,
+                    decided(mean, error),
                     f"{mean:+.3f} ± {error:.3f}",
                 )
             )
     tuned = "fine-tuning by answers, 100 rows"
     if record.seeds_of(ours, tuned):
         mean, error = record.difference(ours, tuned, "other")
-        found.append(Verdict("less forgetting than fine-tuning at 100 rows", mean < 0, f"{mean:+.4f} ± {error:.4f}"))
+        found.append(
+            Verdict("less forgetting than fine-tuning at 100 rows", decided(mean, error), f"{mean:+.4f} ± {error:.4f}")
+        )
     return found
