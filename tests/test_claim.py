@@ -32,17 +32,26 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     out.mkdir()
     losses = [[float(i), 10] for i in range(1, 5)]
     (out / "signal.json").write_text("{}")
-    (out / "base.json").write_text(json.dumps({"loss": losses, "exact": [1, 0, 0, 1]}))
-    (out / "mask last.json").write_text(
-        json.dumps({"loss": [[s - 1, n] for s, n in losses], "exact": [1, 1, 1, 1], "step": 4, "course": []})
-    )
-    (out / "weights last.json").write_text(json.dumps({"loss": losses, "exact": [1, 1, 1, 0], "step": 4, "course": []}))
+    better = [[s - 1, n] for s, n in losses]
+    states: dict[str, dict[str, Any]] = {
+        "base": {"loss": losses, "exact": [1, 0, 0, 1], "others": {"math": losses}},
+        "mask last": {"loss": better, "exact": [1, 1, 1, 1], "others": {"math": losses}, "step": 4, "course": []},
+        "weights last": {"loss": losses, "exact": [1, 1, 1, 0], "others": {"math": better}, "step": 4, "course": []},
+        "lora last": {"loss": better, "others": {"math": better}, "step": 4, "course": []},  # its answers: not asked
+    }
+    for name, state in states.items():
+        (out / f"{name}.json").write_text(json.dumps(state))
     page.collect(out, "toy")
     text = page.tables()
     assert "| weights | -0.1000 ± 0.0000 | +25.0 [" in text, "the mask minus the weights"
     assert "| the base |  | 0.2500 | 50.0%" in text
     assert "| mask | last step | -0.1000 ± 0.0000 | 100.0% | +50.0 [" in text
     assert "| 0.50 |" in text  # two rows differ, both in one direction: 2 / 2^2
+    assert "| lora | last step | -0.1000 ± 0.0000 |  |  |  |" in text
+    assert "| lora | +0.0000 ± 0.0000 |  |  |" in text, "the mask minus LoRA"
+    forgotten = text[text.index("loss on the other domains") :]
+    assert "| mask | +0.0000 ± 0.0000 |" in forgotten
+    assert "| weights | -0.1000 ± 0.0000 |" in forgotten
 
 
 def test_lora_moves_weights_by_its_product_alone() -> None:
@@ -80,6 +89,10 @@ def test_a_cell_keeps_its_last_and_its_best_states(
     monkeypatch.setattr(bench, "read_rows", read)
     made = bench.Bench(source, "wikisql", tmp_path, tmp_path, 0, "1")
     made.record("base", {})
+    assert {n: len(rows) for n, rows in json.loads((tmp_path / "base.json").read_text())["others"].items()} == {
+        "gsm8k": 3,
+        "python": 3,
+    }
     before = {n: w.clone() for n, w in made.originals.items()}
     losses = iter([(0.5, 0.1), (0.4, 0.1), (0.6, 0.2)])
     monkeypatch.setattr(made, "validate", lambda: next(losses))
@@ -95,3 +108,21 @@ def test_a_cell_keeps_its_last_and_its_best_states(
     assert len(found["mask last"]["exact"]) == 3
     assert [c["step"] for c in found["mask last"]["course"]] == [0, 1, 2]
     assert all(torch.equal(before[t.name], t.parameter) for t in made.targets)
+
+
+def test_a_cell_can_do_without_answers(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(6)]
+
+    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
+        return {"train": tokens[:2], "validation": tokens[2:4], "test": tokens[4:]}
+
+    monkeypatch.setattr(bench, "read_rows", read)
+    made = bench.Bench(tiny("llama"), "wikisql", tmp_path, tmp_path, 0, "1", answers=())
+    made.run(bench.Cell("mask", lr=1e-2), steps=2)
+    assert sorted(p.stem for p in tmp_path.glob("*.json")) == ["mask last", "mask loss"]
+    found = json.loads((tmp_path / "mask last.json").read_text())
+    assert "exact" not in found
+    assert [c["exact"] for c in found["course"]] == [None] * 3

@@ -31,6 +31,7 @@ from research.claim.lora import LoraOptimizer
 
 Weights = dict[str, Tensor]
 VALIDATED, TESTED = 160, 600
+OTHERS = 100  # test rows of each other domain, for what a state forgets
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Cell:
     delta: str | None = None
 
 
+def _rounded(losses: np.ndarray) -> list[list[float]]:
+    """Rows' losses and tokens, as they are recorded."""
+    return [[round(float(s), 4), int(n)] for s, n in losses]
+
+
 class States(Best):
     """Remembers the last state, and the best ones by validation loss and by exact match on the same rows."""
 
@@ -57,7 +63,7 @@ class States(Best):
         self.bench = bench
         self.states: dict[str, tuple[tuple[float, ...], int, Weights]] = {}
         self.course: list[dict[str, Any]] = []
-        self._seen: tuple[Weights, float, float] | None = None
+        self._seen: tuple[Weights, float, float | None] | None = None
 
     def measure(self) -> None:
         state = self.optimizer.mask()
@@ -70,7 +76,10 @@ class States(Best):
         state, loss, exact = self._seen
         self.course.append({"step": step, "loss": loss, "exact": exact})
         print("  ", self.course[-1], flush=True)
-        for how, value in {"loss": (loss,), "exact": (-exact, loss), "last": (-float(step),)}.items():
+        values: dict[str, tuple[float, ...]] = {"loss": (loss,), "last": (-float(step),)}
+        if exact is not None:
+            values["exact"] = (-exact, loss)
+        for how, value in values.items():
             if how not in self.states or value < self.states[how][0]:
                 self.states[how] = (value, step, state)
         return loss
@@ -79,12 +88,26 @@ class States(Best):
 class Bench:
     """A base, its rows, and the records in `out`, one file a state; what is there is not done again."""
 
-    def __init__(self, base: str | Path, domain: str, folder: Path, out: Path, seed: int, layers: str) -> None:
-        self.domain, self.out, self.seed, self.layers = DOMAINS[domain], out, seed, layers
+    def __init__(
+        self,
+        base: str | Path,
+        domain: str,
+        folder: Path,
+        out: Path,
+        seed: int,
+        layers: str,
+        answers: tuple[str, ...] = ("validation", "test"),
+        tested: int = TESTED,
+    ) -> None:
+        """answers: the splits whose answers are written and marked; of the others only the loss is known.
+
+        tested: test rows.
+        """
+        self.domain, self.out, self.seed, self.layers, self.answers = DOMAINS[domain], out, seed, layers, answers
         self.model, self.tokenizer = load(base)
         rows = read_rows(self.domain, folder, self.tokenizer)
         self.train: list[Tokens] = [tokens for _, tokens in rows["train"]]
-        self.rows = {"validation": rows["validation"][:VALIDATED], "test": rows["test"][:TESTED]}
+        self.rows = {"validation": rows["validation"][:VALIDATED], "test": rows["test"][:tested]}
         self.targets = find(self.model, layers)
         freeze_others(self.model, self.targets)
         self.originals = {t.name: t.parameter.detach().clone() for t in self.targets}
@@ -96,11 +119,19 @@ class Bench:
             options = {"exact": self.domain.exact, "max_new_tokens": self.domain.new_tokens, "batch_tokens": 4096}
             self.markers[split] = Marker(raw, self.tokenizer, **options)
         self.cache.add(self.train)
+        self.others: dict[str, list[Tokens]] = {}
+        for other in DOMAINS.values():
+            if other.name != domain:
+                test = read_rows(other, folder, self.tokenizer)["test"][:OTHERS]
+                self.others[other.name] = [tokens for _, tokens in test]
+                self.cache.add(self.others[other.name])
 
-    def measure(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Losses, (rows, 2), and marks, (rows,), of the model as it is."""
+    def measure(self, split: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Losses, (rows, 2), and marks, (rows,), of the model as it is; None where answers are not asked for."""
         with self.cache.use():
             losses = row_losses(self.model, [tokens for _, tokens in self.rows[split]])
+            if split not in self.answers:
+                return losses, None
             marker = self.markers[split]
             fresh = marker.ids is None
             marks = marker(self.model).metrics["exact"][:, 0]
@@ -110,9 +141,9 @@ class Bench:
         marker.ids = self.drafts[split]  # always the base's own answers: their lower states are in the cache
         return losses, marks
 
-    def validate(self) -> tuple[float, float]:
+    def validate(self) -> tuple[float, float | None]:
         losses, marks = self.measure("validation")
-        return float(losses[:, 0].sum() / losses[:, 1].sum()), float(marks.mean())
+        return float(losses[:, 0].sum() / losses[:, 1].sum()), None if marks is None else float(marks.mean())
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -134,15 +165,20 @@ class Bench:
             return
         with self.using(weights):
             losses, marks = self.measure("test")
-        rows = [[round(float(s), 4), int(n)] for s, n in losses]
-        write_json(path, {"name": name, "loss": rows, "exact": marks.astype(int).tolist(), **facts})
-        print(name, round(losses[:, 0].sum() / losses[:, 1].sum(), 4), marks.mean(), facts.get("step"), flush=True)
+            with self.cache.use():
+                others = {n: row_losses(self.model, found) for n, found in self.others.items()}
+        rows = _rounded(losses)
+        facts["others"] = {n: _rounded(found) for n, found in others.items()}
+        right = {} if marks is None else {"exact": marks.astype(int).tolist()}
+        write_json(path, {"name": name, "loss": rows, **right, **facts})
+        share = None if marks is None else marks.mean()
+        print(name, round(losses[:, 0].sum() / losses[:, 1].sum(), 4), share, facts.get("step"), flush=True)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def run(self, cell: Cell, steps: int) -> None:
         """Train and record the last state and the two best ones (which may be the same or the first one)."""
-        states = ("last", "loss", "exact")
+        states = ("last", "loss", "exact") if "validation" in self.answers else ("last", "loss")
         if all((self.out / f"{cell.name} {how}.json").exists() for how in states):
             return
         given = {"steps": steps, "layers": self.layers, "lr": cell.lr, "keep": cell.keep, "init": cell.init}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from research.claim.bench import Bench, Cell
+from research.claim.bench import TESTED, Bench, Cell
 from research.claim.common import write_json
 
 STEPS = 100
@@ -52,14 +52,18 @@ def main() -> None:
     parser.add_argument("--layers", default="26-29")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", help="names of cells, with ; between")
+    parser.add_argument("--answers", default="validation,test", help="splits whose answers are marked; the rest: loss")
+    parser.add_argument("--tested", type=int, default=TESTED, help="test rows")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.base, given.domain, given.data, given.out, given.seed, given.layers)
+    answers = tuple(given.answers.split(",")) if given.answers else ()
+    bench = Bench(given.base, given.domain, given.data, given.out, given.seed, given.layers, answers, given.tested)
     if not (given.out / "signal.json").exists():
         write_json(given.out / "signal.json", bench.signal())
         print((given.out / "signal.json").read_text(), flush=True)
-    bench.validate()  # the base's own answers are the drafts of everything after it
+    if "validation" in answers:
+        bench.validate()  # the base's own answers are the drafts of everything after it
     bench.record("base", {})
     only = given.only.split(";") if given.only else None
     bench.record("smallest weights", bench.smallest(rows=False))

@@ -30,7 +30,7 @@ CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by valida
 def collect(out: Path, name: str) -> None:
     """Put one run's files into one."""
     states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
-    kept = {n: {k: s[k] for k in ("loss", "exact", "step", "course") if k in s} for n, s in states.items()}
+    kept = {n: {k: s[k] for k in ("loss", "exact", "others", "step", "course") if k in s} for n, s in states.items()}
     signal = json.loads((out / "signal.json").read_text()) if (out / "signal.json").exists() else {}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"signal": signal, "states": kept}, separators=(",", ":"))
@@ -74,8 +74,11 @@ def _mean_difference(seeds: Sequence[States], name: str, other: str) -> list[str
     """
     both = [(_arrays(s[name]), _arrays(s[other])) for s in seeds if name in s and other in s]
     ours, theirs = ([np.mean([pair[side][k] for pair in both], 0) for k in (0, 1)] for side in (0, 1))
-    loss, exact = (pairing.paired(x, y) for x, y in zip(ours, theirs, strict=True))
-    points = f"{100 * exact.mean:+.1f} ± {100 * exact.standard_error:.1f}"
+    loss = pairing.paired(ours[0], theirs[0])
+    points = ""
+    if len(ours[1]) and len(theirs[1]):
+        exact = pairing.paired(ours[1], theirs[1])
+        points = f"{100 * exact.mean:+.1f} ± {100 * exact.standard_error:.1f}"
     return [str(len(both)), f"{loss.mean:+.4f} ± {loss.standard_error:.4f}", points]
 
 
@@ -91,8 +94,18 @@ def _agreement(found: dict[str, Any]) -> list[str]:
 
 
 def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
-    marks = np.array(state["exact"], np.float64)
+    """Losses and marks of the test rows; no marks where a run was asked for losses alone."""
+    marks = np.array(state.get("exact", []), np.float64)
     return np.array(state["loss"], np.float64), np.stack([marks, np.ones_like(marks)], 1)
+
+
+def _points(marks: Values, others: Values) -> list[str]:
+    """Difference of exact matches in points with its interval, and McNemar's p; empty without marks."""
+    if not len(marks) or not len(others):
+        return ["", ""]
+    low, high = pairing.newcombe(marks, others)
+    difference = 100 * pairing.paired(marks, others).mean
+    return [f"{difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{pairing.mcnemar(marks, others):.2f}"]
 
 
 def _table(states: States) -> list[str]:
@@ -106,21 +119,40 @@ def _table(states: States) -> list[str]:
         if kept and how != "last":
             step = states[name]["step"]
             kept += f": step {step}" if step else ": the initial state"
-        share = f"{pairing.mean(marks):.1%}"
+        share = f"{pairing.mean(marks):.1%}" if len(marks) else ""
         if name == "base":
-            low, high = pairing.wilson(marks[:, 0].sum(), len(marks))
-            rows.append(["the base", "", f"{pairing.mean(losses):.4f}", f"{share} [{low:.1%}, {high:.1%}]", "", ""])
+            if len(marks):
+                low, high = pairing.wilson(marks[:, 0].sum(), len(marks))
+                share += f" [{low:.1%}, {high:.1%}]"
+            rows.append(["the base", "", f"{pairing.mean(losses):.4f}", share, "", ""])
             continue
-        loss, exact = pairing.paired(losses, base_loss), pairing.paired(marks, base_marks)
-        low, high = pairing.newcombe(marks, base_marks)
-        widest = max(widest, pairing.visible(exact))
-        points = f"{100 * exact.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        loss = pairing.paired(losses, base_loss)
+        if len(marks) and len(base_marks):
+            widest = max(widest, pairing.visible(pairing.paired(marks, base_marks)))
         change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
-        rows.append([title, kept, change, share, points, f"{pairing.mcnemar(marks, base_marks):.2f}"])
+        rows.append([title, kept, change, share, *_points(marks, base_marks)])
     head = ["state", "kept", "loss, minus the base's", "exact match", "points over the base, 95 %", "McNemar's p"]
     table = markdown_table(head, rows)
-    said = f"{len(base_loss)} test rows; of these, differences below {100 * widest:.1f} points would mostly be missed."
-    return [*table, "", said, *_against(states)]
+    said = f"{len(base_loss)} test rows"
+    said += f"; of these, differences below {100 * widest:.1f} points would mostly be missed." if widest else "."
+    return [*table, "", said, *_against(states), *_forgotten(states)]
+
+
+def _forgotten(states: States) -> list[str]:
+    """What the last states do to the other domains, minus the base, where that was measured."""
+    if "others" not in states["base"]:
+        return []
+    domains = list(states["base"]["others"])
+    rows = []
+    for name in sorted(n for n in states if n != "base" and not n.endswith((" loss", " exact"))):
+        cells = [name.removesuffix(" last")]
+        for domain in domains:
+            found, base = (np.array(states[n]["others"][domain], np.float64) for n in (name, "base"))
+            change = pairing.paired(found, base)
+            cells.append(f"{change.mean:+.4f} ± {change.standard_error:.4f}")
+        rows.append(cells)
+    head = ["loss on the other domains, minus the base's", *domains]
+    return ["", *markdown_table(head, rows)] if rows else []
 
 
 def _against(states: States) -> list[str]:
@@ -131,10 +163,9 @@ def _against(states: States) -> list[str]:
     rows = []
     for name in sorted(n for n in states if n.endswith(" last") and n != "mask last"):
         other_losses, other_marks = _arrays(states[name])
-        loss, (low, high) = pairing.paired(losses, other_losses), pairing.newcombe(marks, other_marks)
-        points = f"{100 * pairing.paired(marks, other_marks).mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        loss = pairing.paired(losses, other_losses)
         change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
-        rows.append([name.removesuffix(" last"), change, points, f"{pairing.mcnemar(marks, other_marks):.2f}"])
+        rows.append([name.removesuffix(" last"), change, *_points(marks, other_marks)])
     head = ["the mask minus ...", "loss", "points of exact match, 95 %", "McNemar's p"]
     return ["", *markdown_table(head, rows)] if rows else []
 
