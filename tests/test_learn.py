@@ -26,7 +26,7 @@ from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
 from mftmerge.learn.domains import ANSWERS, DIVERGENCE, disagreement
-from mftmerge.learn.optimizer import ranks
+from mftmerge.learn.merging import ranks
 from mftmerge.learn.run import LearnResult, _checked, _Run, learn_merge
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.mask import Mask
@@ -100,6 +100,15 @@ def test_the_built_model_is_the_validated_one(
     report = export(plain, tmp_path / "exported")
     run = yaml.safe_load(report.config.read_text())
     assert_equal(values(stock(run, tmp_path / "stock")), values(tmp_path / "built"))
+
+
+def test_a_wider_live_model_is_rounded_as_the_file_is(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    """As where the processor has no bfloat16 arithmetic: what is validated is what is built."""
+    also = {"dtype": "float32", "out_dtype": "bfloat16"}
+    recipe = open_recipe(kitchen("llama", dtype="bfloat16", layers=()), **also)
+    result, validated = learnt(recipe, tmp_path / "work", eval_share=0, dtype="float32")
+    build(written(result, tmp_path / "out"), tmp_path / "built")
+    assert_equal(values(tmp_path / "built"), {n: validated[n] for n in Checkpoint.open(tmp_path / "built").names})
 
 
 def test_tied_tensors_that_are_stored_twice_have_one_mask(kitchen: Callable[..., Path], tmp_path: Path) -> None:

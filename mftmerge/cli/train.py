@@ -140,8 +140,10 @@ def _learn(
         raise BadInput("--out is missing; give the directory for the masks and their recipe")
     quiet()
     from mftmerge.learn.run import learn_merge
+    from mftmerge.train import sharding
 
-    with shown_progress(quiet=as_json) as show:
+    main = sharding.is_main()  # one process of several that learn together speaks
+    with shown_progress(quiet=as_json or not main) as show:
         result = learn_merge(
             recipe,
             out,
@@ -149,8 +151,10 @@ def _learn(
             resume=resume,
             overwrite=overwrite,
             progress=show,
-            note=lambda line: say(line, error=as_json),
+            note=lambda line: say(line, error=as_json) if main else None,
         )
+    if not main:
+        return
     if as_json:
         names = ("best_step", "gained", "stopped_early", "domains", "history", "seconds")
         made = {n: {"digest": m.digest, "density": m.density()} for n, m in result.masks.items()}

@@ -12,13 +12,19 @@ from mftmerge.learn.merging import Merging, Part
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.settings import LearnSettings
 from mftmerge.loading import chosen_dtype, load_causal_lm, placed
+from mftmerge.naming import decoder_layers
+from mftmerge.train import sharding
+from mftmerge.train.sharding import Shard
 
 FAR = 1.0  # norm of an expert's task vector over that of the base: fine-tunes stay far below, other models are at 1.4
 
 
-def load(merging: Merging, settings: LearnSettings) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
+def load(
+    merging: Merging, settings: LearnSettings, *, shard: bool = False
+) -> tuple[PreTrainedModel, dict[str, Part], Holders]:
     """The live model, which holds what the merge gives where no expert differs, and the parts where one does.
 
+    shard: split the parameters over the ranks (FSDP2); the parts then have this rank's rows.
     Raises BadInput for an expert that is no fine-tune of the base.
     """
     dtypes = {e.element.name for e in merging.recipe.tensors(merging.document) if e.element.floating}
@@ -32,10 +38,14 @@ def load(merging: Merging, settings: LearnSettings) -> tuple[PreTrainedModel, di
             f"another model would be validated than is built; give the recipe out_dtype: {settings.dtype}"
         )
     model = load_causal_lm(path, dtype=wanted, trust_remote_code=settings.trust_remote_code or None)
-    device = placed(model).device
     with merging.reading():
         holders = Holders(model, [save.tensor_name for save in merging.plan()])
-        parts = _parts(merging, holders, device)
+        if shard:
+            sharding.shard(model, decoder_layers(model)[1])
+            holders.renew()
+        else:
+            placed(model)
+        parts = _parts(merging, holders, model.device)
     return model, parts, holders
 
 
@@ -56,14 +66,21 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
         waiting[holder][part.name] = part
         if len(waiting[holder]) < len(holders.of[holder]):
             continue
-        group = waiting.pop(holder)
+        group, shard = waiting.pop(holder), Shard.of(holders.parameters[holder])
         if any(p.changed() for p in group.values()):
-            learnt |= {name: p.to(device) for name, p in group.items()}
+            if shard.group is not None and holders.plain(holder) is None:
+                raise BadInput(
+                    f"{holder}: the live model fuses several of the files' tensors in it, and such a parameter is not "
+                    "learnt in shards; launch without FSDP (--multi_gpu), or one process"
+                )
+            learnt |= {name: p.keep_rows(shard).to(device) for name, p in group.items()}
         else:
             merged = holders.join(holder, {name: p.merged(None) for name, p in group.items()})
-            holders.parameters[holder].data.copy_(merged)
+            Shard.local(holders.parameters[holder].data).copy_(shard.rows(merged))
     for copy in copies:
         first = learnt.get(holders.copies[copy.name])
+        if first:
+            copy.keep_rows(Shard.of(holders.parameters[holders.holder(first.name)]))
         if any(not torch.equal(copy.values[m].to(device), t) for m, t in (first.values.items() if first else ())):
             raise BadInput(f"{copy.name}: the live model ties it to {first.name if first else ''}, the files do not")
     for name, distance in zip(merging.names, distances[:-1].tolist(), strict=True):

@@ -46,28 +46,35 @@ class MergeLoop(Loop):
         return shuffled(rows, self.settings.batch_size, collate)
 
     def _gradients(self, batches: Sequence[Any]) -> float:
-        """Gradients of the mean over domains of their losses; gives that mean."""
-        total = 0.0
-        for batch in batches:
-            for domain, rows in zip(self.domains, batch, strict=True):
-                loss = self._loss(domain, rows) / (len(self.domains) * len(batches))
+        """Gradients of the mean over domains of their losses, of all ranks; gives that mean."""
+        passes = [pair for batch in batches for pair in zip(self.domains, batch, strict=True)]
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, (domain, rows) in enumerate(passes):
+            with self._synchronised(last=i == len(passes) - 1):
+                loss = self._loss(domain, rows) / len(passes)
                 self.accelerator.backward(loss)
-                total += float(loss.detach())
-        return total
+            total += loss.detach()
+        return float(self.accelerator.gather(total).mean())
 
     def _loss(self, domain: Domain, rows: dict[str, Tensor]) -> Tensor:
-        """What the rows ask for, over the domain's scales, and how far the merge is from the base on their prompts."""
+        """What the rows ask for, over the domain's scales, and how far the merge is from the base on their prompts.
+
+        Means over tokens, of all ranks: of one rank its share, times their number, since gradients are averaged.
+        """
         labels = rows["labels"]
         asked = labels if "prompts" not in rows else torch.where(labels == IGNORE, rows["prompts"], labels)
-        logits, targets, wanted = labelled_logits(self.model, rows["input_ids"], asked)
+        logits, targets, wanted = labelled_logits(self.model, rows["input_ids"], asked, call=self.call)
         answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
+        counts = torch.stack([answered.sum(), (~answered).sum()])
+        counts = self.accelerator.gather(counts[None]).sum(0).clamp(min=1)
+        each, each_prompt = (self.accelerator.num_processes / counts).unbind()
         answers, loss = logits[answered], torch.zeros((), device=logits.device)
         for column, scale in domain.scales.items():
             if column == ANSWERS:
-                loss = loss + cross_entropy(answers.float(), targets[answered]) / scale
+                loss = loss + cross_entropy(answers.float(), targets[answered], reduction="sum") * each / scale
             else:
-                loss = loss + disagreement(answers, rows["likely"], rows["logs"]).mean() / scale
+                loss = loss + disagreement(answers, rows["likely"], rows["logs"]).sum() * each / scale
         if "prompts" in rows and not bool(answered.all()):
             apart = disagreement(logits[~answered], rows["base_likely"], rows["base_logs"])
-            loss = loss + self.base_kl * apart.mean()
+            loss = loss + self.base_kl * apart.sum() * each_prompt
         return loss

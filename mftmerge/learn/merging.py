@@ -31,11 +31,27 @@ from mftmerge.recipe.reading import quiet, reading
 from mftmerge.recipe.resultconfig import result_config
 from mftmerge.recipe.settings import MergeSettings
 from mftmerge.select import choose
+from mftmerge.train.sharding import Shard
 
 MOST_EXPERTS = 31  # bits of a code
 Kept = Callable[[slice], Sequence[Tensor]]  # of a piece of a flat tensor: booleans of each open expert
 
 PIECE = 1 << 18  # weights handled at a time: of every expert and score they stay in the processor's cache
+
+
+def ranks(change: Tensor) -> Tensor:
+    """Rank of each weight by |change| among those that changed, above 0 to 1; -inf where nothing changed. float32.
+
+    Of equal changes the one with the lower index ranks lower.
+    """
+    size = change.abs().reshape(-1)
+    order = torch.argsort(size, stable=True)
+    zeros = int((size == 0).sum())
+    found = torch.empty_like(size)
+    count = size.numel() - zeros
+    found[order[zeros:]] = torch.arange(1, count + 1, dtype=torch.float32, device=size.device) / max(1, count)
+    found[order[:zeros]] = -torch.inf
+    return found.view(change.shape)
 
 
 @dataclass
@@ -44,7 +60,8 @@ class Part:
 
     values: the inputs' tensors as they are stored, by whatever names them; parent: the base. experts: the inputs whose
     masks are open, in the recipe's order. task: mergekit's, which merges; None: each weight is one parent's. math: in
-    which dtype each input takes part, where that is another; dtype: of the result, likewise.
+    which dtype each input takes part, where that is another; dtype: of the result, likewise. whole_ranks: of each
+    expert, where the values are only some rows of the tensor (FSDP2).
     """
 
     name: str
@@ -54,6 +71,7 @@ class Part:
     task: ExecuteMergeMethodTask | None = None
     math: dict[Hashable, torch.dtype | None] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    whole_ranks: list[Tensor] | None = None
 
     @property
     def selecting(self) -> bool:
@@ -79,6 +97,17 @@ class Part:
         """An open expert's task vector, float32."""
         return self.expert(number).float() - self.base.float()
 
+    def ranks(self, number: int) -> Tensor:
+        """`ranks` of an open expert's change, among those of the whole tensor."""
+        return ranks(self.change(number)) if self.whole_ranks is None else self.whole_ranks[number]
+
+    def keep_rows(self, shard: Shard) -> Part:
+        """The part with a rank's rows alone, and what is known of the whole tensor; changed in place."""
+        if shard.group is not None:
+            self.whole_ranks = [shard.rows(self.ranks(k)).clone() for k in range(len(self.experts))]
+            self.values = {m: shard.rows(t).clone() for m, t in self.values.items()}
+        return self
+
     def factors(self) -> tuple[float, ...]:
         """What one unit of each open expert adds to the result: its weight, as the method has it."""
         if self.selecting:
@@ -91,7 +120,7 @@ class Part:
 
     @torch.no_grad()
     def pieces(self, kept: Kept | None) -> Iterator[tuple[slice, Tensor]]:
-        """The result's tensor, flat, piece by piece, each where it belongs; in the dtype of the merge.
+        """The result's tensor, flat, piece by piece, each where it belongs; in the result's dtype.
 
         kept: tells of a piece which weights each open expert keeps, booleans; None: every expert whole.
         """
@@ -103,14 +132,16 @@ class Part:
             own = None if kept is None else kept(piece)
             for expert, keeps in zip(self.experts, own or (), strict=own is not None):
                 tensors[expert] = choose(keeps, tensors[expert], tensors[self.parent])
-            yield piece, self._selected(tensors, own) if self.selecting else self._merged(tensors)
+            values = self._selected(tensors, own) if self.selecting else self._merged(tensors)
+            # Rounded as the file is: a live model may be wider, where the processor has no bfloat16 arithmetic.
+            yield piece, values.to(self.dtype or values.dtype)
 
     def merged(self, kept: Kept | None) -> Tensor:
         """The result's tensor, in its dtype. kept: as for `pieces`."""
         out: Tensor | None = None
         for piece, merged in self.pieces(kept):
             if out is None:
-                out = torch.empty(self.base.numel(), dtype=self.dtype or merged.dtype, device=self.base.device)
+                out = torch.empty(self.base.numel(), dtype=merged.dtype, device=self.base.device)
             out[piece] = merged
         assert out is not None
         return out.view(self.shape)
@@ -130,8 +161,9 @@ class Part:
         return merged
 
     def to(self, device: torch.device) -> Part:
-        """The part with its tensors on a device; `values` is changed in place."""
+        """The part with its tensors on a device; changed in place."""
         self.values = {m: t.to(device) for m, t in self.values.items()}
+        self.whole_ranks = self.whole_ranks and [t.to(device) for t in self.whole_ranks]
         return self
 
 

@@ -30,31 +30,19 @@ from mftmerge.learn.parameters import Holders
 from mftmerge.select import choose
 from mftmerge.train import adam, selection
 from mftmerge.train.parallel import each
+from mftmerge.train.sharding import Shard, gathered_anew
 from mftmerge.train.targets import Target
 
 EPSILON = 1e-12  # of Adam; gradients of single weights are small, and only their direction is to count
 
 
-def ranks(change: Tensor) -> Tensor:
-    """Rank of each weight by |change| among those that changed, above 0 to 1; -inf where nothing changed. float32.
-
-    Of equal changes the one with the lower index ranks lower.
-    """
-    size = change.abs().reshape(-1)
-    order = torch.argsort(size, stable=True)
-    zeros = int((size == 0).sum())
-    found = torch.empty_like(size)
-    count = size.numel() - zeros
-    found[order[zeros:]] = torch.arange(1, count + 1, dtype=torch.float32, device=size.device) / max(1, count)
-    found[order[:zeros]] = -torch.inf
-    return found.view(change.shape)
-
-
 class MergeOptimizer(torch.optim.Optimizer):
     """Learns which weights take which expert's change. From construction on, the parameters hold the merge.
 
-    parts: the tensors that change, by name, on the device of the parameters. start: share of each expert's changes
-    that is kept at first. density: share of each tensor that each mask keeps, exactly (None: what scores above 0).
+    parts: the tensors that change, by name, on the device of the parameters. Where these are sharded by rows (FSDP2):
+    this rank's rows of them; then every rank makes the same calls, and masks and scores are whole on each. start: share
+    of each expert's changes that is kept at first. density: share of each tensor that each mask keeps, exactly (None:
+    what scores above 0).
     starts: initial scores by tensor and expert, instead of ranks. Where the parts select, a weight is that of the
     expert with the highest score above 0, else the base's.
     """
@@ -77,7 +65,7 @@ class MergeOptimizer(torch.optim.Optimizer):
         self.flipped = 0  # weights whose value the last step changed
         self.gradient_norm = 0.0  # of all weights together at the last step, before clipping
         self.steps = 0
-        self.kept: dict[str, list[int]] = {}  # weights that each mask keeps, by tensor
+        self._kept = 0  # weights that all masks keep
         self.starts: dict[str, list[Tensor]] = {}
         self.way: dict[str, dict[str, Tensor]] = {}  # by tensor: "score" (U) and Adam's moments
         self._sides = {name: [1 if f > 0 else -1 for f in part.factors()] for name, part in parts.items()}
@@ -91,6 +79,13 @@ class MergeOptimizer(torch.optim.Optimizer):
         lacking = [n for t, names in self._by_target for n in holders.of[t.name] if n not in self.parts]
         if lacking:
             raise BadInput(f"{lacking[0]}: is fused with tensors that are learnt and must be given too")
+        self._numbers = {  # of weights in the whole of each tensor
+            n: t.parameter.numel() if len(names) == 1 else self.parts[n].base.numel()
+            for t, names in self._by_target
+            for n in names
+        }
+        self._shards = {n: Shard.of(t.parameter) for t, names in self._by_target for n in names}
+        self._group = Shard.of(self.targets[0].parameter).group if self.targets else None
         given = starts or {}
         named = list(self.parts.items())
         made = each(lambda item: given.get(item[0]) or self._ranks(item[1], start), named, self._device)
@@ -99,11 +94,24 @@ class MergeOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _ranks(part: Part, start: float) -> list[Tensor]:
-        return [ranks(part.change(k)) - (1 - start) for k in range(len(part.experts))]
+        return [part.ranks(k) - (1 - start) for k in range(len(part.experts))]
 
     @property
     def _device(self) -> torch.device:
         return self.targets[0].parameter.device
+
+    @property
+    def size(self) -> int:
+        """Weights that each mask covers, on all ranks."""
+        return sum(t.parameter.numel() for t in self.targets)
+
+    def _added_up(self, number: int) -> int:
+        """A count over this rank's rows as one over all rows."""
+        if self._group is None:
+            return number
+        total = torch.tensor(number, device=self._device)
+        torch.distributed.all_reduce(total, group=self._group)
+        return int(total)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -120,9 +128,9 @@ class MergeOptimizer(torch.optim.Optimizer):
         gradients: dict[str, Tensor] = {}
         for t, names in self._by_target:
             if t.parameter.grad is not None and names:
-                gradients |= self.holders.split(t.name, t.parameter.grad)
+                gradients |= self.holders.split(t.name, Shard.local(t.parameter.grad))
         squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients.values()]
-        self.gradient_norm, divisor = adam.norm_and_divisor(squares, self.clip, self.steps)
+        self.gradient_norm, divisor = adam.norm_and_divisor(squares, self.clip, self.steps, self._group)
         group = self.param_groups[0]
 
         def update(name: str) -> None:
@@ -176,12 +184,12 @@ class MergeOptimizer(torch.optim.Optimizer):
     def _cut(self, name: str, expert: int, first: bool) -> Tensor:
         """What an expert keeps at the density asked for, booleans, flat."""
         assert self.density is not None
-        scores = self.starts[name][expert] if first else self.scores_of(name, expert)
-        kept = selection.keep_top(scores, cut.drop_count(scores.numel(), self.density))
-        return (kept & (scores > -torch.inf)).reshape(-1)
+        scores = (self.starts[name][expert] if first else self.scores_of(name, expert)).reshape(-1)
+        kept = selection.keep_top(scores, cut.drop_count(self._numbers[name], self.density), self._group)
+        return kept & (scores > -torch.inf)
 
     def codes(self, name: str, *, first: bool = False) -> Tensor:
-        """Which experts keep each weight of a tensor: bit k for expert k. Now, or before the first step."""
+        """Which experts keep each weight of a tensor's rows here: bit k for expert k. Now, or before the first step."""
         part = self.parts[name]
         dtype = torch.uint8 if len(part.experts) <= 8 else torch.int32
         found = torch.zeros(part.base.numel(), dtype=dtype, device=part.base.device)
@@ -196,27 +204,30 @@ class MergeOptimizer(torch.optim.Optimizer):
     def refresh(self) -> None:
         """Write the merge under the current scores into the parameters."""
 
-        def write(pair: tuple[Target, list[str]]) -> int:
+        def write(pair: tuple[Target, list[str]]) -> tuple[int, int]:
             return self._write({n: self._keeper(n) for n in pair[1]}, pair[0])
 
-        self.flipped = sum(each(write, self._by_target, self._device))
-        torch.clear_autocast_cache()
+        # Collective operations, of an exact density's cut, must come in the same order on every rank.
+        serial = self._group is not None
+        done = [write(t) for t in self._by_target] if serial else each(write, self._by_target, self._device)
+        self.flipped, self._kept = (self._added_up(sum(numbers)) for numbers in zip(*done, strict=True))
+        self._is_written()
 
-    def _write(self, keepers: Mapping[str, Kept], target: Target) -> int:
-        """Write the merge of what these keep into a parameter; gives how many weights changed."""
+    def _write(self, keepers: Mapping[str, Kept], target: Target) -> tuple[int, int]:
+        """Write the merge of what these keep into a parameter; gives how many weights changed and are kept."""
+        total = 0
 
         def counted(name: str) -> Kept:
-            counts = self.kept[name] = [0] * len(self.parts[name].experts)
-
             def keeps(piece: slice) -> Sequence[Tensor]:
+                nonlocal total
                 found = keepers[name](piece)
-                for k, kept in enumerate(found):
-                    counts[k] += int(torch.count_nonzero(kept))
+                total += sum(int(torch.count_nonzero(kept)) for kept in found)
                 return found
 
             return keeps
 
-        live = target.parameter.data
+        own = Shard.local(target.parameter.data)
+        live = own
         merged: Iterable[tuple[slice, Tensor]]
         if (only := self.holders.plain(target.name)) is not None and live.is_contiguous():
             merged = self.parts[only].pieces(counted(only))
@@ -229,35 +240,49 @@ class MergeOptimizer(torch.optim.Optimizer):
             new = values.to(live.dtype)
             changed += int(torch.count_nonzero(new != flat[piece]))
             flat[piece] = new
-        if live.data_ptr() != target.parameter.data_ptr():
-            target.parameter.data.copy_(live)
-        return changed
+        if live.data_ptr() != own.data_ptr():
+            own.copy_(live)
+        return changed, total
 
     @property
     def current_keep(self) -> float:
         """The share of the experts' weights that the masks keep now."""
-        total = sum(p.base.numel() * len(p.experts) for p in self.parts.values())
-        return sum(sum(k) for k in self.kept.values()) / total
+        experts = max((len(p.experts) for p in self.parts.values()), default=1)  # every part has all of them
+        return self._kept / (experts * self.size)
 
     def mask(self, *, first: bool = False) -> dict[str, Tensor]:
-        """The codes on the CPU by tensor name, of now or before the first step."""
-        return {name: self.codes(name, first=first).cpu() for name in self.parts}
+        """The codes on the CPU by tensor name, of now or before the first step; whole tensors."""
+        return {name: self._whole(name, self.codes(name, first=first)) for name in self.parts}
 
-    def scores(self) -> dict[str, Tensor]:
-        """float32 scores on the CPU by tensor name, shape (experts, ...)."""
-        return {
-            n: torch.stack([self.scores_of(n, k).cpu() for k in range(len(p.experts))]) for n, p in self.parts.items()
-        }
+    def scores(self, *, first: bool = False) -> dict[str, Tensor]:
+        """float32 scores on the CPU by tensor name, shape (experts, ...), now or before the first step."""
+        found = {}
+        for n, part in self.parts.items():
+            own = [self.starts[n][k] if first else self.scores_of(n, k) for k in range(len(part.experts))]
+            found[n] = torch.stack([self._whole(n, scores) for scores in own])
+        return found
+
+    def _whole(self, name: str, local: Tensor) -> Tensor:
+        """A tensor on the CPU, from every rank's rows of it."""
+        if self._group is None:
+            return local.cpu()
+        return self._shards[name].whole(local, self.holders.parameters[self.holders.holder(name)]).cpu()
 
     @torch.no_grad()
     def put(self, codes: Mapping[str, Tensor]) -> None:
         """Write the merge under codes as from `mask()` into the parameters."""
         for t, names in self._by_target:
             self._write({n: self._as_told(n, codes[n]) for n in names}, t)
+        self._is_written()
+
+    def _is_written(self) -> None:
+        """No pass goes on with what was there before: inside autocast, or where the model is sharded."""
         torch.clear_autocast_cache()
+        if self._group is not None:
+            gathered_anew(self.holders.model)
 
     def _as_told(self, name: str, codes: Tensor) -> Kept:
-        flat = codes.to(self._device).reshape(-1)
+        flat = self._shards[name].rows(codes).to(self._device).reshape(-1)
         return lambda piece: [flat[piece] & (1 << k) != 0 for k in range(len(self.parts[name].experts))]
 
     @contextmanager
@@ -274,8 +299,8 @@ class MergeOptimizer(torch.optim.Optimizer):
         """Write an expert whole into the parameters, unmerged; None: the base."""
         for t, names in self._by_target:
             own = {n: self.parts[n].base if number is None else self.parts[n].expert(number) for n in names}
-            t.parameter.data.copy_(self.holders.join(t.name, own))
-        torch.clear_autocast_cache()
+            Shard.local(t.parameter.data).copy_(self.holders.join(t.name, own))
+        self._is_written()
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

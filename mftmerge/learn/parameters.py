@@ -41,6 +41,10 @@ class Holders:
         second = {n: self.of[p][0] for n, p in every.items() if n in self.stored and n not in self._holder}
         self.copies: dict[str, str] = second
 
+    def renew(self) -> None:
+        """Take the model's parameters again, under the same names: sharding made others of them."""
+        self.parameters = dict(self.model.named_parameters())
+
     def holder(self, tensor: str) -> str:
         """The parameter that holds a tensor of the checkpoint. Raises BadInput where none does."""
         if tensor not in self._holder:

@@ -28,8 +28,8 @@ from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import PairedDifference, paired
 from mftmerge.files import refuse_existing
-from mftmerge.learn.merging import Part
-from mftmerge.learn.optimizer import MergeOptimizer, ranks
+from mftmerge.learn.merging import Part, ranks
+from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.parameters import Holders, first_layer
 from mftmerge.learn.rebasesettings import RebaseSettings
 from mftmerge.loading import chosen_dtype, load_causal_lm, load_tokenizer, placed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
 from mftmerge.errors import BadInput
@@ -34,7 +34,7 @@ from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
 from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.settings import MergeSettings
-from mftmerge.train import inputs
+from mftmerge.train import inputs, sharding
 from mftmerge.train.loop import Best
 from mftmerge.train.memory import require
 from mftmerge.train.place import Place
@@ -93,19 +93,21 @@ def learn_merge(
     """
     chosen = LearnSettings.of(settings, overrides)
     inputs.require_logger(chosen.log_to)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("a merge is learnt by one process; start it without a launcher")
     say = note or log.info
-    with tempfile.TemporaryDirectory(prefix="mftmerge-learn-") as scratch:
+    shard = sharding.requested()  # sharded here and not by accelerate, so that the optimiser sees the shards
+    with (
+        patch_environment(ACCELERATE_USE_FSDP="false"),
+        tempfile.TemporaryDirectory(prefix="mftmerge-learn-") as scratch,
+    ):
         work = Path(scratch)
         checked = _checked(recipe, work, chosen)
         place = _place(checked, out, overwrite, resume)
         with _no_empty(out), place.open() as directory:
-            run = _Run(checked, work, chosen, dict(data or {}), say, progress)
+            run = _Run(checked, work, chosen, dict(data or {}), say, progress, shard=shard)
             found = place.checkpoint(run.identity(), say) if out is not None else None
             with place.stoppable(say):
                 result = run.learn(directory if out is not None else None, found)
-            if out is not None:
+            if out is not None and sharding.is_main():
                 for name, mask in result.masks.items():
                     mask.save(Path(out) / f"{name}.mask")
                 write_text(Path(out) / RECIPE, result.recipe)  # last: a directory with a recipe in it is whole
@@ -160,6 +162,8 @@ class _Run:
         data: dict[str, object],
         say: Note,
         progress: Progress | None,
+        *,
+        shard: bool = False,
     ) -> None:
         self.recipe, self.say, self.progress = recipe, say, progress
         self.start = time.monotonic()
@@ -178,10 +182,11 @@ class _Run:
         answered = all(row["labels"] for d in self.domains for row in (*d.train, *d.valid))
         self.settings = settings.settled(min(len(d.train) for d in self.domains), answered)
         changed = memory.differing(self.merging)
-        if settings.check_memory:
+        if settings.check_memory and not shard:  # a rank needs less than one process would
             needed = memory.estimate(self.merging, changed, self.domains, self.settings)
             require(needed, str(recipe.path), self.settings.of_loop(), layers=False)
-        self.model, self.parts, self.holders = load(self.merging, self.settings)
+        self.model, self.parts, self.holders = load(self.merging, self.settings, shard=shard)
+        self.sharded = shard
 
     def identity(self) -> dict[str, Any]:
         """All that decides the masks, for a run that is to be continued."""
@@ -225,7 +230,8 @@ class _Run:
 
     def _cache(self, optimizer: MergeOptimizer) -> PrefixCache | None:
         """Hidden states below the first layer in which any expert differs from the base."""
-        cache = PrefixCache.as_set(self.model, first_layer(self.model, optimizer.targets), self.settings.prefix)
+        how = "off" if self.sharded else self.settings.prefix  # skipped layers would not gather
+        cache = PrefixCache.as_set(self.model, first_layer(self.model, optimizer.targets), how)
         rows = [r for d in self.domains for r in (*d.train, *d.valid)]
         return cache if cache is not None and cache.serves(rows, rows[0], self.say) else None
 
@@ -280,7 +286,7 @@ class _Run:
         return np.concatenate(found)
 
     def _announce(self, optimizer: MergeOptimizer, cache: PrefixCache | None) -> None:
-        s, count = self.settings, sum(p.base.numel() for p in self.parts.values())
+        s, count = self.settings, optimizer.size
         rows = ", ".join(f"{d.name} {len(d.train)} + {len(d.valid)}" for d in self.domains)
         self.say(f"rows to learn from and to validate on: {rows}")
         self.say(
@@ -314,7 +320,7 @@ class _Run:
             "best_step": best.step,
             "gained": gained,
         }
-        learnt = Learnt(best.mask, *((best.scores, optimizer.starts) if s.scores else ()))
+        learnt = Learnt(best.mask, *((best.scores, optimizer.scores(first=True)) if s.scores else ()))
         made = masks(self.merging, self.holders, learnt, facts, keep=s.density)
         names = mask_names(self.merging.names)
         for name, found in domains.items():

@@ -50,6 +50,16 @@ def shard(model: PreTrainedModel, layers: Iterable[torch.nn.Module]) -> None:
     fully_shard(model)
 
 
+def gathered_anew(model: torch.nn.Module) -> None:
+    """To be called after the rows of a sharded model's parameters were written: the next pass gathers them again.
+
+    What belongs to no layer (embeddings, the last norm, the head) stays gathered after a forward pass without a
+    backward one, and the next pass would go on with the old values.
+    """
+    if callable(again := getattr(model, "reshard", None)):
+        again()
+
+
 def whole(p: Tensor) -> Tensor:
     """A parameter or gradient as a plain tensor of its whole shape (a collective operation when sharded)."""
     return p.full_tensor() if hasattr(p, "full_tensor") else p
@@ -86,15 +96,14 @@ class Shard:
         return whole[self.start : self.stop]
 
     def whole(self, local: Tensor, p: Tensor) -> Tensor:
-        """The whole tensor from every rank's rows (a collective operation when sharded)."""
+        """The whole tensor, in its dtype, from every rank's rows (a collective operation when sharded)."""
         if self.group is None:
             return local
-        out = torch.zeros(
-            p.shape, dtype=torch.float32 if local.is_floating_point() else torch.uint8, device=local.device
-        )
+        kind = torch.uint8 if local.dtype == torch.bool else local.dtype
+        out = torch.zeros(p.shape, dtype=kind, device=local.device)
         out[self.start : self.stop] = local  # every row is one rank's, the others add 0: the sum is exact
         dist.all_reduce(out, group=self.group)
-        return out if local.is_floating_point() else out.bool()
+        return out.to(local.dtype)
 
     def keep_top(self, values: Tensor, shape: Sequence[int], blocks: int, dropped: Callable[[int], int]) -> Tensor:
         """Booleans of the local rows: in each of `blocks` equal pieces of the whole, all but `dropped(size)`."""

@@ -1,0 +1,130 @@
+"""Two processes learn the masks of a merge that one learns: DDP, FSDP2 with a kill between; and what FSDP2 refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.experts import make_experts, open_recipe
+from test_train_distributed import ACCELERATE, FSDP2, launch
+
+from mftmerge.errors import BadInput
+from mftmerge.learn.parameters import Holders
+from mftmerge.learn.run import learn_merge
+from mftmerge.mask import Mask
+from mftmerge.recipe.build import build
+from mftmerge.train.sharding import Shard
+
+COMMAND = """
+import os
+from mftmerge.cli.main import main
+from mftmerge.learn.optimizer import MergeOptimizer
+
+step = MergeOptimizer.step
+
+def stop_before_the_third(self, closure=None):
+    if self.steps == 2:
+        os._exit(9)
+    return step(self, closure)
+
+if "STOP" in os.environ:
+    MergeOptimizer.step = stop_before_the_third
+main()
+"""
+STEPS = 3
+EXPERTS = ("count", "letters", "say")
+Learn = Callable[..., dict[str, Mask]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts that differ everywhere, norms and embeddings included; of one the rows have no answers."""
+    made = make_experts(tmp_path_factory.mktemp("experts") / "kitchen", layers=())
+    path = made / "say.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in rows))
+    return made
+
+
+@pytest.fixture
+def learn(folder: Path, tmp_path: Path) -> Learn:
+    """`learn(name, batch size, launcher...)`: the masks of the whole command."""
+    (tmp_path / "run.py").write_text(COMMAND)
+    recipe = open_recipe(folder)
+
+    def command(
+        name: str, size: int, *launcher: str, resumed: bool = False, options: tuple[str, ...] = ()
+    ) -> dict[str, Mask]:
+        out = tmp_path / name
+        given = f"train --recipe {recipe} -o {out} --steps {STEPS} --batch-size {size} --teacher expert --scores"
+        given += " --answer-tokens 4 --save-every 1 --eval-every 1"
+        whole = [*launcher, str(tmp_path / "run.py"), *given.split(), *options]
+        if resumed:
+            launch(*whole, fails=True)
+            whole.append("--resume")
+        said = launch(*whole)
+        assert said.count("rows to learn from") == 1  # one process speaks
+        assert said.count("resuming at step 2") == resumed
+        assert sorted(p.name for p in out.iterdir()) == sorted([*(f"{n}.mask" for n in EXPERTS), "recipe.yml"])
+        return {n: Mask.load(out / f"{n}.mask") for n in EXPERTS}
+
+    return command
+
+
+def assert_same(one: dict[str, Mask], other: dict[str, Mask]) -> None:
+    for expert, mask in one.items():
+        theirs = other[expert]
+        assert mask.names == theirs.names
+        differ = sum(int((mask.kept(n) != theirs.kept(n)).sum()) for n in mask.names)
+        # Ranks add their gradients in another order.
+        assert differ <= 4  # of 205,760
+        np.testing.assert_allclose(mask.info.training["validation"], theirs.info.training["validation"], rtol=1e-5)
+        assert mask.info.training["best_step"] == theirs.info.training["best_step"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(learn: Learn, tmp_path: Path) -> None:
+    one = learn("one", 4, sys.executable)
+    assert_same(one, learn("ddp", 2, *ACCELERATE, "--multi_gpu", "--main_process_port", "29621"))
+    sharded = learn("fsdp", 2, *ACCELERATE, *FSDP2, "--main_process_port", "29622", resumed=True)
+    assert_same(one, sharded)
+    for name in one["count"].names:  # whole tensors, from the rows of all ranks
+        initial, same = sharded["count"].initial_scores(name), one["count"].initial_scores(name)
+        assert np.array_equal(initial, same)
+    build(tmp_path / "fsdp" / "recipe.yml", tmp_path / "built")
+
+
+@pytest.mark.slow
+def test_a_density_is_exact_over_the_ranks(learn: Learn) -> None:
+    found = learn("dense", 2, *ACCELERATE, *FSDP2, "--main_process_port", "29623", options=("--density", "0.5"))
+    for mask in found.values():
+        assert all(int(mask.kept(n).sum()) <= -(-mask.kept(n).size // 2) for n in mask.names)
+    whole = [n for n in found["count"].names if n.endswith("q_proj.weight")]
+    assert all(int(found["count"].kept(n).sum()) == found["count"].kept(n).size // 2 for n in whole)
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_mixture_are_learnt_in_shards(tmp_path: Path) -> None:
+    made = make_experts(tmp_path / "kitchen", "mixtral", names=("count", "letters"))
+    (tmp_path / "run.py").write_text(COMMAND)
+    command = f"train --recipe {open_recipe(made)} --steps 2 --teacher answers --eval-share 0 -o".split()
+    launch(sys.executable, str(tmp_path / "run.py"), *command, str(tmp_path / "one"), "--batch-size", "4")
+    sharded = [*ACCELERATE, *FSDP2, "--main_process_port", "29624"]
+    launch(*sharded, str(tmp_path / "run.py"), *command, str(tmp_path / "fsdp"), "--batch-size", "2")
+    one, two = ({n: Mask.load(tmp_path / o / f"{n}.mask") for n in ("count", "letters")} for o in ("one", "fsdp"))
+    assert any("experts" in n for n in one["count"].names)
+    for expert, mask in one.items():  # of the last step: rounding sends some token to another expert of the mixture
+        differ = sum(int((mask.kept(n) != two[expert].kept(n)).sum()) for n in mask.names)
+        assert differ <= 0.005 * sum(mask.kept(n).size for n in mask.names)
+
+
+def test_what_is_fused_is_refused_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shard, "of", classmethod(lambda cls, p: cls(0, p.shape[0], "a group of ranks")))
+    monkeypatch.setattr(Holders, "plain", lambda self, parameter: None)
+    with pytest.raises(BadInput, match="not learnt in shards; launch without FSDP"):
+        learn_merge(open_recipe(folder), tmp_path / "out", teacher="expert", steps=1)
+    assert not (tmp_path / "out").exists()
