@@ -1,9 +1,8 @@
-"""Two processes learn the masks of a merge that one learns: DDP, FSDP2 with a kill between; and what FSDP2 refuses."""
+"""Two processes learn the masks of a merge that one learns, at an exact density: DDP, FSDP2 with a kill between."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from helpers.experts import make_experts, open_recipe
 from test_train_distributed import ACCELERATE, FSDP2, launch
 
+from mftmerge import cut
 from mftmerge.errors import BadInput
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.run import learn_merge
@@ -56,13 +56,11 @@ def learn(folder: Path, tmp_path: Path) -> Learn:
     (tmp_path / "run.py").write_text(COMMAND)
     recipe = open_recipe(folder)
 
-    def command(
-        name: str, size: int, *launcher: str, resumed: bool = False, options: tuple[str, ...] = ()
-    ) -> dict[str, Mask]:
+    def command(name: str, size: int, *launcher: str, resumed: bool = False) -> dict[str, Mask]:
         out = tmp_path / name
         given = f"train --recipe {recipe} -o {out} --steps {STEPS} --batch-size {size} --teacher expert --scores"
-        given += " --answer-tokens 4 --save-every 1 --eval-every 1"
-        whole = [*launcher, str(tmp_path / "run.py"), *given.split(), *options]
+        given += " --answer-tokens 4 --save-every 1 --eval-every 1 --density 0.6"
+        whole = [*launcher, str(tmp_path / "run.py"), *given.split()]
         if resumed:
             launch(*whole, fails=True)
             whole.append("--resume")
@@ -73,6 +71,10 @@ def learn(folder: Path, tmp_path: Path) -> Learn:
         return {n: Mask.load(out / f"{n}.mask") for n in EXPERTS}
 
     return command
+
+
+def keep_count(size: int) -> int:
+    return size - cut.drop_count(size, cut.exact("0.6"))
 
 
 def assert_same(one: dict[str, Mask], other: dict[str, Mask]) -> None:
@@ -86,36 +88,35 @@ def assert_same(one: dict[str, Mask], other: dict[str, Mask]) -> None:
         assert mask.info.training["best_step"] == theirs.info.training["best_step"] > 0
 
 
+def alone(folder: Path, **settings: object) -> dict[str, Mask]:
+    """What this process learns, with the batch of two."""
+    return learn_merge(open_recipe(folder), batch_size=4, **settings).masks
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(learn: Learn, tmp_path: Path) -> None:
-    one = learn("one", 4, sys.executable)
+def test_two_processes_learn_what_one_learns(learn: Learn, folder: Path, tmp_path: Path) -> None:
+    one = alone(folder, teacher="expert", steps=STEPS, answer_tokens=4, eval_every=1, scores=True, density=0.6)
     assert_same(one, learn("ddp", 2, *ACCELERATE, "--multi_gpu", "--main_process_port", "29621"))
     sharded = learn("fsdp", 2, *ACCELERATE, *FSDP2, "--main_process_port", "29622", resumed=True)
     assert_same(one, sharded)
     for name in one["count"].names:  # whole tensors, from the rows of all ranks
         initial, same = sharded["count"].initial_scores(name), one["count"].initial_scores(name)
         assert np.array_equal(initial, same)
+    # A matrix is cut over the rows of all ranks together.
+    matrices = [n for n in one["count"].names if "q_proj" in n]
+    assert all(int(m.kept(n).sum()) == keep_count(m.kept(n).size) for m in sharded.values() for n in matrices)
     build(tmp_path / "fsdp" / "recipe.yml", tmp_path / "built")
-
-
-@pytest.mark.slow
-def test_a_density_is_exact_over_the_ranks(learn: Learn) -> None:
-    found = learn("dense", 2, *ACCELERATE, *FSDP2, "--main_process_port", "29623", options=("--density", "0.5"))
-    for mask in found.values():
-        assert all(int(mask.kept(n).sum()) <= -(-mask.kept(n).size // 2) for n in mask.names)
-    whole = [n for n in found["count"].names if n.endswith("q_proj.weight")]
-    assert all(int(found["count"].kept(n).sum()) == found["count"].kept(n).size // 2 for n in whole)
 
 
 @pytest.mark.slow
 def test_the_experts_of_a_mixture_are_learnt_in_shards(tmp_path: Path) -> None:
     made = make_experts(tmp_path / "kitchen", "mixtral", names=("count", "letters"))
     (tmp_path / "run.py").write_text(COMMAND)
-    command = f"train --recipe {open_recipe(made)} --steps 2 --teacher answers --eval-share 0 -o".split()
-    launch(sys.executable, str(tmp_path / "run.py"), *command, str(tmp_path / "one"), "--batch-size", "4")
-    sharded = [*ACCELERATE, *FSDP2, "--main_process_port", "29624"]
-    launch(*sharded, str(tmp_path / "run.py"), *command, str(tmp_path / "fsdp"), "--batch-size", "2")
-    one, two = ({n: Mask.load(tmp_path / o / f"{n}.mask") for n in ("count", "letters")} for o in ("one", "fsdp"))
+    command = f"train --recipe {open_recipe(made)} --steps 2 --teacher answers --eval-share 0 --batch-size 2 -o"
+    sharded = [*ACCELERATE, *FSDP2, "--main_process_port", "29624", str(tmp_path / "run.py")]
+    launch(*sharded, *command.split(), str(tmp_path / "out"))
+    one = alone(made, teacher="answers", steps=2, eval_share=0.0)
+    two = {n: Mask.load(tmp_path / "out" / f"{n}.mask") for n in one}
     assert any("experts" in n for n in one["count"].names)
     for expert, mask in one.items():  # of the last step: rounding sends some token to another expert of the mixture
         differ = sum(int((mask.kept(n) != two[expert].kept(n)).sum()) for n in mask.names)
