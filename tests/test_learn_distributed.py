@@ -8,33 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.experts import make_experts, open_recipe
-from test_train_distributed import ACCELERATE, FSDP2, launch
+from test_train_distributed import ACCELERATE, FSDP2, finish, launch, write_command
 
 from mftmerge import cut
 from mftmerge.errors import BadInput
+from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.parameters import Holders
 from mftmerge.learn.run import learn_merge
 from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 from mftmerge.train.sharding import Shard
 
-COMMAND = """
-import os
-from mftmerge.cli.main import main
-from mftmerge.learn.optimizer import MergeOptimizer
-
-step = MergeOptimizer.step
-
-def stop_before_the_third(self, closure=None):
-    if self.steps == 2:
-        os._exit(9)
-    return step(self, closure)
-
-if "STOP" in os.environ:
-    MergeOptimizer.step = stop_before_the_third
-main()
-"""
 STEPS = 3
 EXPERTS = ("count", "letters", "say")
 Learn = Callable[..., dict[str, Mask]]
@@ -53,18 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def learn(folder: Path, tmp_path: Path) -> Learn:
     """`learn(name, batch size, launcher...)`: the masks of the whole command."""
-    (tmp_path / "run.py").write_text(COMMAND)
+    write_command(tmp_path / "run.py", MergeOptimizer, steps=2)
     recipe = open_recipe(folder)
 
     def command(name: str, size: int, *launcher: str, resumed: bool = False) -> dict[str, Mask]:
         out = tmp_path / name
         given = f"train --recipe {recipe} -o {out} --steps {STEPS} --batch-size {size} --teacher expert --scores"
         given += " --answer-tokens 4 --save-every 1 --eval-every 1 --density 0.6"
-        whole = [*launcher, str(tmp_path / "run.py"), *given.split()]
-        if resumed:
-            launch(*whole, fails=True)
-            whole.append("--resume")
-        said = launch(*whole)
+        said = finish(*launcher, str(tmp_path / "run.py"), *given.split(), resumed=resumed)
         assert said.count("rows to learn from") == 1  # one process speaks
         assert said.count("resuming at step 2") == resumed
         assert sorted(p.name for p in out.iterdir()) == sorted([*(f"{n}.mask" for n in EXPERTS), "recipe.yml"])
@@ -111,7 +93,7 @@ def test_two_processes_learn_what_one_learns(learn: Learn, folder: Path, tmp_pat
 @pytest.mark.slow
 def test_the_experts_of_a_mixture_are_learnt_in_shards(tmp_path: Path) -> None:
     made = make_experts(tmp_path / "kitchen", "mixtral", names=("count", "letters"))
-    (tmp_path / "run.py").write_text(COMMAND)
+    write_command(tmp_path / "run.py", MergeOptimizer, steps=2)
     command = f"train --recipe {open_recipe(made)} --steps 2 --teacher answers --eval-share 0 --batch-size 2 -o"
     sharded = [*ACCELERATE, *FSDP2, "--main_process_port", "29624", str(tmp_path / "run.py")]
     launch(*sharded, *command.split(), str(tmp_path / "out"))
@@ -121,6 +103,13 @@ def test_the_experts_of_a_mixture_are_learnt_in_shards(tmp_path: Path) -> None:
     for expert, mask in one.items():  # of the last step: rounding sends some token to another expert of the mixture
         differ = sum(int((mask.kept(n) != two[expert].kept(n)).sum()) for n in mask.names)
         assert differ <= 0.005 * sum(mask.kept(n).size for n in mask.names)
+
+
+def test_whole_tensors_have_all_their_rows() -> None:
+    """Also one that is fused with others into a parameter of fewer rows."""
+    tensor = torch.arange(20).view(10, 2)
+    assert torch.equal(Shard(0, 4).rows(tensor), tensor)
+    assert torch.equal(Shard(4, 7, "a group of ranks").rows(tensor), tensor[4:7])
 
 
 def test_what_is_fused_is_refused_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

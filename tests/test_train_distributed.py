@@ -119,19 +119,32 @@ def test_fsdp2_on_two_ranks_gives_the_mask_of_one_process(tiny: Callable[..., Pa
 COMMAND = """
 import os
 from mftmerge.cli.main import main
-from mftmerge.train.optimizer import MaskOptimizer
+from {module} import {optimizer} as Optimizer
 
-step = MaskOptimizer.step
+step = Optimizer.step
 
-def stop_before_the_second(self, closure=None):
-    if self.steps == 1:
+def stop_after_some(self, closure=None):
+    if self.steps == {steps}:
         os._exit(9)
     return step(self, closure)
 
 if "STOP" in os.environ:
-    MaskOptimizer.step = stop_before_the_second
+    Optimizer.step = stop_after_some
 main()
 """
+
+
+def write_command(path: Path, optimizer: type, steps: int) -> None:
+    """A program that is the command line, and that dies after so many steps of the optimiser when `launch` wants it."""
+    path.write_text(COMMAND.format(module=optimizer.__module__, optimizer=optimizer.__name__, steps=steps))
+
+
+def finish(*command: str, resumed: bool) -> str:
+    """What a whole command says. resumed: what it says when it goes on after it died."""
+    if resumed:
+        launch(*command, fails=True)
+        command = (*command, "--resume")
+    return launch(*command)
 
 
 @pytest.fixture
@@ -139,17 +152,13 @@ def run(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Mask]:
     """`run(name, batch size, launcher...)`: the mask of the whole command after 2 steps of 2 batches each."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
-    (tmp_path / "run.py").write_text(COMMAND)
+    write_command(tmp_path / "run.py", MaskOptimizer, steps=1)
     options = ["train", "-m", str(tiny("llama")), "-d", str(rows), "--layers", "2-3", "--steps", "2"]
 
     def command(name: str, size: int, *launcher: str, resumed: bool = False) -> Mask:
         out = tmp_path / f"{name}.mask"
         own = ["-o", str(out), "--batch-size", str(size), "--accumulate", "2", "--save-every", "1"]
-        whole = [*launcher, str(tmp_path / "run.py"), *options, *own]
-        if resumed:
-            launch(*whole, fails=True)
-            whole.append("--resume")
-        said = launch(*whole)
+        said = finish(*launcher, str(tmp_path / "run.py"), *options, *own, resumed=resumed)
         assert said.count("learning rate") == 1  # one process speaks
         assert said.count("resuming at step 1") == resumed
         assert not Path(f"{out}.run").exists()

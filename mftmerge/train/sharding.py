@@ -92,8 +92,8 @@ class Shard:
         return p.to_local() if hasattr(p, "to_local") else p
 
     def rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor."""
-        return whole[self.start : self.stop]
+        """This rank's rows of a whole tensor: all of them where nothing is sharded."""
+        return whole if self.group is None else whole[self.start : self.stop]
 
     def whole(self, local: Tensor, p: Tensor) -> Tensor:
         """The whole tensor, in its dtype, from every rank's rows (a collective operation when sharded)."""
