@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge.data import IGNORE, Tokens
@@ -167,6 +168,20 @@ def prompt_of(row: Tokens) -> Tokens:
     labels = row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
     return {"input_ids": row["input_ids"], "labels": [*row["input_ids"][:first], *[IGNORE] * (len(labels) - first)]}
+
+
+def answers_and_prompts(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, prompts: Tensor | None, **more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of one pass where labelled tokens are to be predicted, these tokens, and logits at prompts' tokens.
+
+    labels, prompts: (batch, length), of rows and of what `prompt_of` makes of them; without prompts there are no logits
+    of theirs. more: what `labelled_logits` takes besides.
+    """
+    asked = labels if prompts is None else torch.where(labels == IGNORE, prompts, labels)
+    logits, targets, wanted = labelled_logits(model, ids, asked, **more)
+    answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
+    return logits[answered], targets[answered], logits[~answered]
 
 
 def disagreement(logits: Tensor, likely: Tensor, logs: Tensor) -> Tensor:

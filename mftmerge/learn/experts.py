@@ -78,11 +78,11 @@ def _parts(merging: Merging, holders: Holders, device: torch.device) -> dict[str
             merged = holders.join(holder, {name: p.merged(None) for name, p in group.items()})
             Shard.local(holders.parameters[holder].data).copy_(shard.rows(merged))
     for copy in copies:
-        first = learnt.get(holders.copies[copy.name])
-        if first:
-            copy.keep_rows(Shard.of(holders.parameters[holders.holder(first.name)]))
-        if any(not torch.equal(copy.values[m].to(device), t) for m, t in (first.values.items() if first else ())):
-            raise BadInput(f"{copy.name}: the live model ties it to {first.name if first else ''}, the files do not")
+        if (first := learnt.get(holders.copies[copy.name])) is None:
+            continue
+        shard = Shard.of(holders.parameters[holders.holder(first.name)])
+        if any(not torch.equal(shard.rows(copy.values[m]).to(device), t) for m, t in first.values.items()):
+            raise BadInput(f"{copy.name}: the live model ties it to {first.name}, the files do not")
     for name, distance in zip(merging.names, distances[:-1].tolist(), strict=True):
         if distance > FAR**2 * float(distances[-1]):
             raise BadInput(f"{name}: is no fine-tune of this base (it is further from it than the base is from 0)")

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from mftmerge.data import IGNORE
-from mftmerge.learn.domains import ANSWERS, Domain, Rounds, batch_of, disagreement
+from mftmerge.learn.domains import ANSWERS, Domain, Rounds, answers_and_prompts, batch_of, disagreement
 from mftmerge.learn.optimizer import MergeOptimizer
 from mftmerge.learn.settings import LearnSettings
-from mftmerge.loss import labelled_logits
 from mftmerge.train.batches import shuffled
 from mftmerge.train.loop import Best, Loop
 
@@ -61,20 +59,19 @@ class MergeLoop(Loop):
 
         Means over tokens, of all ranks: of one rank its share, times their number, since gradients are averaged.
         """
-        labels = rows["labels"]
-        asked = labels if "prompts" not in rows else torch.where(labels == IGNORE, rows["prompts"], labels)
-        logits, targets, wanted = labelled_logits(self.model, rows["input_ids"], asked, call=self.call)
-        answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
-        counts = torch.stack([answered.sum(), (~answered).sum()])
-        counts = self.accelerator.gather(counts[None]).sum(0).clamp(min=1)
+        answers, targets, prompts = answers_and_prompts(
+            self.model, rows["input_ids"], rows["labels"], rows.get("prompts"), call=self.call
+        )
+        counts = torch.tensor([[len(answers), len(prompts)]], device=answers.device)
+        counts = self.accelerator.gather(counts).sum(0).clamp(min=1)
         each, each_prompt = (self.accelerator.num_processes / counts).unbind()
-        answers, loss = logits[answered], torch.zeros((), device=logits.device)
+        loss = torch.zeros((), device=answers.device)
         for column, scale in domain.scales.items():
             if column == ANSWERS:
-                loss = loss + cross_entropy(answers.float(), targets[answered], reduction="sum") * each / scale
+                loss = loss + cross_entropy(answers.float(), targets, reduction="sum") * each / scale
             else:
                 loss = loss + disagreement(answers, rows["likely"], rows["logs"]).sum() * each / scale
-        if "prompts" in rows and not bool(answered.all()):
-            apart = disagreement(logits[~answered], rows["base_likely"], rows["base_logs"])
+        if len(prompts):
+            apart = disagreement(prompts, rows["base_likely"], rows["base_logs"])
             loss = loss + self.base_kl * apart.sum() * each_prompt
         return loss

@@ -79,13 +79,8 @@ class MergeOptimizer(torch.optim.Optimizer):
         lacking = [n for t, names in self._by_target for n in holders.of[t.name] if n not in self.parts]
         if lacking:
             raise BadInput(f"{lacking[0]}: is fused with tensors that are learnt and must be given too")
-        self._numbers = {  # of weights in the whole of each tensor
-            n: t.parameter.numel() if len(names) == 1 else self.parts[n].base.numel()
-            for t, names in self._by_target
-            for n in names
-        }
-        self._shards = {n: Shard.of(t.parameter) for t, names in self._by_target for n in names}
-        self._group = Shard.of(self.targets[0].parameter).group if self.targets else None
+        self._holding = {n: t.parameter for t, names in self._by_target for n in names}
+        self._group = Shard.of(self.targets[0].parameter).group
         given = starts or {}
         named = list(self.parts.items())
         made = each(lambda item: given.get(item[0]) or self._ranks(item[1], start), named, self._device)
@@ -185,7 +180,9 @@ class MergeOptimizer(torch.optim.Optimizer):
         """What an expert keeps at the density asked for, booleans, flat."""
         assert self.density is not None
         scores = (self.starts[name][expert] if first else self.scores_of(name, expert)).reshape(-1)
-        kept = selection.keep_top(scores, cut.drop_count(self._numbers[name], self.density), self._group)
+        # A sharded parameter is one tensor; one that is not may hold several, and all of each is here.
+        size = scores.numel() if self._group is None else self._holding[name].numel()
+        kept = selection.keep_top(scores, cut.drop_count(size, self.density), self._group)
         return kept & (scores > -torch.inf)
 
     def codes(self, name: str, *, first: bool = False) -> Tensor:
@@ -264,9 +261,8 @@ class MergeOptimizer(torch.optim.Optimizer):
 
     def _whole(self, name: str, local: Tensor) -> Tensor:
         """A tensor on the CPU, from every rank's rows of it."""
-        if self._group is None:
-            return local.cpu()
-        return self._shards[name].whole(local, self.holders.parameters[self.holders.holder(name)]).cpu()
+        p = self._holding[name]
+        return Shard.of(p).whole(local, p).cpu()
 
     @torch.no_grad()
     def put(self, codes: Mapping[str, Tensor]) -> None:
@@ -278,11 +274,10 @@ class MergeOptimizer(torch.optim.Optimizer):
     def _is_written(self) -> None:
         """No pass goes on with what was there before: inside autocast, or where the model is sharded."""
         torch.clear_autocast_cache()
-        if self._group is not None:
-            gathered_anew(self.holders.model)
+        gathered_anew(self.holders.model)
 
     def _as_told(self, name: str, codes: Tensor) -> Kept:
-        flat = self._shards[name].rows(codes).to(self._device).reshape(-1)
+        flat = Shard.of(self._holding[name]).rows(codes).to(self._device).reshape(-1)
         return lambda piece: [flat[piece] & (1 << k) != 0 for k in range(len(self.parts[name].experts))]
 
     @contextmanager

@@ -103,7 +103,7 @@ class Bench:
 
         tested: test rows.
         """
-        self.domain, self.out, self.seed, self.layers, self.answers = DOMAINS[domain], out, seed, layers, answers
+        self.domain, self.out, self.seed, self.layers = DOMAINS[domain], out, seed, layers
         self.model, self.tokenizer = load(base)
         rows = read_rows(self.domain, folder, self.tokenizer)
         self.train: list[Tokens] = [tokens for _, tokens in rows["train"]]
@@ -115,6 +115,8 @@ class Bench:
         self.markers = {}
         for split, found in self.rows.items():
             self.cache.add([tokens for _, tokens in found])
+            if split not in answers:
+                continue
             raw = [row for row, _ in found]
             options = {"exact": self.domain.exact, "max_new_tokens": self.domain.new_tokens, "batch_tokens": 4096}
             self.markers[split] = Marker(raw, self.tokenizer, **options)
@@ -130,7 +132,7 @@ class Bench:
         """Losses, (rows, 2), and marks, (rows,), of the model as it is; None where answers are not asked for."""
         with self.cache.use():
             losses = row_losses(self.model, [tokens for _, tokens in self.rows[split]])
-            if split not in self.answers:
+            if split not in self.markers:
                 return losses, None
             marker = self.markers[split]
             fresh = marker.ids is None
@@ -178,7 +180,7 @@ class Bench:
 
     def run(self, cell: Cell, steps: int) -> None:
         """Train and record the last state and the two best ones (which may be the same or the first one)."""
-        states = ("last", "loss", "exact") if "validation" in self.answers else ("last", "loss")
+        states = ("last", "loss", "exact") if "validation" in self.markers else ("last", "loss")
         if all((self.out / f"{cell.name} {how}.json").exists() for how in states):
             return
         given = {"steps": steps, "layers": self.layers, "lr": cell.lr, "keep": cell.keep, "init": cell.init}

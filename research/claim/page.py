@@ -74,12 +74,11 @@ def _mean_difference(seeds: Sequence[States], name: str, other: str) -> list[str
     """
     both = [(_arrays(s[name]), _arrays(s[other])) for s in seeds if name in s and other in s]
     ours, theirs = ([np.mean([pair[side][k] for pair in both], 0) for k in (0, 1)] for side in (0, 1))
-    loss = pairing.paired(ours[0], theirs[0])
     points = ""
     if len(ours[1]) and len(theirs[1]):
         exact = pairing.paired(ours[1], theirs[1])
         points = f"{100 * exact.mean:+.1f} ± {100 * exact.standard_error:.1f}"
-    return [str(len(both)), f"{loss.mean:+.4f} ± {loss.standard_error:.4f}", points]
+    return [str(len(both)), _change(ours[0], theirs[0]), points]
 
 
 def _agreement(found: dict[str, Any]) -> list[str]:
@@ -97,6 +96,12 @@ def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
     """Losses and marks of the test rows; no marks where a run was asked for losses alone."""
     marks = np.array(state.get("exact", []), np.float64)
     return np.array(state["loss"], np.float64), np.stack([marks, np.ones_like(marks)], 1)
+
+
+def _change(losses: Values, others: Values) -> str:
+    """Difference of losses, with its standard error."""
+    difference = pairing.paired(losses, others)
+    return f"{difference.mean:+.4f} ± {difference.standard_error:.4f}"
 
 
 def _points(marks: Values, others: Values) -> list[str]:
@@ -126,11 +131,9 @@ def _table(states: States) -> list[str]:
                 share += f" [{low:.1%}, {high:.1%}]"
             rows.append(["the base", "", f"{pairing.mean(losses):.4f}", share, "", ""])
             continue
-        loss = pairing.paired(losses, base_loss)
         if len(marks) and len(base_marks):
             widest = max(widest, pairing.visible(pairing.paired(marks, base_marks)))
-        change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
-        rows.append([title, kept, change, share, *_points(marks, base_marks)])
+        rows.append([title, kept, _change(losses, base_loss), share, *_points(marks, base_marks)])
     head = ["state", "kept", "loss, minus the base's", "exact match", "points over the base, 95 %", "McNemar's p"]
     table = markdown_table(head, rows)
     said = f"{len(base_loss)} test rows"
@@ -148,8 +151,7 @@ def _forgotten(states: States) -> list[str]:
         cells = [name.removesuffix(" last")]
         for domain in domains:
             found, base = (np.array(states[n]["others"][domain], np.float64) for n in (name, "base"))
-            change = pairing.paired(found, base)
-            cells.append(f"{change.mean:+.4f} ± {change.standard_error:.4f}")
+            cells.append(_change(found, base))
         rows.append(cells)
     head = ["loss on the other domains, minus the base's", *domains]
     return ["", *markdown_table(head, rows)] if rows else []
@@ -163,9 +165,7 @@ def _against(states: States) -> list[str]:
     rows = []
     for name in sorted(n for n in states if n.endswith(" last") and n != "mask last"):
         other_losses, other_marks = _arrays(states[name])
-        loss = pairing.paired(losses, other_losses)
-        change = f"{loss.mean:+.4f} ± {loss.standard_error:.4f}"
-        rows.append([name.removesuffix(" last"), change, *_points(marks, other_marks)])
+        rows.append([name.removesuffix(" last"), _change(losses, other_losses), *_points(marks, other_marks)])
     head = ["the mask minus ...", "loss", "points of exact match, 95 %", "McNemar's p"]
     return ["", *markdown_table(head, rows)] if rows else []
 

@@ -113,12 +113,11 @@ def against_fine_tuning(record: Record) -> str:
     for count in COUNTS:
         kinds = [f"{kind.format(t, count)}{held}" for held in ("", HELD) for kind in (PLAIN, ADVISED) for t in TEACHERS]
         for mine in kinds:
-            for other in ("answers", "expert", "answers" + HELD):
-                teacher, _, held = other.partition(",")
-                pair = mine, f"fine-tuning by {teacher}, {count} rows" + (f",{held}" if held else "")
+            for teacher, held in (("answers", ""), ("expert", ""), ("answers", HELD)):
+                pair = mine, f"fine-tuning by {teacher}, {count} rows{held}"
                 if seeds := record.seeds_of(*pair):
                     cells = [difference(record, *pair, d) for d in [*record.domains, "other"]]
-                    rows.append([f"{pair[0]}; fine-tuning by {other} ({len(seeds)})", *cells])
+                    rows.append([f"{pair[0]}; fine-tuning by {teacher}{held} ({len(seeds)})", *cells])
     return markdown(
         ["masks minus fine-tuning on the same rows (seeds)", *(LONG[d] for d in record.domains), "fourth domain"], rows
     )

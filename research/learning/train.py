@@ -17,10 +17,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
-from mftmerge.data import IGNORE
-from mftmerge.learn.domains import Told, disagreement, listen, prompt_of, stacked
+from mftmerge.learn.domains import Told, answers_and_prompts, disagreement, listen, prompt_of, stacked
 from mftmerge.loss import labelled_logits, padded
 from research.combining.common import Weights
 from research.learning.common import Bench, Tokens
@@ -112,18 +111,15 @@ class Lesson:
         """The loss of some rows of a domain over its scale and the number of domains."""
         rows = [self.rows[domain][i] for i in chosen]
         ids, labels, attention = padded(rows)
-        asked = (
-            torch.where(labels == IGNORE, padded([prompt_of(r) for r in rows])[1], labels) if self.prompts else labels
-        )
-        logits, targets, wanted = labelled_logits(bench.model, ids, asked, attention_mask=attention)
-        answered = pad(labels[:, 1:], (0, 1), value=IGNORE)[wanted] != IGNORE
+        asked = padded([prompt_of(r) for r in rows])[1] if self.prompts else None
+        said, targets, prompts = answers_and_prompts(bench.model, ids, labels, asked, attention_mask=attention)
         if self.told:
-            found = disagreement(logits[answered], *stacked(self.told[domain], chosen)).mean()
+            found = disagreement(said, *stacked(self.told[domain], chosen)).mean()
         else:
-            found = cross_entropy(logits[answered], targets[answered])
+            found = cross_entropy(said, targets)
         found = found / self.scales[domain]
         if self.prompts:
-            apart = disagreement(logits[~answered], *stacked(self.prompts[domain], chosen))
+            apart = disagreement(prompts, *stacked(self.prompts[domain], chosen))
             found = found + self.base_kl * apart.mean()
         return found / len(self.rows)
 
