@@ -1,8 +1,9 @@
 """mergekit's plan evaluated, one output tensor at a time: its own tasks and methods do the arithmetic.
 
-Where a merge method looks at each weight by itself, a tensor is merged and handed on in pieces, so that memory holds
-pieces and not tensors. Other methods see whole tensors; then `Room` lets several be merged at a time only while they
-are together no larger than the largest. Random methods get, for each tensor, the numbers that mergekit would draw.
+Where a merge method looks at each weight by itself, perhaps once some numbers of the whole tensor are known (arc.py,
+sorting.py, drawing.py), a tensor is merged and handed on in pieces, so that memory holds pieces and not tensors. Other
+methods see whole tensors; then `Room` lets several be merged at a time only while they are together no larger than the
+largest. Random methods get, for each tensor, the numbers that mergekit would draw.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mftmerge.errors import MftmergeError
 from mftmerge.machine import give_back
-from mftmerge.recipe import drawing, sorting
+from mftmerge.recipe import arc, drawing, sorting
 from mftmerge.recipe.catalogue import by_element
 from mftmerge.recipe.drawing import Job
 from mftmerge.recipe.inputs import OutputMask
@@ -91,7 +92,9 @@ class Evaluation:
             return False
         densities = [dict(p.items()).get("density", 1) for _, p in task.input_parameters.items()]
         plain = by_element(task.method_name, set(densities) <= {1})
-        return self.device.type == "cpu" and (plain or sorting.in_pieces(task) or drawing.in_pieces(task))
+        return self.device.type == "cpu" and (
+            plain or sorting.in_pieces(task) or drawing.in_pieces(task) or arc.in_pieces(task)
+        )
 
     def _pieces(self, task: ExecuteMergeMethodTask) -> Iterator[torch.Tensor]:
         """What `value(task)` gives, flat, piece by piece."""
@@ -121,6 +124,9 @@ class Evaluation:
 
         one = next(iter(whole.values()))
         size = one.numel()
+        if arc.in_pieces(task) and len(flat) == 2 and size:
+            yield from arc.merged(task, flat, {m: math[m] or t.dtype for m, t in flat.items()})
+            return
         parts = [slice(start, start + PIECE) for start in range(0, max(1, size), PIECE)]
         answers: Callable[[slice], AbstractContextManager[Any]] = nullcontext
         if sorting.in_pieces(task):
