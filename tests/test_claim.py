@@ -34,7 +34,7 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     (out / "signal.json").write_text("{}")
     better = [[s - 1, n] for s, n in losses]
     states: dict[str, dict[str, Any]] = {
-        "base": {"loss": losses, "exact": [1, 0, 0, 1], "others": {"math": losses}},
+        "base": {"loss": losses, "exact": [1, 0, 0, 1], "executed": [1, 1, 0, 1], "others": {"math": losses}},
         "mask last": {"loss": better, "exact": [1, 1, 1, 1], "others": {"math": losses}, "step": 4, "course": []},
         "weights last": {"loss": losses, "exact": [1, 1, 1, 0], "others": {"math": better}, "step": 4, "course": []},
         "lora last": {"loss": better, "others": {"math": better}, "step": 4, "course": []},  # its answers: not asked
@@ -49,6 +49,8 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| 0.50 |" in text  # two rows differ, both in one direction: 2 / 2^2
     assert "| lora | last step | -0.1000 ± 0.0000 |  |  |  |" in text
     assert "| lora | +0.0000 ± 0.0000 |  |  |" in text, "the mask minus LoRA"
+    assert "75.0% [" in text, "queries of the base that select the same"
+    assert "| lora | last step | -0.1000 ± 0.0000 |  |  |  |  |  |  |" in text
     forgotten = text[text.index("loss on the other domains") :]
     assert "| mask | +0.0000 ± 0.0000 |" in forgotten
     assert "| weights | -0.1000 ± 0.0000 |" in forgotten
@@ -105,7 +107,7 @@ def test_a_cell_keeps_its_last_and_its_best_states(
         "mask exact": 2,
     }
     assert found["mask last"]["loss"] == found["mask exact"]["loss"] != found["mask loss"]["loss"]
-    assert len(found["mask last"]["exact"]) == 3
+    assert len(found["mask last"]["exact"]) == len(found["mask last"]["executed"]) == 3
     assert [c["step"] for c in found["mask last"]["course"]] == [0, 1, 2]
     assert all(torch.equal(before[t.name], t.parameter) for t in made.targets)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mftmerge.evaluate.generation import Marker
+from mftmerge.evaluate.generation import Marker, agree
 from mftmerge.loss import row_losses
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import scores
@@ -128,15 +128,22 @@ class Bench:
                 self.others[other.name] = [tokens for _, tokens in test]
                 self.cache.add(self.others[other.name])
 
-    def measure(self, split: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Losses, (rows, 2), and marks, (rows,), of the model as it is; None where answers are not asked for."""
+    def measure(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Losses, (rows, 2), of the model as it is, and marks, (rows,), by name; none where answers are not asked for.
+
+        exact: by the domain's rule; executed: whether the query that was written selects what the row's own selects.
+        """
         with self.cache.use():
             losses = row_losses(self.model, [tokens for _, tokens in self.rows[split]])
             if split not in self.markers:
-                return losses, None
+                return losses, {}
             marker = self.markers[split]
             fresh = marker.ids is None
-            marks = marker(self.model).metrics["exact"][:, 0]
+            found = marker(self.model)
+        marks = {"exact": found.metrics["exact"][:, 0]}
+        if self.domain.executed and split == "test":
+            pairs = zip(found.answers, marker.asked, strict=True)
+            marks["executed"] = np.array([agree("sql", answer, question) for answer, question in pairs])
         if fresh:
             self.cache.add(marker.drafts)
             self.drafts = getattr(self, "drafts", {}) | {split: marker.ids}
@@ -145,7 +152,7 @@ class Bench:
 
     def validate(self) -> tuple[float, float | None]:
         losses, marks = self.measure("validation")
-        return float(losses[:, 0].sum() / losses[:, 1].sum()), None if marks is None else float(marks.mean())
+        return float(losses[:, 0].sum() / losses[:, 1].sum()), float(marks["exact"].mean()) if marks else None
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -171,10 +178,10 @@ class Bench:
                 others = {n: row_losses(self.model, found) for n, found in self.others.items()}
         rows = _rounded(losses)
         facts["others"] = {n: _rounded(found) for n, found in others.items()}
-        right = {} if marks is None else {"exact": marks.astype(int).tolist()}
+        right = {how: found.astype(int).tolist() for how, found in marks.items()}
         write_json(path, {"name": name, "loss": rows, **right, **facts})
-        share = None if marks is None else marks.mean()
-        print(name, round(losses[:, 0].sum() / losses[:, 1].sum(), 4), share, facts.get("step"), flush=True)
+        shares = {how: round(float(found.mean()), 4) for how, found in marks.items()}
+        print(name, round(losses[:, 0].sum() / losses[:, 1].sum(), 4), shares, facts.get("step"), flush=True)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 

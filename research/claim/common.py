@@ -25,7 +25,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Domain:
-    """How one domain is fine-tuned. rows: for training; longer rows than `longest` tokens are left out."""
+    """How one domain is fine-tuned. rows: for training; longer rows than `longest` tokens are left out.
+
+    exact: the rule that marks answers; executed: whether queries are run as well, and marked by what they select.
+    """
 
     name: str
     steps: int
@@ -36,10 +39,11 @@ class Domain:
     rows: int
     validation: int
     test: int
+    executed: bool = False
 
 
 DOMAINS = {
-    "wikisql": Domain("wikisql", 80, 16, 96, 48, "text", rows=1200, validation=300, test=1500),
+    "wikisql": Domain("wikisql", 80, 16, 96, 48, "text", rows=1200, validation=300, test=1500, executed=True),
     "gsm8k": Domain("gsm8k", 48, 8, 176, 160, "number", rows=1000, validation=200, test=600),
     "python": Domain("python", 48, 8, 128, 96, "text", rows=1000, validation=150, test=180),
 }

@@ -24,13 +24,14 @@ AGREEMENT = RESULTS / "agreement.json"
 PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
 BEGIN, END = "<!-- generated: claim -->\n", "<!-- end -->"
 States = dict[str, dict[str, Any]]  # of one run: losses and marks of every test row, by state
+MARKS = {"exact": "exact match", "executed": "selects the same"}  # of answers: by their text, and run on tables
 CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by validation answers"}
 
 
 def collect(out: Path, name: str) -> None:
     """Put one run's files into one."""
     states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
-    kept = {n: {k: s[k] for k in ("loss", "exact", "others", "step", "course") if k in s} for n, s in states.items()}
+    kept = {n: {k: s[k] for k in ("loss", *MARKS, "others", "step", "course") if k in s} for n, s in states.items()}
     signal = json.loads((out / "signal.json").read_text()) if (out / "signal.json").exists() else {}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"signal": signal, "states": kept}, separators=(",", ":"))
@@ -55,30 +56,39 @@ def tables() -> str:
 
 def _over_seeds(seeds: Sequence[States]) -> list[str]:
     """The last state of every run that more than one seed has, minus the base of its seed, and the mask minus it."""
+    shown = [how for how in MARKS if any(how in states["base"] for states in seeds)]
+    points = [f"points, {MARKS[how]}" for how in shown]
+    head = ["state, last step", "seeds", "loss, minus the base's", *points, "the mask minus it: loss", *points]
     rows = []
     for name in sorted({n for states in seeds for n in states if not n.endswith((" loss", " exact", "base"))}):
         if len([s for s in seeds if name in s]) < 2:
             continue
-        cells = [name.removesuffix(" last"), *_mean_difference(seeds, name, "base")]
+        cells = [name.removesuffix(" last"), *_mean_difference(seeds, name, "base", shown)]
         if name.endswith(" last") and name != "mask last":
-            cells += _mean_difference(seeds, "mask last", name)[1:]
-        rows.append(cells + [""] * (6 - len(cells)))
-    head = ["state, last step", "seeds", "loss, minus the base's", "points over the base"]
-    return markdown_table([*head, "the mask minus it: loss", "points"], rows)
+            cells += _mean_difference(seeds, "mask last", name, shown)[1:]
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    return markdown_table(head, rows)
 
 
-def _mean_difference(seeds: Sequence[States], name: str, other: str) -> list[str]:
-    """How many seeds have both states; difference in loss and in points of exact match, of means over these seeds.
+def _mean_difference(seeds: Sequence[States], name: str, other: str, shown: Sequence[str]) -> list[str]:
+    """How many seeds have both states; difference in loss and in points of each mark, of means over these seeds.
 
     Seeds share their test rows: of each row the mean over seeds is taken first, so that the errors are those over rows.
     """
-    both = [(_arrays(s[name]), _arrays(s[other])) for s in seeds if name in s and other in s]
-    ours, theirs = ([np.mean([pair[side][k] for pair in both], 0) for k in (0, 1)] for side in (0, 1))
-    points = ""
-    if len(ours[1]) and len(theirs[1]):
-        exact = pairing.paired(ours[1], theirs[1])
-        points = f"{100 * exact.mean:+.1f} ± {100 * exact.standard_error:.1f}"
-    return [str(len(both)), _change(ours[0], theirs[0]), points]
+    both = [(s[name], s[other]) for s in seeds if name in s and other in s]
+
+    def means(pairs: Sequence[Sequence[Values]]) -> pairing.PairedDifference:
+        ours, theirs = (np.mean([pair[side] for pair in pairs], 0) for side in (0, 1))
+        return pairing.paired(ours, theirs)
+
+    change = means([[_losses(state) for state in pair] for pair in both])
+    cells = [str(len(both)), f"{change.mean:+.4f} ± {change.standard_error:.4f}"]
+    for how in shown:
+        marked = [[_marks(state, how) for state in pair] for pair in both if all(how in state for state in pair)]
+        found = means(marked) if marked else None
+        fewer = f" ({len(marked)})" if len(marked) < len(both) else ""
+        cells.append(f"{100 * found.mean:+.1f} ± {100 * found.standard_error:.1f}{fewer}" if found else "")
+    return cells
 
 
 def _agreement(found: dict[str, Any]) -> list[str]:
@@ -92,10 +102,14 @@ def _agreement(found: dict[str, Any]) -> list[str]:
     return [*markdown_table(head, rows), ""]
 
 
-def _arrays(state: dict[str, Any]) -> tuple[Values, Values]:
-    """Losses and marks of the test rows; no marks where a run was asked for losses alone."""
-    marks = np.array(state.get("exact", []), np.float64)
-    return np.array(state["loss"], np.float64), np.stack([marks, np.ones_like(marks)], 1)
+def _losses(state: dict[str, Any]) -> Values:
+    return np.array(state["loss"], np.float64)
+
+
+def _marks(state: dict[str, Any], how: str) -> Values:
+    """Marks of the test rows, each with the weight 1; none where a run was asked for losses alone."""
+    marks = np.array(state.get(how, []), np.float64)
+    return np.stack([marks, np.ones_like(marks)], 1)
 
 
 def _change(losses: Values, others: Values) -> str:
@@ -114,29 +128,30 @@ def _points(marks: Values, others: Values) -> list[str]:
 
 
 def _table(states: States) -> list[str]:
-    base_loss, base_marks = _arrays(states["base"])
-    rows, widest = [], 0.0
-    order = sorted(states, key=lambda n: (n != "base", n))
-    for name in order:
-        losses, marks = _arrays(states[name])
+    base, rows, widest = states["base"], [], 0.0
+    shown = [how for how in MARKS if how in base]
+    for name in sorted(states, key=lambda n: (n != "base", n)):
+        state = states[name]
         cell, _, how = name.rpartition(" ")
         title, kept = (cell, CHOSEN[how]) if how in CHOSEN else (name, "")
         if kept and how != "last":
-            step = states[name]["step"]
-            kept += f": step {step}" if step else ": the initial state"
-        share = f"{pairing.mean(marks):.1%}" if len(marks) else ""
-        if name == "base":
-            if len(marks):
+            kept += f": step {state['step']}" if state["step"] else ": the initial state"
+        loss = _change(_losses(state), _losses(base)) if state is not base else f"{pairing.mean(_losses(state)):.4f}"
+        cells = ["the base" if state is base else title, kept, loss]
+        for mark in shown:
+            marks, base_marks = _marks(state, mark), _marks(base, mark)
+            share = f"{pairing.mean(marks):.1%}" if len(marks) else ""
+            if state is base:
                 low, high = pairing.wilson(marks[:, 0].sum(), len(marks))
-                share += f" [{low:.1%}, {high:.1%}]"
-            rows.append(["the base", "", f"{pairing.mean(losses):.4f}", share, "", ""])
-            continue
-        if len(marks) and len(base_marks):
-            widest = max(widest, pairing.visible(pairing.paired(marks, base_marks)))
-        rows.append([title, kept, _change(losses, base_loss), share, *_points(marks, base_marks)])
-    head = ["state", "kept", "loss, minus the base's", "exact match", "points over the base, 95 %", "McNemar's p"]
-    table = markdown_table(head, rows)
-    said = f"{len(base_loss)} test rows"
+                cells += [f"{share} [{low:.1%}, {high:.1%}]", "", ""]
+            else:
+                if len(marks):
+                    widest = max(widest, pairing.visible(pairing.paired(marks, base_marks)))
+                cells += [share, *_points(marks, base_marks)]
+        rows.append(cells)
+    columns = [column for how in shown for column in (MARKS[how], "points over the base, 95 %", "McNemar's p")]
+    table = markdown_table(["state", "kept", "loss, minus the base's", *columns], rows)
+    said = f"{len(base['loss'])} test rows"
     said += f"; of these, differences below {100 * widest:.1f} points would mostly be missed." if widest else "."
     return [*table, "", said, *_against(states), *_forgotten(states)]
 
@@ -161,13 +176,13 @@ def _against(states: States) -> list[str]:
     """The default mask's last state minus that of every other run, row by row: both say the same of most rows."""
     if "mask last" not in states:
         return []
-    losses, marks = _arrays(states["mask last"])
-    rows = []
+    mask, rows = states["mask last"], []
+    shown = [how for how in MARKS if how in mask]
     for name in sorted(n for n in states if n.endswith(" last") and n != "mask last"):
-        other_losses, other_marks = _arrays(states[name])
-        rows.append([name.removesuffix(" last"), _change(losses, other_losses), *_points(marks, other_marks)])
-    head = ["the mask minus ...", "loss", "points of exact match, 95 %", "McNemar's p"]
-    return ["", *markdown_table(head, rows)] if rows else []
+        marked = [cell for how in shown for cell in _points(_marks(mask, how), _marks(states[name], how))]
+        rows.append([name.removesuffix(" last"), _change(_losses(mask), _losses(states[name])), *marked])
+    columns = [column for how in shown for column in (f"points of {MARKS[how]}, 95 %", "McNemar's p")]
+    return ["", *markdown_table(["the mask minus ...", "loss", *columns], rows)] if rows else []
 
 
 def page(text: str) -> str:
