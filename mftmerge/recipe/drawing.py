@@ -12,7 +12,7 @@ code throughout: functions that it calls of torch are answered while it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import EllipsisType
@@ -156,8 +156,9 @@ def thinned(
     """What the merge draws of each task vector, in its order.
 
     merge(rows, models): merges these rows of some of the models. With the base and one other it is begun for what it
-    draws, rows after rows, and once more on the whole tensor for its sums, whose order of additions is the whole's.
-    room: taken while whole tensors are made.
+    draws, rows after rows. What it would sum, the whole task vector's magnitudes before and after, is kept meanwhile
+    and summed at once: of pieces the order of additions would be another.
+    room: taken while there is a whole task vector.
     """
     assert task.base_model is not None
     found = []
@@ -166,15 +167,21 @@ def thinned(
         if model == task.base_model or model not in models or not _is_thinned(task, model):
             continue
         one = Thinned(torch.empty(size, dtype=torch.bool))
-        at = 0
-        for part in rows:
-            drawing = _Drawing(one.kept[at:])
-            with suppress(_Seen), drawing:
-                merge(part, (task.base_model, model))
-            at += drawing.count
-        if rescaled:
-            with room(), suppress(_Seen), _Summing(one):
-                merge(..., (task.base_model, model))
+        with room() if rescaled else nullcontext():
+            at, vector = 0, torch.empty(0)
+            for part in rows:
+                drawing = _Drawing()
+                with suppress(_Seen), drawing:
+                    merge(part, (task.base_model, model))
+                stop = at + drawing.kept.numel()
+                one.kept[at:stop] = drawing.kept.reshape(-1)
+                if rescaled:
+                    vector = vector if at else torch.empty(size, dtype=drawing.vector.dtype)
+                    vector[at:stop] = drawing.vector.reshape(-1)
+                at = stop
+            if rescaled:
+                one.sums.append(vector.abs_().sum())
+                one.sums.append(vector.mul_(one.kept).sum())
         found.append(one)
     return found
 
@@ -184,23 +191,25 @@ class _Seen(Exception):
 
 
 class _Drawing(TorchFunctionMode):
-    """Notes what is drawn, and ends there."""
+    """Notes what is drawn, and of which task vector, and ends where the one is multiplied with the other."""
 
-    def __init__(self, kept: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.kept, self.count = kept, 0
+        self.kept = self.vector = torch.empty(0)
+        self.drawn = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.argsort:  # DELLA's second sort: of places, which turns order into ranks
             places, dim = args[0], (kwargs or {})["dim"]
             ranks = torch.arange(places.shape[dim]).view([-1 if d == dim else 1 for d in range(places.dim())])
             return torch.empty_like(places).scatter_(dim, places, ranks.expand_as(places))
+        if func is torch.Tensor.mul and self.drawn:
+            self.vector = args[0]
+            raise _Seen
         found = func(*args, **(kwargs or {}))
-        if func is not torch.bernoulli:
-            return found
-        self.count = found.numel()
-        self.kept[: self.count] = found.reshape(-1)
-        raise _Seen
+        if func is torch.bernoulli:
+            self.kept, self.drawn = found, True
+        return found
 
 
 class Answers(TorchFunctionMode):
@@ -217,27 +226,9 @@ class Answers(TorchFunctionMode):
             self.sums = iter(one.sums)
             return one.kept[self.part].to(args[0].dtype).view_as(args[0])
         if func is torch.Tensor.sum and len(args) == 1 and not kwargs:
-            return self.summed(args[0])
+            return next(self.sums)
         if func is torch.argsort:  # what DELLA ranks comes to probabilities, which were drawn from already
             return torch.arange(args[0].shape[-1]).expand_as(args[0])
         if func is torch.Tensor.argsort:
             return args[0]
         return func(*args, **(kwargs or {}))
-
-    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of the whole of which `tensor` is a piece."""
-        return next(self.sums)
-
-
-class _Summing(Answers):
-    """Notes the two sums of a whole task vector of which what is kept is known, and ends there."""
-
-    def __init__(self, one: Thinned) -> None:
-        super().__init__([one], slice(None))
-        self.noted = one.sums
-
-    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.noted.append(tensor.sum())
-        if len(self.noted) == 2:
-            raise _Seen
-        return self.noted[-1]
