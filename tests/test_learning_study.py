@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from research.learning import merges, page, tables, train  # noqa: E402
 from research.learning.common import Cells  # noqa: E402
+from research.learning.run import Seed  # noqa: E402
 
 
 def test_the_page_is_what_the_program_writes() -> None:
@@ -129,3 +131,11 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
             drawn[domain] += numbers
     assert sorted(drawn["b"][:6]) == sorted(drawn["b"][6:]) == list(range(6))
     assert sorted(drawn["a"][:4]) == sorted(drawn["a"][4:8]) == list(range(4))
+
+
+def test_a_model_that_was_never_made_is_not_asked(tmp_path: Path) -> None:
+    """Its answers would be the base's."""
+    bench: Any = SimpleNamespace(lab=tmp_path, cells={})
+    with pytest.raises(FileNotFoundError, match="masks by hand"):
+        Seed(bench, 0).answers("masks by hand", "sql", "text", 8)
+    assert not list(tmp_path.rglob("*.safetensors"))

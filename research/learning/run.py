@@ -65,6 +65,14 @@ class Seed:
                 temporary.write_text(json.dumps(known), encoding="utf-8")
         return load_file(path), json.loads(facts.read_text(encoding="utf-8"))
 
+    def known(self, what: str) -> tuple[Weights, dict[str, Any]]:
+        """Weights that were made before. Raises FileNotFoundError where there are none."""
+
+        def absent() -> tuple[Weights, dict[str, Any]]:
+            raise FileNotFoundError(f"{self.place}: there is no {what!r} yet; run that part first")
+
+        return self.weights(what, absent)
+
     def cell(self, what: str, make: Callable[[], tuple[Weights, dict[str, Any]]]) -> None:
         """A merge, made and measured unless it is on record."""
         if self.name(what) not in self.cells:
@@ -77,7 +85,8 @@ class Seed:
             return {}
         if model.startswith("expert "):
             return self.experts[model.removeprefix("expert ")]
-        return self.weights(model, lambda: ({}, {}))[0]
+
+        return self.known(model)[0]
 
     # -- what the others are made of ----------------------------------------------------------------------------------
 
@@ -127,7 +136,7 @@ class Seed:
             self.bench.measure("base")
         for domain in self.experts:
             if self.name(f"expert {domain}") not in self.cells:
-                _, facts = ({}, {}) if self.given else self.weights(f"expert {domain}", lambda: ({}, {}))
+                _, facts = ({}, {}) if self.given else self.known(f"expert {domain}")
                 seen = () if self.seed == 0 else (domain,)  # what an expert does to other domains is asked once
                 self.bench.measure(self.name(f"expert {domain}"), self.experts[domain], seen, **facts)
         self.cell("task arithmetic", lambda: self.tune("task arithmetic"))
@@ -271,10 +280,10 @@ class Seed:
         right = dict(self.cells[name]["right"]) if name in self.cells else {}
         if domain in right:
             return
+        weights = self.made(model)
         if domain not in self.markers:  # one for all models: answers that stay the same take one pass
             items = [i.row for i in self.bench.rows[domain]["test"]]
             self.markers[domain] = Marker(items, self.bench.tokenizer, exact=exact, max_new_tokens=new_tokens)
-        weights = self.made(model)
         self.bench.model.config.use_cache = True
         with self.bench.using(weights):
             found = self.markers[domain](self.bench.model).metrics[EXACT]
@@ -322,7 +331,8 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(first, "fine-tuning", "expert", 10)
     learning(first, "masks", "answers", 30)
     learning(first, "masks", "answers", 10)
-    asked = ("base", "expert sql", "task arithmetic", "masks by answers, 100 rows", "fine-tuning by answers, 100 rows")
+    masks = "masks by answers, 100 rows, base_kl 1.0"
+    asked = ("base", "expert sql", "task arithmetic", masks, "fine-tuning by answers, 100 rows")
     for model in asked:
         add(f"answers of {model}, sql", first, lambda s, m=model: partial(s.answers, m, "sql", "text", 48))
     for model in ("base", "expert math", *asked[2:]):
