@@ -51,9 +51,16 @@ def test_this_mergekit_is_the_one_that_was_read() -> None:
     assert arc.agrees()
 
 
-@pytest.mark.parametrize("agrees", [True, False])
 @pytest.mark.parametrize(
-    "more", [{}, {"dtype": "float16"}, {"dtype": "float64", "out_dtype": "float32"}, {"out_dtype": "float32"}], ids=str
+    ("more", "agrees"),
+    [
+        ({}, True),
+        ({"dtype": "float16"}, True),
+        ({"dtype": "float64", "out_dtype": "float32"}, True),
+        ({"out_dtype": "float32"}, True),
+        ({}, False),
+    ],
+    ids=str,
 )
 @pytest.mark.usefixtures("small_chunks")
 def test_models_of_two_types(

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from mftmerge.evaluate.pairing import standard_error
 from mftmerge.files import replacing
 from research.combining.tables import markdown
-from research.learning.tables import Record, np, verdicts
+from research.learning.tables import Record, verdicts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "learnt-merges.md"
 README = PAGE.parents[1] / "README.md"
