@@ -26,6 +26,7 @@ LONG = {"math": "GSM8K", "sql": "WikiSQL", "python": "Python"}
 # What is judged with 100 rows, and with fewer: the product's teachers; for few rows, weight and start as is advised.
 TEACHERS = ("answers", "expert", "both")
 PLAIN, ADVISED = "masks by {}, {} rows", "masks by {}, {} rows, weight 0.7, start_density 1.0"
+SELECTION = "selection by {}, {} rows"
 HELD = ", base_kl 1.0"  # to the base on the prompts, which is the product's default
 OURS = PLAIN.format("answers", 100) + HELD
 FEW = {30: ADVISED.format("both", 30) + HELD, 10: ADVISED.format("expert", 10) + HELD}
@@ -110,10 +111,15 @@ def by_rows(record: Record) -> str:
 
 
 def against_fine_tuning(record: Record) -> str:
-    """Masks minus fine-tuning of the merged model on the same rows, by rows and by what each learns from."""
+    """Masks, or a selection, minus fine-tuning of the merged model on the same rows, by what each learns from."""
     rows = []
     for count in COUNTS:
-        kinds = [f"{kind.format(t, count)}{held}" for held in ("", HELD) for kind in (PLAIN, ADVISED) for t in TEACHERS]
+        kinds = [
+            f"{kind.format(t, count)}{held}"
+            for held in ("", HELD)
+            for kind in (PLAIN, ADVISED, SELECTION)
+            for t in TEACHERS
+        ]
         for mine in kinds:
             for teacher, held in (("answers", ""), ("expert", ""), ("answers", HELD)):
                 pair = mine, f"fine-tuning by {teacher}, {count} rows{held}"
