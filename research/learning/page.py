@@ -176,6 +176,7 @@ SHORT = {  # the README's rows
     "TIES": "best TIES merge (scale and density tuned)",
     FEW[30]: "masks learnt from 30 rows a skill",
     OURS: "**masks learnt from 100 rows a skill**",
+    SELECTION.format("answers", 100) + HELD: "**the same with `merge_method: select`** (each weight is one parent's)",
     "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
 }
 

@@ -358,7 +358,7 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning((*first, *others), "masks", "expert", 30, weight=0.7, start_density=1.0, base_kl=1.0)
     learning(first, "masks", "answers", 100, base_kl=3.0)
     learning(first, "masks", "answers", 100, weight=0.7, start_density=1.0, base_kl=1.0)
-    learning(first, "masks", "answers", 100, arithmetic="selection", base_kl=1.0)
+    learning((*first, *others), "masks", "answers", 100, arithmetic="selection", base_kl=1.0)
     learning(first, "fine-tuning", "answers", 100, base_kl=1.0)
     learning(first, "masks", "answers", 300)
     learning(first, "masks", "expert", 100, density=0.5)
