@@ -77,15 +77,13 @@ def _mean_difference(seeds: Sequence[States], name: str, other: str, shown: Sequ
     """
     both = [(s[name], s[other]) for s in seeds if name in s and other in s]
 
-    def means(pairs: Sequence[Sequence[Values]]) -> pairing.PairedDifference:
-        ours, theirs = (np.mean([pair[side] for pair in pairs], 0) for side in (0, 1))
-        return pairing.paired(ours, theirs)
+    def means(pairs: Sequence[Sequence[Values]]) -> list[Values]:
+        return [np.mean([pair[side] for pair in pairs], 0) for side in (0, 1)]
 
-    change = means([[_losses(state) for state in pair] for pair in both])
-    cells = [str(len(both)), f"{change.mean:+.4f} ± {change.standard_error:.4f}"]
+    cells = [str(len(both)), _change(*means([[_losses(state) for state in pair] for pair in both]))]
     for how in shown:
         marked = [[_marks(state, how) for state in pair] for pair in both if all(how in state for state in pair)]
-        found = means(marked) if marked else None
+        found = pairing.paired(*means(marked)) if marked else None
         fewer = f" ({len(marked)})" if len(marked) < len(both) else ""
         cells.append(f"{100 * found.mean:+.1f} ± {100 * found.standard_error:.1f}{fewer}" if found else "")
     return cells

@@ -85,7 +85,6 @@ class Seed:
             return {}
         if model.startswith("expert "):
             return self.experts[model.removeprefix("expert ")]
-
         return self.known(model)[0]
 
     # -- what the others are made of ----------------------------------------------------------------------------------
