@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from mftmerge import data  # noqa: E402
 from mftmerge.train.targets import Target  # noqa: E402
-from research.claim import bench, page  # noqa: E402
+from research.claim import bench, fft, page, study  # noqa: E402
 from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
 
 
@@ -128,3 +129,47 @@ def test_a_cell_can_do_without_answers(
     found = json.loads((tmp_path / "mask last.json").read_text())
     assert "exact" not in found
     assert [c["exact"] for c in found["course"]] == [None] * 3
+
+
+def test_one_command_makes_all_of_it_and_goes_on(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning, cells, record and page; a second call makes nothing again, and states of another lab stay."""
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(140)]
+    source, lab, results = tiny("llama"), tmp_path / "lab", tmp_path / "results"
+    tuned: list[str] = []
+
+    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
+        return {"train": tokens[:-4], "validation": tokens[-4:-2], "test": tokens[-2:]}
+
+    def fine_tune(lab: Path, model: str, folder: Path, domain: Any, seed: int) -> None:
+        place = lab / f"fft-{domain.name}-s{seed}"
+        if not place.exists():
+            tuned.append(place.name)
+            shutil.copytree(source, place)
+
+    page_file = tmp_path / "claim.md"
+    page_file.write_text(f"# A page\n{page.BEGIN}{page.END}\n")
+    monkeypatch.setattr(bench, "read_rows", read)
+    monkeypatch.setattr(fft, "fine_tune", fine_tune)
+    monkeypatch.setattr(page, "RESULTS", results)
+    monkeypatch.setattr(page, "PAGE", page_file)
+    monkeypatch.setattr(
+        study, "PARTS", [study.Part(f"wikisql-seed{n}", "wikisql", ("mask",), n, layers="1") for n in (0, 1)]
+    )
+    monkeypatch.setattr(sys, "argv", ["study", str(lab), "--model", str(source), "--data", str(tmp_path)])
+    study.main()
+    assert tuned == ["fft-wikisql-s0", "fft-wikisql-s1"]
+    record = results / "wikisql-seed0.json"
+    found = json.loads(record.read_text())["states"]
+    assert set(found) == {"base", "mask last", "mask loss", "random mask", "smallest rows", "smallest weights"}
+    assert "### wikisql, over seeds" in page_file.read_text()
+    other = {"loss": [[s + 1, n] for s, n in found["base"]["loss"]]}
+    odd = {"loss": [[s, n + 1] for s, n in found["base"]["loss"]]}  # of rows that are tested no longer
+    states = found | {"paper's start last": other, "weights last": odd}
+    record.write_text(json.dumps({"signal": {}, "states": states}))
+    monkeypatch.setattr(bench.Bench, "using", None)  # nothing is measured a second time
+    study.main()
+    assert len(tuned) == 2
+    assert json.loads(record.read_text())["states"] == found | {"paper's start last": other}

@@ -1,7 +1,6 @@
-"""The tables of docs/claim.md, from the results in this folder.
+"""The tables of docs/claim.md, from results/: `python -m research.claim.page` writes them between the page's markers.
 
-`python -m research.claim.page` writes them between the page's markers; with `--collect OUT NAME` it first takes what
-`cells.py` left in OUT into results/NAME.json: every test row's loss and mark, of every state.
+The study writes results/ and calls this, part by part; with `--collect OUT NAME` it is done by hand for one part.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import Values
 from mftmerge.evaluate.results import markdown_table
+from mftmerge.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 AGREEMENT = RESULTS / "agreement.json"
@@ -29,9 +29,17 @@ CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by valida
 
 
 def collect(out: Path, name: str) -> None:
-    """Put one run's files into one."""
+    """Put the files of one part, a state each, into results/NAME.json: every test row's loss and mark.
+
+    States that are on record there and not in `out` stay where they are of the same test rows: they may have been
+    measured on another machine.
+    """
     states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
-    kept = {n: {k: s[k] for k in ("loss", *MARKS, "others", "step", "course") if k in s} for n, s in states.items()}
+    known = json.loads((RESULTS / f"{name}.json").read_text())["states"] if (RESULTS / f"{name}.json").exists() else {}
+    fresh = {n: {k: s[k] for k in ("loss", *MARKS, "others", "step", "course") if k in s} for n, s in states.items()}
+    rows = [n for _, n in fresh["base"]["loss"]]
+    stay = {n: s for n, s in known.items() if [tokens for _, tokens in s["loss"]] == rows}
+    kept = dict(sorted((stay | fresh).items()))
     signal = json.loads((out / "signal.json").read_text()) if (out / "signal.json").exists() else {}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"signal": signal, "states": kept}, separators=(",", ":"))
@@ -160,7 +168,8 @@ def _forgotten(states: States) -> list[str]:
         return []
     domains = list(states["base"]["others"])
     rows = []
-    for name in sorted(n for n in states if n != "base" and not n.endswith((" loss", " exact"))):
+    measured = (n for n, state in states.items() if n != "base" and "others" in state)
+    for name in sorted(n for n in measured if not n.endswith((" loss", " exact"))):
         cells = [name.removesuffix(" last")]
         for domain in domains:
             found, base = (np.array(states[n]["others"][domain], np.float64) for n in (name, "base"))
@@ -189,13 +198,18 @@ def page(text: str) -> str:
     return head + BEGIN + tables() + END + rest.split(END, 1)[1]
 
 
+def write() -> None:
+    with replacing(PAGE) as temporary:
+        temporary.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--collect", nargs=2, metavar=("OUT", "NAME"))
     given = parser.parse_args()
     if given.collect:
         collect(Path(given.collect[0]), given.collect[1])
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write()
 
 
 if __name__ == "__main__":
