@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from research.learning import merges, page, tables, train  # noqa: E402
-from research.learning.common import Cells  # noqa: E402
+from mftmerge import data  # noqa: E402
+from mftmerge.prefix import PrefixCache  # noqa: E402
+from research.learning import merges, moved, page, tables, train  # noqa: E402
+from research.learning.common import Cells, Item, Plan, opened  # noqa: E402
 from research.learning.run import Seed  # noqa: E402
 
 
@@ -139,3 +143,35 @@ def test_a_model_that_was_never_made_is_not_asked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="masks by hand"):
         Seed(bench, 0).answers("masks by hand", "sql", "text", 8)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_masks_on_models_that_have_moved_on(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """End to end on a tiny model: each model with a mask, as it is and fitted; a second run makes nothing again."""
+
+    def read(tokenizer: Any, plan: Plan) -> dict[str, dict[str, list[Item]]]:
+        def items(domain: str, count: int) -> list[Item]:
+            rows = [{"prompt": f"{domain} {i}", "completion": f"is {i}"} for i in range(count)]
+            return [Item(r, t) for r, t in zip(rows, data.tokenize(rows, tokenizer, 64), strict=True)]
+
+        splits = {"train": 60, "validation": 3, "test": 4}
+        found = {d: {s: items(f"{d} {s}", n) for s, n in splits.items()} for d in ["math"]}
+        return found | {"other": {"test": items("other", 3)}}
+
+    plan = Plan(layers="1", expert_rows=8, expert_steps=2, batch=2, max_length=64)
+    bench = opened(tmp_path / "lab", str(tiny("llama")), read, plan)
+    study = moved.Moved(bench, 0, steps=4)
+    made = study.made
+    made.weights("task arithmetic", lambda: (made.experts["math"], {}))
+    with patch.object(PrefixCache, "as_set", bench.as_set):
+        study.run()
+    models = ["base", "their sum", "expert math"]
+    names = [f"{m}, mask math" for m in models]
+    fitted = [f"{n}, rebased" for n in names if not n.startswith("base")]
+    assert set(study.cells.found) == {"study", "tokens", "base"} | {
+        f"seed0/{n}" for n in [*models[1:], *names, *fitted]
+    }
+    assert study.cells["seed0/base, mask math"]["test"] != study.cells["base"]["test"]
+    text = page.rebased(tables.Record.load(bench.lab / "moved.jsonl"))
+    assert text.count("\n") == 2 + len(names)
+    bench.measure = None  # type: ignore[assignment, method-assign]  # nothing is measured a second time
+    moved.Moved(bench, 0).run()

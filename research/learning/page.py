@@ -195,6 +195,31 @@ def readme(record: Record) -> str:
     return markdown([f"one model of three ({len(seeds)} seed{'s' * (len(seeds) > 1)})", *names, "loss elsewhere"], rows)
 
 
+def rebased(record: Record) -> str:
+    """What a mask does to a model that its base became, as it is and fitted: losses minus that model's."""
+    rows = []
+    for model in dict.fromkeys(["base", *(m.split(", ")[0] for m in record.models)]):
+        for domain in record.domains:
+            mask = f"{model}, mask {domain}"
+            fitted = f"{mask}, rebased"
+            if not record.seeds_of(mask):
+                continue
+            cells = [difference(record, mask, model, domain)]
+            if record.seeds_of(fitted):
+                dropped = record.fact(fitted, "dropped")
+                others = [o for o in [*record.domains, "other"] if o != domain]
+                worst = max(others, key=lambda o: record.difference(fitted, model, o)[0])
+                cells += [
+                    difference(record, fitted, model, domain),
+                    ", ".join(f"{100 * d:.2f} %" for d in dropped),
+                    f"{difference(record, fitted, model, worst)} ({LONG.get(worst, 'fourth domain')})",
+                ]
+            called = f"expert of {LONG[model[7:]]}" if model.startswith("expert ") else model
+            rows.append([called, LONG[domain], *cells, *[""] * (4 - len(cells))])
+    head = ["model", "mask of", "as it is", "rebased", "drops", "rebased, the worst other domain"]
+    return markdown(head, rows)
+
+
 def table(make: Callable[[Record], str], record: Record) -> str:
     text = make(record)
     return text if text.count("\n") > 2 else "Not measured.\n"
@@ -209,6 +234,10 @@ def blocks() -> dict[str, Callable[[], str]]:
         if path.exists():
             record = Record.load(path)
             found |= {f"{name}: {t.__name__}": lambda t=t, r=record: table(t, r) for t in tables}  # type: ignore[misc]
+    path = RECORDS / "moved.jsonl"
+    if path.exists():
+        moved = Record.load(path)
+        found["moved: rebased"] = lambda: table(rebased, moved)
     return found
 
 
@@ -227,6 +256,8 @@ def main() -> None:
         RECORDS.mkdir(exist_ok=True)
         lab = Path(sys.argv[1])
         shutil.copy(lab / "cells.jsonl", RECORDS / f"{'full' if lab.name.endswith('full') else 'four'}.jsonl")
+        if (lab / "moved.jsonl").exists():
+            shutil.copy(lab / "moved.jsonl", RECORDS)
     for path in (PAGE, README):
         with replacing(path) as temporary:
             temporary.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -257,17 +257,21 @@ class Seed:
         return {**head, "models": models}
 
     def checkpoint(self, domain: str) -> Path:
-        """An expert as a directory that the product reads: the base's files with the expert's tensors in float32."""
+        """An expert as a directory that the product reads."""
         if self.given:
             return self.given / f"fft-{CLAIMED[domain]}-s{self.seed}"
-        place = self.place / f"checkpoint-{domain}"
+        return self.written(domain, self.experts[domain])
+
+    def written(self, name: str, weights: Weights) -> Path:
+        """A model as a directory that the product reads: the base's files with these tensors, in float32."""
+        place = self.place / f"checkpoint-{name}"
         if not place.exists():
             scratch = place.with_name(f"{place.name}.new")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             for path in Path(self.bench.source).iterdir():
                 if path.suffix == ".safetensors":
-                    save_file(load_file(path) | self.experts[domain], scratch / path.name, {"format": "pt"})
+                    save_file(load_file(path) | weights, scratch / path.name, {"format": "pt"})
                 elif path.is_file():
                     shutil.copy(path, scratch)
             os.replace(scratch, place)
