@@ -27,6 +27,7 @@ ROWS = {
     "recipe (average)",
     "weights trained on python",
     "weights trained on arithmetic",
+    "learnt merge of the trained models",
 }
 
 
@@ -46,7 +47,7 @@ def check(directory: Path) -> GridResult:
         assert (directory / name).read_bytes()[:4] == b"\x89PNG"
     assert "| base |" in (directory / "results.md").read_text()
     assert "intersection of python, arithmetic" in (directory / "report.html").read_text()
-    for checkpoint in ("built", "applied"):
+    for checkpoint in ("built", "applied", "merged"):
         model = AutoModelForCausalLM.from_pretrained(directory / checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(directory / checkpoint)
         chat = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -7,6 +7,7 @@ from mftmerge.evaluate.results import GridResult, markdown_table
 DOMAINS = ("python", "arithmetic")
 COMBINATIONS = ("union", "intersection", "vote", "score")  # operations, and rows of the table
 AVERAGE = "recipe (average)"  # the table's row of the model that the recipe builds
+MERGED = "learnt merge of the trained models"  # and of the one that is merged from the controls
 
 
 def page(found: GridResult) -> str:
@@ -20,8 +21,9 @@ def page(found: GridResult) -> str:
         f"{' and '.join(str(facts['rows']) for facts in found.domains.values())} test rows that nothing was chosen "
         "on.\n\n"
         "Rows: the base model; each mask; combinations of the two (vote cut to the density of one mask, score to its "
-        "default); a random and a smallest-magnitude mask of the same density; the model built by `recipe.yml`; and, "
-        "for comparison, as many steps of ordinary weight training on the same layers.\n\n"
+        "default); a random and a smallest-magnitude mask of the same density; the model built by `recipe.yml`; for "
+        "comparison, as many steps of ordinary weight training on the same layers; and these two trained models in "
+        "one, by masks that `merge.yml` leaves to be learnt from the validation rows.\n\n"
         f"{found.to_markdown()}\n{_against_control(found)}\n{_shares(found)}\n"
         f"An answer of the built model:\n\n{quote}\n\n"
         "![density of the intersection by layer](density.png)\n\n![overlap of what the masks prune](overlap.png)\n\n"
@@ -41,11 +43,12 @@ def _against_control(found: GridResult) -> str:
 
 def _shares(found: GridResult) -> str:
     """What share of each mask's own gain the combinations keep; says so where there is no gain to keep."""
-    gains = {domain: found.difference(f"{domain} mask", domain).mean for domain in DOMAINS}
 
-    def kept(name: str, domain: str, gain: float) -> str:
+    def kept(name: str, domain: str, alone: str) -> str:
+        gain = found.difference(alone, domain).mean
         return f"{found.difference(name, domain).mean / gain:.0%}" if gain < 0 else "no gain to keep"
 
-    rows = [[name, *(kept(name, *gain) for gain in gains.items())] for name in (*COMBINATIONS, AVERAGE)]
+    rows = [[name, *(kept(name, d, f"{d} mask") for d in DOMAINS)] for name in (*COMBINATIONS, AVERAGE)]
+    rows.append([MERGED, *(kept(MERGED, d, f"weights trained on {d}") for d in DOMAINS)])
     table = "\n".join(markdown_table(["combination", *DOMAINS], rows))
-    return f"Share of each mask's own gain that a combination keeps:\n\n{table}\n"
+    return f"Share that a combination keeps of what each mask, or trained model, gains alone:\n\n{table}\n"

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from mftmerge import __version__
@@ -20,7 +21,7 @@ from mftmerge.evaluate.results import GridResult
 from mftmerge.files import locked, protect, write_text
 from mftmerge.progress import Progress
 from mftmerge.quickstart.domains import arithmetic_splits, python_splits, write_domains
-from mftmerge.quickstart.page import AVERAGE, COMBINATIONS, DOMAINS, page
+from mftmerge.quickstart.page import AVERAGE, COMBINATIONS, DOMAINS, MERGED, page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,19 @@ models:
     mask: masks/arithmetic.mask
     parameters:
       weight: 0.5
+"""
+LEARNT = """\
+# The two trained models in one: which weights take which one's change, learnt from rows that neither was trained on.
+# Learnt with `mftmerge train --recipe merge.yml -o learnt`, built with `mftmerge build learnt/recipe.yml -o merged`.
+merge_method: select
+base_model: {model}
+dtype: float32
+out_dtype: bfloat16
+models:
+  - model: trained/python
+    mask: {{learn: {{data: data/python-validation.jsonl}}}}
+  - model: trained/arithmetic
+    mask: {{learn: {{data: data/arithmetic-validation.jsonl}}}}
 """
 
 
@@ -123,6 +137,7 @@ class _Run:
             ("build", "A model from a recipe: the average of the two masked models", self.build),
             ("evaluate", "Every mask on held-out rows of both domains", self.evaluate),
             *((f"weights-{d}", f"Control: ordinary weight training on {d}", partial(self.weights, d)) for d in DOMAINS),
+            ("merge", "The two trained models in one: masks say which weights take which one's change", self.merge),
         ]
         for number, (name, title, work) in enumerate(stages, 1):
             self.note(f"{number:2}. {title}")
@@ -279,11 +294,15 @@ class _Run:
     def build(self) -> None:
         from mftmerge.recipe.build import build
 
-        recipe, path = self.root / "recipe.yml", self.model_path()
-        write_text(recipe, RECIPE.format(model="model" if path == self.root / "model" else path))
         if not self.made("built"):
-            report = build(recipe, self.root / "built")
+            report = build(self.recipe("recipe.yml", RECIPE), self.root / "built")
             self.say(f"{report.tensors} tensors, {report.nbytes / 1e6:,.0f} MB")
+
+    def recipe(self, name: str, text: str) -> Path:
+        """A recipe's file, with the name of the base in it."""
+        path, model = self.root / name, self.model_path()
+        write_text(path, text.format(model="model" if model == self.root / "model" else model))
+        return path
 
     def evaluate(self) -> None:
         """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
@@ -316,7 +335,7 @@ class _Run:
         from mftmerge.train.targets import find
 
         name, model, lowest = f"weights trained on {domain}", self.model, float("inf")
-        if self.made(f"eval/weights-{domain}.json"):
+        if self.made(f"eval/weights-{domain}.json") and (self.root / "trained" / domain).exists():
             return
         train, valid = self.tokens(domain, "train"), self.tokens(domain, "validation")
         targets, settings, pad = find(model), TrainSettings.make(self.settings()), pad_id(self._loaded[1])
@@ -327,7 +346,50 @@ class _Run:
                 self.say(f"learning rate {rate:g}: best step {best.step}, validation loss {best.loss:.4f}")
                 if best.loss < lowest:
                     lowest, found = best.loss, grid(model, {}, self.test_rows, name=name)
-        found.to_json(self.root / f"eval/weights-{domain}.json")
+                    self._keep_trained(domain)
+        found.to_json(self.root / f"eval/weights-{domain}.json", overwrite=True)
+
+    def _keep_trained(self, domain: str) -> None:
+        """The model as it is now, in the base's type, so that what was not trained stays the base's bit for bit."""
+        import torch
+
+        from mftmerge.checkpoint import Checkpoint
+        from mftmerge.dtypes import BY_CODE
+
+        place, new = self.root / "trained" / domain, self.root / f".trained-{domain}"
+        rmtree(new, ignore_errors=True)
+        types = {entry.dtype for entry in Checkpoint.open(self.model_path())}
+        dtype = BY_CODE[types.pop()].torch if len(types) == 1 else torch.float32
+        stored = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}
+        self.model.save_pretrained(new, state_dict=stored)
+        self._loaded[1].save_pretrained(new)
+        rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(new, place)
+
+    def merge(self) -> None:
+        """Masks over the two trained models, learnt from the validation rows; what they build, and what it is worth."""
+        from mftmerge.evaluate.grid import grid
+        from mftmerge.learn.run import learn_merge
+        from mftmerge.loading import load_model
+        from mftmerge.recipe.build import build
+
+        recipe, learnt = self.recipe("merge.yml", LEARNT), self.root / "learnt"
+        if not self.made("learnt/recipe.yml"):
+            learn_merge(
+                recipe,
+                learnt,
+                settings={"max_length": self.plan.max_length, "seed": self.plan.seed},
+                resume=(learnt / "recipe.yml.run").exists(),
+                progress=self.progress,
+                note=self.say,
+            )
+        if not self.made("merged"):
+            build(learnt / "recipe.yml", self.root / "merged")
+        if not self.made("eval/merged.json"):
+            model, _ = load_model(self.root / "merged", dtype="float32", device="cpu", trust_remote_code=False)
+            found = grid(model, {}, self.test_rows, name=MERGED, progress=self.progress)
+            found.to_json(self.root / "eval/merged.json")
 
     def results(self) -> GridResult:
         """Merge the measurements; write JSON, Markdown, two pictures and the report."""
@@ -338,7 +400,7 @@ class _Run:
         from mftmerge.report.page import write_report
 
         found = GridResult.from_json(self.root / "eval/masks.json")
-        for name in ("built", *(f"weights-{domain}" for domain in DOMAINS)):
+        for name in ("built", *(f"weights-{domain}" for domain in DOMAINS), "merged"):
             found = found.merged(GridResult.from_json(self.root / f"eval/{name}.json"))
         found.extra |= self._save()
         found.to_json(self.root / "results.json", overwrite=True)
