@@ -379,7 +379,7 @@ class _Run:
             learn_merge(
                 recipe,
                 learnt,
-                settings={"max_length": self.plan.max_length, "seed": self.plan.seed},
+                settings={name: getattr(self.plan, name) for name in ("steps", "max_length", "seed")},
                 resume=(learnt / "recipe.yml.run").exists(),
                 progress=self.progress,
                 note=self.say,

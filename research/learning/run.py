@@ -335,7 +335,8 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(first, "masks", "answers", 30)
     learning(first, "masks", "answers", 10)
     masks = "masks by answers, 100 rows, base_kl 1.0"
-    asked = ("base", "expert sql", "task arithmetic", masks, "fine-tuning by answers, 100 rows")
+    selection = masks.replace("masks", "selection")
+    asked = ("base", "expert sql", "task arithmetic", masks, selection, "fine-tuning by answers, 100 rows")
     for model in asked:
         add(f"answers of {model}, sql", first, lambda s, m=model: partial(s.answers, m, "sql", "text", 48))
     for model in ("base", "expert math", *asked[2:]):
