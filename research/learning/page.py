@@ -28,7 +28,8 @@ TEACHERS = ("answers", "expert", "both")
 PLAIN, ADVISED = "masks by {}, {} rows", "masks by {}, {} rows, weight 0.7, start_density 1.0"
 SELECTION = "selection by {}, {} rows"
 HELD = ", base_kl 1.0"  # to the base on the prompts, which is the product's default
-OURS = PLAIN.format("answers", 100) + HELD
+SUMS = PLAIN.format("answers", 100) + HELD
+OURS = SELECTION.format("answers", 100) + HELD
 FEW = {30: ADVISED.format("both", 30) + HELD, 10: ADVISED.format("expert", 10) + HELD}
 WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
 COUNTS = (10, 30, 100, 300)
@@ -171,26 +172,28 @@ def answers(record: Record) -> str:
     return markdown(["model (first seed)", "GSM8K, % right (rows)", "WikiSQL, % right (rows)"], rows)
 
 
-SHORT = {  # the README's rows
+SHORT = {  # the README's rows, where they were measured
     "plain average": "plain average of the three",
+    "task arithmetic": "best sum of the three's changes (scale tuned)",
     "TIES": "best TIES merge (scale and density tuned)",
-    FEW[30]: "masks learnt from 30 rows a skill",
-    OURS: "**masks learnt from 100 rows a skill**",
-    SELECTION.format("answers", 100) + HELD: "**the same with `merge_method: select`** (each weight is one parent's)",
-    "fine-tuning by answers, 100 rows": "for comparison: the best plain merge, fine-tuned on these 100 rows",
+    FEW[30]: "masks learnt from 30 rows a skill, changes added up",
+    SUMS: "masks learnt from 100 rows a skill, changes added up",
+    OURS: "**each weight one parent's (`select`), learnt from 100 rows a skill**",
+    "fine-tuning by answers, 100 rows": "for comparison: the best sum, fine-tuned on these 100 rows",
 }
 
 
 def readme(record: Record) -> str:
     """What the README shows of it: the seeds that have all of its rows."""
-    seeds = record.seeds_of(*SHORT)
-    if not seeds:
+    shown = [m for m in SHORT if m in record.models]
+    seeds = record.seeds_of(*shown)
+    if not shown or not seeds:
         return ""
     same = Record({k: v for k, v in record.cells.items() if "/" not in k or k.split("/")[0] in seeds})
     rows = []
-    for model, words in SHORT.items():
+    for model in shown:
         kept = (f"{100 * same.share(model, d)[0]:.0f} %" for d in same.domains)
-        rows.append([words, *kept, difference(same, model, "base", "other").strip("*")])
+        rows.append([SHORT[model], *kept, difference(same, model, "base", "other").strip("*")])
     names = [f"keeps of {LONG[d]}" for d in record.domains]
     return markdown([f"one model of three ({len(seeds)} seed{'s' * (len(seeds) > 1)})", *names, "loss elsewhere"], rows)
 
