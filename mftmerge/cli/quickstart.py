@@ -49,9 +49,7 @@ def command(
     from rich.console import Console
 
     found.show(Console())
-    say(
-        "",
-        f"{directory}: model, data, masks, applied, recipe.yml, built, merge.yml, merged, results.*, pictures, report.html",
-    )
+    made = "model, data, masks, applied, recipe.yml, built, merge.yml, merged, results.*, pictures, report.html"
+    say("", f"{directory}: {made}")
     masks = f"--mask {directory}/masks/python.mask --mask {directory}/masks/arithmetic.mask"
     say(f"next: open {directory}/report.html; mftmerge chat --model {directory}/model {masks}")
