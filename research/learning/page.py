@@ -30,7 +30,11 @@ SELECTION = "selection by {}, {} rows"
 HELD = ", base_kl 1.0"  # to the base on the prompts, which is the product's default
 SUMS = PLAIN.format("answers", 100) + HELD
 OURS = SELECTION.format("answers", 100) + HELD
-FEW = {30: ADVISED.format("both", 30) + HELD, 10: ADVISED.format("expert", 10) + HELD}
+FEW = [
+    *((30, kind.format("both", 30) + HELD) for kind in (ADVISED, SELECTION)),
+    (10, ADVISED.format("expert", 10)),  # with base_kl it was not measured
+    (10, SELECTION.format("expert", 10) + HELD),
+]
 WITHOUT_DATA = ["plain average", "task arithmetic", "TIES", "DARE-TIES", "DELLA", "consensus", "localize-and-stitch"]
 COUNTS = (10, 30, 100, 300)
 SETTINGS = {"four": "the four-layer experts", "full": "experts fine-tuned in all layers"}
@@ -95,19 +99,19 @@ def losses(record: Record) -> str:
 
 
 def by_rows(record: Record) -> str:
-    """The lowest share over domains, mean over seeds, by how many rows a domain there are."""
-    kinds = list(dict.fromkeys(m.rsplit(", ", 1)[0] for m in record.models if re.search(r", \d+ rows$", m)))
+    """Shares, means over seeds, by how many rows a domain there are."""
+    kinds = {(m[1], m[2]) for m in (re.fullmatch(r"(.+), \d+ rows(.*)", model) for model in record.models) if m}
     rows = []
-    for kind in sorted(kinds):
+    for kind, settings in sorted(kinds):
         cells = []
         for count in COUNTS:
-            model = f"{kind}, {count} rows"
+            model = f"{kind}, {count} rows{settings}"
             if record.seeds_of(model):
                 each = " / ".join(f"{100 * record.share(model, d)[0]:.0f}" for d in record.domains)
                 cells.append(f"{each} ({len(record.seeds_of(model))})")
             else:
                 cells.append("not measured")
-        rows.append([kind, *cells])
+        rows.append([kind + settings, *cells])
     return markdown(["share kept, %: " + " / ".join(LONG[d] for d in record.domains), *map(str, COUNTS)], rows)
 
 
@@ -176,9 +180,10 @@ SHORT = {  # the README's rows, where they were measured
     "plain average": "plain average of the three",
     "task arithmetic": "best sum of the three's changes (scale tuned)",
     "TIES": "best TIES merge (scale and density tuned)",
-    FEW[30]: "masks learnt from 30 rows a skill, changes added up",
-    SUMS: "masks learnt from 100 rows a skill, changes added up",
     OURS: "**each weight one parent's (`select`), learnt from 100 rows a skill**",
+    SELECTION.format("both", 30) + HELD: "the same from 30 rows a skill",
+    SELECTION.format("expert", 10) + HELD: "the same from 10 rows a skill, without answers",
+    SUMS: "masks learnt from 100 rows a skill, changes added up",
     "fine-tuning by answers, 100 rows": "for comparison: the best sum, fine-tuned on these 100 rows",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,9 +118,9 @@ def ahead(record: Record, model: str, reference: str, domain: str, errors: float
 
 
 def verdicts(
-    record: Record, ours: str, few: Mapping[int, str], without_data: list[str], long: dict[str, str]
+    record: Record, ours: str, few: Sequence[tuple[int, str]], without_data: list[str], long: dict[str, str]
 ) -> list[Verdict]:
-    """The goal, checked. ours, few: the model that is judged with 100 rows, and with fewer by their number."""
+    """The goal, checked. ours: the model that is judged with 100 rows; few: those with fewer, and how many."""
     found = []
     for d in record.domains if record.seeds_of(ours) else []:
         share, by_seed = record.share(ours, d)[0], record.by_seed(ours, d)
@@ -141,21 +141,12 @@ def verdicts(
         found.append(
             Verdict(f"ahead of every merge without data on {long[d]} by two standard errors", not behind, numbers)
         )
-    for count, model in few.items():
+    for count, model in ((100, ours), *few):
         tuned = f"fine-tuning by answers, {count} rows"
-        for d in record.domains if record.seeds_of(model, tuned) else []:
+        goals = {d: f"ahead of fine-tuning the merge on the same {count} rows on {long[d]}" for d in record.domains}
+        goals = (goals if count < 100 else {}) | {"other": f"less forgetting than fine-tuning at {count} rows"}
+        for d, goal in goals.items() if record.seeds_of(model, tuned) else []:
             mean, error = record.difference(model, tuned, d)
-            found.append(
-                Verdict(
-                    f"ahead of fine-tuning the merge on the same {count} rows on {long[d]}",
-                    decided(mean, error),
-                    f"{mean:+.3f} ± {error:.3f}",
-                )
-            )
-    tuned = "fine-tuning by answers, 100 rows"
-    if record.seeds_of(ours, tuned):
-        mean, error = record.difference(ours, tuned, "other")
-        found.append(
-            Verdict("less forgetting than fine-tuning at 100 rows", decided(mean, error), f"{mean:+.4f} ± {error:.4f}")
-        )
+            kind = "" if model == ours else " (sums)" if model.startswith("masks") else " (selection)"
+            found.append(Verdict(goal + kind, decided(mean, error), f"{mean:+.3f} ± {error:.3f}"))
     return found
