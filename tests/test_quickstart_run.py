@@ -15,7 +15,8 @@ from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
 from mftmerge.progress import Step
 from mftmerge.quickstart.page import COMBINATIONS, DOMAINS
-from mftmerge.quickstart.run import Plan, quickstart, tiny_plan
+from mftmerge.quickstart.plan import Plan, tiny_plan
+from mftmerge.quickstart.run import quickstart
 
 ROWS = {
     "base",

@@ -37,7 +37,8 @@ def command(
     """
     if tiny and model:
         raise BadInput("--tiny makes a model of its own; leave out --model or --tiny")
-    from mftmerge.quickstart.run import Plan, quickstart, tiny_plan
+    from mftmerge.quickstart.plan import Plan, tiny_plan
+    from mftmerge.quickstart.run import quickstart
 
     quiet()
     with shown_progress() as show:
