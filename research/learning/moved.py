@@ -65,7 +65,7 @@ class Moved:
         out = self.place / f"{domain} on {model}.mask"
         given = self.place / f"{domain}.mask"
         result = mftmerge.rebase_mask(
-            given, path, rows, out, overwrite=True, max_length=self.bench.plan.max_length, note=print
+            given, path, rows, out, overwrite=True, max_length=self.bench.plan.max_length, dtype="float32", note=print
         )
         facts = {"chosen": result.chosen, "gained": result.gained, "dropped": round(result.dropped, 5)}
         return result.mask, facts | {"seconds": round(result.seconds, 1)}
