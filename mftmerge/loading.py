@@ -134,9 +134,9 @@ def check_directory(path: Path) -> None:
 def chosen_dtype(path: Path, asked: str, *, device: str | None = None) -> str:
     """The type to load the weights in, by torch's name, or "auto" for as stored.
 
-    asked: "auto" becomes "float32" where 16-bit weights would be computed with on a processor that has no bfloat16
-    arithmetic, which is several times slower there (`benchmarks/busy_machine.py`), and float32 fits in half of the
-    memory that is free. device: where the model will run, a GPU where there is one by default.
+    asked: "auto" becomes "float32" where 16-bit weights, or some of them, would be computed with on a processor that
+    has no bfloat16 arithmetic, which is several times slower there (`benchmarks/busy_machine.py`), and float32 fits in
+    half of the memory that is free. device: where the model will run, a GPU where there is one by default.
     """
     from psutil import virtual_memory
     from torch import cuda
@@ -147,9 +147,10 @@ def chosen_dtype(path: Path, asked: str, *, device: str | None = None) -> str:
         return asked
     entries = [e for c in [Checkpoint.open(path)] for e in map(c.entry, c.names)]
     floats = [e for e in entries if BY_CODE[e.dtype].floating]
-    halves = all(e.dtype in ("BF16", "F16") for e in floats)
+    # One type serves the whole model: of a file that mixes them transformers takes the configuration's.
+    halves = any(e.dtype in ("BF16", "F16") for e in floats)
     fits = sum(math.prod(e.shape) for e in entries) * 4 <= virtual_memory().available / 2
-    return "float32" if floats and halves and fits else asked
+    return "float32" if halves and fits else asked
 
 
 def trusted(given: bool | None) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mftmerge import loading
 from mftmerge.errors import BadInput
@@ -81,6 +82,19 @@ def test_auto_takes_the_type_that_this_processor_is_fast_in(
     path = tiny(dtype=stored)
     assert loading.chosen_dtype(path, asked, device="cpu") == expected
     assert loading.chosen_dtype(path, asked, device="cuda:0") == asked, "a GPU computes in what is stored"
+
+
+def test_auto_takes_float32_where_only_some_tensors_are_halves(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a base in bfloat16 with a few layers that were trained and kept in float32."""
+    monkeypatch.setattr(loading, "lacks_bfloat16", lambda: True)
+    path = tmp_path / "mixed"
+    shutil.copytree(tiny(dtype="bfloat16"), path)
+    tensors = load_file(path / "model.safetensors")
+    name = next(n for n in tensors if "3.mlp" in n)
+    save_file(tensors | {name: tensors[name].float()}, path / "model.safetensors", {"format": "pt"})
+    assert loading.chosen_dtype(path, "auto", device="cpu") == "float32"
 
 
 def test_auto_stays_as_stored_where_float32_would_fill_the_memory(
