@@ -2,8 +2,8 @@
 
 With the `--domain NAME=FILE` of `research.learning.run`, which has made the experts and the merge in LAB before.
 A mask a domain is learnt over the base from the expert's rows, with the defaults of `train`. It is then put on every
-model that the base became (each expert, and their tuned sum), as it is and fitted with other rows of its domain (32, of
-Python 24), and the test rows of all domains are measured. LAB/moved.jsonl is the record: what is there is not done again.
+model that the base became (each expert, and their tuned sum), as it is and fitted with other rows of its domain (32;
+of Python 24), and the test rows of all domains are measured. LAB/moved.jsonl is the record: what is there stays.
 """
 
 from __future__ import annotations
