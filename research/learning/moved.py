@@ -94,9 +94,10 @@ class Moved:
         if "study" not in self.cells:
             self.cells.add("study", domains=self.bench.domains, rows=ROWS)
         models = {"base": (dict(self.bench.originals), Path(self.bench.source)), **self.models()}
-        for model, (weights, path) in models.items():
+        for model, (weights, _) in models.items():
             if self.cell(model) not in self.cells:
                 self.measure(model, weights)
+        for model, (weights, path) in models.items():
             for domain in self.bench.domains:
                 what = f"{model}, mask {domain}"
                 if self.cell(what) not in self.cells:
