@@ -117,7 +117,7 @@ def test_an_absent_model_is_bad_input(tmp_path: Path) -> None:
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_real_model_with_few_rows(tmp_path: Path, smollm2: Path) -> None:
-    small = Plan(str(smollm2), {"train": 24, "validation": 6, "test": 8}, steps=4, longest=200, weight_rates=(3e-4,))
+    small = Plan(str(smollm2), {"train": 16, "validation": 6, "test": 5}, steps=3, longest=200, weight_rates=(3e-4,))
     quickstart(tmp_path / "q", small)
     found = check(tmp_path / "q")
     assert found.mean("base", "arithmetic") < 2.0, "the converted model knows language"
