@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mftmerge.checkpoint import INDEX, SINGLE, Checkpoint, read_config, resolve
-from mftmerge.dtypes import BY_CODE
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointers
 from mftmerge.machine import lacks_bfloat16
@@ -145,10 +144,9 @@ def chosen_dtype(path: Path, asked: str, *, device: str | None = None) -> str:
         return asked
     if not lacks_bfloat16() or not ((path / SINGLE).exists() or (path / INDEX).exists()):
         return asked
-    entries = [e for c in [Checkpoint.open(path)] for e in map(c.entry, c.names)]
-    floats = [e for e in entries if BY_CODE[e.dtype].floating]
+    entries = list(Checkpoint.open(path))
     # One type serves the whole model: of a file that mixes them transformers takes the configuration's.
-    halves = any(e.dtype in ("BF16", "F16") for e in floats)
+    halves = any(e.dtype in ("BF16", "F16") for e in entries)
     fits = sum(math.prod(e.shape) for e in entries) * 4 <= virtual_memory().available / 2
     return "float32" if halves and fits else asked
 

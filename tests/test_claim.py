@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from mftmerge import data  # noqa: E402
 from mftmerge.train.targets import Target  # noqa: E402
 from research.claim import bench, fft, page, study  # noqa: E402
+from research.claim.cells import cells  # noqa: E402
 from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
 
 
@@ -173,3 +174,7 @@ def test_one_command_makes_all_of_it_and_goes_on(
     study.main()
     assert len(tuned) == 2
     assert json.loads(record.read_text())["states"] == found | {"paper's start last": other}
+
+
+def test_every_cell_is_in_some_part() -> None:
+    assert {cell.name for cell in cells("before")} == {name for part in study.PARTS for name in part.cells}

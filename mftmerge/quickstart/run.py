@@ -241,8 +241,9 @@ class _Run:
     def build(self) -> None:
         from mftmerge.recipe.build import build
 
+        recipe = self.recipe("recipe.yml", RECIPE)
         if not self.made("built"):
-            report = build(self.recipe("recipe.yml", RECIPE), self.root / "built")
+            report = build(recipe, self.root / "built")
             self.say(f"{report.tensors} tensors, {report.nbytes / 1e6:,.0f} MB")
 
     def recipe(self, name: str, text: str) -> Path:
@@ -282,7 +283,7 @@ class _Run:
         from mftmerge.train.targets import find
 
         name, model, lowest = f"weights trained on {domain}", self.model, float("inf")
-        if self.made(f"eval/weights-{domain}.json") and (self.root / "trained" / domain).exists():
+        if (self.root / "trained" / domain).exists() and self.made(f"eval/weights-{domain}.json"):
             return
         train, valid = self.tokens(domain, "train"), self.tokens(domain, "validation")
         targets, settings, pad = find(model), TrainSettings.make(self.settings()), pad_id(self._loaded[1])

@@ -185,10 +185,17 @@ class Bench:
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Which states of a run are recorded."""
+        return ("last", "loss", "exact") if "validation" in self.markers else ("last", "loss")
+
+    def done(self, cell: Cell) -> bool:
+        return all((self.out / f"{cell.name} {how}.json").exists() for how in self.kept)
+
     def run(self, cell: Cell, steps: int) -> None:
         """Train and record the last state and the two best ones (which may be the same or the first one)."""
-        states = ("last", "loss", "exact") if "validation" in self.markers else ("last", "loss")
-        if all((self.out / f"{cell.name} {how}.json").exists() for how in states):
+        if self.done(cell):
             return
         given = {"steps": steps, "layers": self.layers, "lr": cell.lr, "keep": cell.keep, "init": cell.init}
         settings = TrainSettings.make(given | {"seed": self.seed, "eval_every": math.ceil(steps / 4)})
@@ -204,12 +211,12 @@ class Bench:
             optimizer.restore()
         facts = {"cell": vars(cell), "steps": steps, "course": best.course, "seed": self.seed}
         facts |= {"flipped": [h.get("flipped") for h in best.history][:12]}
-        for how in states:
+        for how in self.kept:
             _, step, state = best.states[how]
             with optimizer.masked_by(state):
                 weights = {t.name: t.parameter.detach().clone() for t in self.targets}
             optimizer.restore()
-            same = [other for other in states if other != how and best.states[other][1] == step]
+            same = [other for other in self.kept if other != how and best.states[other][1] == step]
             twin = next(
                 (self.out / f"{cell.name} {o}.json" for o in same if (self.out / f"{cell.name} {o}.json").exists()),
                 None,

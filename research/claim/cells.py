@@ -31,19 +31,19 @@ def cells(before: str) -> list[Cell]:
     ]
 
 
-def measure(bench: Bench, before: str, names: Collection[str], steps: int = STEPS) -> None:
+def measure(bench: Bench, before: str, names: Collection[str]) -> None:
     """Train and measure the cells of these names, and what nothing is trained for, unless it is there.
 
     before: checkpoint before fine-tuning, for delta masks.
     """
     if not (bench.out / "signal.json").exists():
         write_json(bench.out / "signal.json", bench.signal())
-    if "validation" in bench.markers:
+    todo = [cell for cell in cells(before) if cell.name in names and not bench.done(cell)]
+    if todo and "validation" in bench.markers:
         bench.validate()  # the base's own answers are the drafts of everything after it
     bench.record("base", {})
-    for cell in cells(before):
-        if cell.name in names:
-            bench.run(cell, steps)
+    for cell in todo:
+        bench.run(cell, STEPS)
     bench.record("smallest weights", bench.smallest(rows=False))
     bench.record("smallest rows", bench.smallest(rows=True))
     bench.record("random mask", bench.random_mask())

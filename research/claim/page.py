@@ -35,7 +35,8 @@ def collect(out: Path, name: str) -> None:
     measured on another machine.
     """
     states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
-    known = json.loads((RESULTS / f"{name}.json").read_text())["states"] if (RESULTS / f"{name}.json").exists() else {}
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text())["states"] if path.exists() else {}
     fresh = {n: {k: s[k] for k in ("loss", *MARKS, "others", "step", "course") if k in s} for n, s in states.items()}
     rows = [n for _, n in fresh["base"]["loss"]]
     stay = {n: s for n, s in known.items() if [tokens for _, tokens in s["loss"]] == rows}
@@ -43,7 +44,7 @@ def collect(out: Path, name: str) -> None:
     signal = json.loads((out / "signal.json").read_text()) if (out / "signal.json").exists() else {}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"signal": signal, "states": kept}, separators=(",", ":"))
-    (RESULTS / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n")
+    path.write_text(text.replace('},"', '},\n"') + "\n")
 
 
 def tables() -> str:

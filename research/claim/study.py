@@ -20,7 +20,14 @@ from research.claim.cells import measure
 from research.claim.common import DOMAINS
 
 MASK, WEIGHTS, LORA = "mask", "weights 1e-4", "lora of equal bytes, 1e-3"
-RATES = ("mask, a tenth of the rate", "lora of equal bytes", "weights 3e-4", "weights 3e-5")
+RATES = (
+    "mask, a tenth of the rate",
+    "lora of equal bytes",
+    "lora of equal bytes, 3e-3",
+    "weights 3e-4",
+    "weights 3e-5",
+)
+OTHERS = ("mask, twice the rate", "mask, keep 0.99", "delta mask, keep 0.9")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ PARTS = [
     Part("python-seed0", "python"),
     Part("wikisql under-trained-seed0", "wikisql", state="-quarter"),
     Part("wikisql over-trained-seed0", "wikisql", state="-over"),
+    Part("wikisql other settings-seed0", "wikisql", (MASK, *OTHERS)),
     Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5"), layers="0-29"),
     Part("wikisql paper's layers-seed0", "wikisql", ("paper's start", MASK), layers="0-7,19-22"),
 ]

@@ -43,8 +43,8 @@ class Moved:
         merged = self.made.known("task arithmetic")[0]
         return {MERGE: (merged, self.made.written("merged", merged)), **found}
 
-    def mask(self, domain: str) -> Mask:
-        """The domain's mask over the base."""
+    def mask(self, domain: str) -> Path:
+        """The file of the domain's mask over the base, learnt now if it is not there."""
         path, rows = self.place / f"{domain}.mask", self.place / "rows"
         if not path.exists():
             mftmerge.train_mask(
@@ -56,7 +56,7 @@ class Moved:
                 note=print,
                 **self.training,
             )
-        return Mask.load(path)
+        return path
 
     def fresh(self, domain: str) -> list[Item]:
         """Rows that are new to the domain's mask.
@@ -70,13 +70,11 @@ class Moved:
 
     def rebased(self, domain: str, model: str, path: Path) -> tuple[Mask, dict[str, object]]:
         """The domain's mask fitted to a model, and what the fit says."""
-        rows = self.place / "rows" / f"{domain}-{ROWS}.jsonl"
+        rows = self.place / "rows" / f"{domain}-fresh.jsonl"
         write_rows(rows, self.fresh(domain))
         out = self.place / f"{domain} on {model}.mask"
-        given = self.place / f"{domain}.mask"
-        result = mftmerge.rebase_mask(
-            given, path, rows, out, overwrite=True, max_length=self.bench.plan.max_length, dtype="float32", note=print
-        )
+        settings = {"max_length": self.bench.plan.max_length, "dtype": "float32"}
+        result = mftmerge.rebase_mask(self.mask(domain), path, rows, out, settings=settings, overwrite=True, note=print)
         facts = {"chosen": result.chosen, "gained": result.gained, "dropped": round(result.dropped, 5)}
         return result.mask, facts | {"seconds": round(result.seconds, 1)}
 
@@ -101,9 +99,8 @@ class Moved:
             for domain in self.bench.domains:
                 what = f"{model}, mask {domain}"
                 if self.cell(what) not in self.cells:
-                    self.measure(what, masked(weights, self.mask(domain)))
+                    self.measure(what, masked(weights, Mask.load(self.mask(domain))))
                 if model != "base" and self.cell(f"{what}, rebased") not in self.cells:
-                    self.mask(domain)
                     fitted, facts = self.rebased(domain, model, path)
                     self.measure(f"{what}, rebased", masked(weights, fitted), **facts)
 

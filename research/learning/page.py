@@ -222,7 +222,7 @@ def rebased(record: Record) -> str:
                     ", ".join(f"{100 * d:.2f} %" for d in dropped),
                     f"{difference(record, fitted, model, worst)} ({LONG.get(worst, 'fourth domain')})",
                 ]
-            called = f"expert of {LONG[model[7:]]}" if model.startswith("expert ") else model
+            called = f"expert of {LONG[model.removeprefix('expert ')]}" if model.startswith("expert ") else model
             rows.append([called, LONG[domain], *cells, *[""] * (4 - len(cells))])
     head = ["model", "mask of", "as it is", "rebased", "drops", "rebased, the worst other domain"]
     return markdown(head, rows)
