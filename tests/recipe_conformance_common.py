@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as tf
 import yaml
+from mergekit.architecture import conversion
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
@@ -24,13 +27,27 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mftmerge.errors import MftmergeError
+from mftmerge.recipe import remembered
 from mftmerge.recipe.build import build
 from mftmerge.recipe.importing import import_recipe
 
 SEED = 11
-# mergekit parses a model's configuration again for every tensor that it has to rename: half of the time of these tests.
-_parsed = lru_cache(ModelReference.config)
-ModelReference.config = lambda self, trust_remote_code=False: copy.deepcopy(_parsed(self, trust_remote_code))
+_parsed = lru_cache(remembered._read)
+
+
+def _config(self: ModelReference, trust_remote_code: bool = False) -> Any:
+    """It would be read again for every tensor that is renamed, which takes half of the time of these tests."""
+    return copy.deepcopy(_parsed(self, trust_remote_code))
+
+
+@contextmanager
+def as_mergekit_is() -> Iterator[None]:
+    """Without what our builder remembers for mergekit, whatever was built before."""
+    with (
+        patch.object(ModelReference, "config", _config),
+        patch.object(conversion, "_iter_transform_matches", remembered._match),
+    ):
+        yield
 
 
 def _save(model: Any, path: Any) -> str:
@@ -83,7 +100,8 @@ def run_and_check_merge(
         failure: Exception | None = None
         LoaderCache.loaders.clear()
         try:
-            run_merge(copy.deepcopy(config), str(stock), MergeOptions(random_seed=SEED, quiet=True))
+            with as_mergekit_is():
+                run_merge(copy.deepcopy(config), str(stock), MergeOptions(random_seed=SEED, quiet=True))
         except Exception as e:
             failure = e
         LoaderCache.loaders.clear()

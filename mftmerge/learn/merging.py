@@ -28,6 +28,7 @@ from mftmerge.recipe.inputs import MaskedInputs
 from mftmerge.recipe.load import Recipe
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import quiet, reading
+from mftmerge.recipe.remembered import remember
 from mftmerge.recipe.resultconfig import result_config
 from mftmerge.recipe.settings import MergeSettings
 from mftmerge.select import choose
@@ -175,6 +176,7 @@ class Merging:
 
     def __init__(self, recipe: Recipe, work: Path, settings: MergeSettings) -> None:
         register()
+        remember()
         self.recipe, self.document = recipe, recipe.documents[0]
         self.options = MergeOptions(
             **settings.of_mergekit(), lora_merge_cache=str(work / "lora"), quiet=True, write_model_card=False

@@ -39,6 +39,7 @@ from mftmerge.recipe.inputs import MaskedInputs, OrderedConfiguration
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import own_loaders, quiet, reading
+from mftmerge.recipe.remembered import remember
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import Document
 from mftmerge.recipe.settings import BuildSettings
@@ -73,6 +74,7 @@ def merge(
     Raises MftmergeError for mergekit's own failures.
     """
     register()
+    remember()
     settings = settings or BuildSettings()
     options = MergeOptions(
         **settings.of_mergekit(),

@@ -40,6 +40,7 @@ from mftmerge.recipe.lines import Location
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
 from mftmerge.recipe.reading import quiet, reading
+from mftmerge.recipe.remembered import remember
 from mftmerge.recipe.resultconfig import copy_generation_config, result_config
 from mftmerge.recipe.schema import BaseInput, Document, ModelInput, Reference, SliceInput
 
@@ -121,6 +122,7 @@ def plan_result(
     called unless there are problems.
     """
     register()
+    remember()
     result = Result()
     with quiet():
         inputs = HeaderInputs(document, book, stages, work)
