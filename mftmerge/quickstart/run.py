@@ -255,7 +255,6 @@ class _Run:
     def evaluate(self) -> None:
         """Base, masks, combinations and untrained masks, switched in memory; then the built checkpoint."""
         from mftmerge.evaluate.grid import grid
-        from mftmerge.loading import load_model
         from mftmerge.mask import Mask
         from mftmerge.talk import Talk
 
@@ -265,13 +264,20 @@ class _Run:
             masks = {title: Mask.load(self.mask(name)) for title, name in titles.items()}
             grid(self.model, masks, self.test_rows, progress=self.progress).to_json(self.root / "eval/masks.json")
         if not self.made("eval/built.json"):
-            model, tokenizer = load_model(self.root / "built", dtype="float32", device="cpu", trust_remote_code=False)
-            found = grid(model, {}, self.test_rows, name=AVERAGE, progress=self.progress)
+            model, tokenizer, found = self._measured("built", AVERAGE)
             first = (self.root / "data" / f"{DOMAINS[-1]}-test.jsonl").read_text(encoding="utf-8").splitlines()[0]
             prompt = json.loads(first)["prompt"]
             answer = "".join(piece for _, piece in Talk(model, tokenizer, {}, max_new_tokens=80).answers(prompt))
             found.extra = {"sample": {"prompt": prompt, "answer": answer}}
             found.to_json(self.root / "eval/built.json")
+
+    def _measured(self, directory: str, name: str) -> tuple[Any, Any, GridResult]:
+        """A checkpoint's model and tokenizer, and its losses under this name in the table."""
+        from mftmerge.evaluate.grid import grid
+        from mftmerge.loading import load_model
+
+        model, tokenizer = load_model(self.root / directory, dtype="float32", device="cpu", trust_remote_code=False)
+        return model, tokenizer, grid(model, {}, self.test_rows, name=name, progress=self.progress)
 
     def weights(self, domain: str) -> None:
         """The matched control: as many steps on the weights of the same layers; the rate is chosen on validation."""
@@ -317,9 +323,7 @@ class _Run:
 
     def merge(self) -> None:
         """Masks over the two trained models, learnt from the validation rows; what they build, and what it is worth."""
-        from mftmerge.evaluate.grid import grid
         from mftmerge.learn.run import learn_merge
-        from mftmerge.loading import load_model
         from mftmerge.recipe.build import build
 
         recipe, learnt = self.recipe("merge.yml", LEARNT), self.root / "learnt"
@@ -335,9 +339,7 @@ class _Run:
         if not self.made("merged"):
             build(learnt / "recipe.yml", self.root / "merged")
         if not self.made("eval/merged.json"):
-            model, _ = load_model(self.root / "merged", dtype="float32", device="cpu", trust_remote_code=False)
-            found = grid(model, {}, self.test_rows, name=MERGED, progress=self.progress)
-            found.to_json(self.root / "eval/merged.json")
+            self._measured("merged", MERGED)[-1].to_json(self.root / "eval/merged.json")
 
     def results(self) -> GridResult:
         """Merge the measurements; write JSON, Markdown, two pictures and the report."""
