@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from common import machine, write
+from common import interleaved, machine, write
 from recipe_merge import equal, measure, ours, stock
 
 from mftmerge.checkpoint import Checkpoint
@@ -53,11 +53,8 @@ def run_case(make: Callable[[], Any], folder: Path, repeats: int) -> dict[str, A
     # Of LLaVA's checkpoint mergekit reads no language model, and says nothing; we refuse that unless asked.
     sides = {"mergekit": stock(recipe, folder / "stock")}
     sides["ours"] = ours(recipe, folder / "ours", "--overwrite", "--allow-lost")
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(repeats):
-        for side, command in sides.items():
-            seconds[side].append(measure(command)[0])
-    found: dict[str, Any] = {side: round(statistics.median(times), 1) for side, times in seconds.items()}
+    seconds = interleaved({side: partial(measure, command) for side, command in sides.items()}, repeats, warm=0)
+    found: dict[str, Any] = {side: round(median, 1) for side, median in seconds.items()}
     found["times faster"] = round(found["mergekit"] / found["ours"], 2)
     found["weights compared"], found["weights that differ"] = equal(folder / "stock", folder / "ours")
     return {"tensors": len(Checkpoint.open(folder / "0").names), **found, "load average": round(os.getloadavg()[0], 1)}

@@ -10,7 +10,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,19 +31,16 @@ from mftmerge.recipe.build import build
 from mftmerge.recipe.importing import import_recipe
 
 SEED = 11
-_parsed = lru_cache(remembered._read)
-
-
-def _config(self: ModelReference, trust_remote_code: bool = False) -> Any:
-    """It would be read again for every tensor that is renamed, which takes half of the time of these tests."""
-    return copy.deepcopy(_parsed(self, trust_remote_code))
 
 
 @contextmanager
 def as_mergekit_is() -> Iterator[None]:
-    """Without what our builder remembers for mergekit, whatever was built before."""
+    """Renaming all tensors for each, whatever was built before.
+
+    Configurations are remembered: to read one for every tensor takes half of the time of these tests.
+    """
     with (
-        patch.object(ModelReference, "config", _config),
+        patch.object(ModelReference, "config", remembered._config),
         patch.object(conversion, "_iter_transform_matches", remembered._match),
     ):
         yield

@@ -65,7 +65,7 @@ def test_names_and_configurations_are_found_out_once(models: Path, tmp_path: Pat
     assert calls["read"] < 20  # both models, wherever they are linked to
 
 
-def test_the_bits_are_those_of_mergekit_as_it_is(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_are_those_of_mergekit_as_it_is(models: Path, tmp_path: Path) -> None:
     build(models / "recipe.yml", tmp_path / "built", allow_lost=True)
     assert conversion._iter_transform_matches is not remembered._match
     text = yaml.safe_load(RECIPE)
