@@ -13,12 +13,14 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit.architecture import conversion
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
-from transformers.core_model_loading import WeightTransform
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 _read, _match = ModelReference.config, conversion._iter_transform_matches
 KEPT = 64
@@ -47,6 +49,9 @@ def _configuration(model: ModelReference, trust_remote_code: bool, *file: int) -
 
 def _iter_transform_matches(transform: WeightTransform, available: Mapping[str, Any]) -> Iterator[Any]:
     """mergekit's function of this name: the tensors that a transform meets, in order."""
+    # Not above: it loads distributed tensors and sympy, and whoever has a transform has loaded it.
+    from transformers.core_model_loading import WeightTransform
+
     kind = type(transform)
     if kind.rename_source_key is not WeightTransform.rename_source_key:  # it may go by more than what is compared here
         yield from _match(transform, available)
