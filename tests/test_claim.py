@@ -6,12 +6,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,6 +22,7 @@ from mftmerge import data  # noqa: E402
 from mftmerge.train.targets import Target  # noqa: E402
 from research.claim import bench, fft, page, study  # noqa: E402
 from research.claim.cells import cells  # noqa: E402
+from research.claim.common import DOMAINS, read_rows  # noqa: E402
 from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
 
 
@@ -178,3 +181,33 @@ def test_one_command_makes_all_of_it_and_goes_on(
 
 def test_every_cell_is_in_some_part() -> None:
     assert {cell.name for cell in cells("before")} == {name for part in study.PARTS for name in part.cells}
+
+
+def test_new_rows_are_in_no_other_split(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "wikisql").mkdir()
+    lines = [json.dumps({"prompt": f"q {i}", "completion": f"a {i}"}) for i in range(3900)]
+    (tmp_path / "wikisql" / "train.jsonl").write_text("\n".join(lines * 2))
+    domain = replace(DOMAINS["wikisql"], rows=40, validation=5, test=6)
+    found = read_rows(domain, tmp_path, AutoTokenizer.from_pretrained(tiny("llama")))
+    assert {split: len(rows) for split, rows in found.items()} == {"test": 6, "validation": 5, "train": 40, "new": 40}
+    prompts = [row["prompt"] for rows in found.values() for row, _ in rows]
+    assert len(set(prompts)) == len(prompts)
+    fewer = read_rows(replace(domain, rows=20), tmp_path, AutoTokenizer.from_pretrained(tiny("llama")))
+    assert [*fewer["train"], *fewer["new"]] == found["train"]  # no base's rows are another's for it
+
+
+def test_what_new_rows_teach_is_compared_with_the_bases_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(loss: float, *right: int) -> dict[str, Any]:
+        return {"loss": [[loss, 1], [2 * loss, 1]], "exact": list(right), "step": 1}
+
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(page, "AGREEMENT", tmp_path / "agreement.json")
+    own = {"base": state(4.0, 0, 0), "mask last": state(3.0, 0, 0), "weights last": state(2.0, 1, 0)}
+    new = {"base": state(4.0, 0, 0), "mask last": state(2.0, 0, 1)}
+    for name, states in {"wikisql-seed0": own, "wikisql new rows-seed0": new}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"signal": {}, "states": states}))
+    lines = page.tables().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("| learnt from new rows"))
+    assert lines[at + 2].startswith("| mask | -1.5000 ± ")
+    assert "| +50.0 [" in lines[at + 2]
+    assert "weights" not in lines[at + 3]

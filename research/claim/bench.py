@@ -98,15 +98,16 @@ class Bench:
         layers: str,
         answers: tuple[str, ...] = ("validation", "test"),
         tested: int = TESTED,
+        learnt: str = "train",
     ) -> None:
         """answers: the splits whose answers are written and marked; of the others only the loss is known.
 
-        tested: test rows.
+        tested: test rows. learnt: split that is trained on.
         """
         self.domain, self.out, self.seed, self.layers = DOMAINS[domain], out, seed, layers
         self.model, self.tokenizer = load(base)
         rows = read_rows(self.domain, folder, self.tokenizer)
-        self.train: list[Tokens] = [tokens for _, tokens in rows["train"]]
+        self.train: list[Tokens] = [tokens for _, tokens in rows[learnt]]
         self.rows = {"validation": rows["validation"][:VALIDATED], "test": rows["test"][:tested]}
         self.targets = find(self.model, layers)
         freeze_others(self.model, self.targets)

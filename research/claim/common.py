@@ -25,7 +25,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Domain:
-    """How one domain is fine-tuned. rows: for training; longer rows than `longest` tokens are left out.
+    """How one domain is fine-tuned. rows: for training, and as many "new" ones that the base does not see, where there
+    are so many; longer rows than `longest` tokens are left out.
 
     exact: the rule that marks answers; executed: whether queries are run as well, and marked by what they select.
     """
@@ -58,7 +59,7 @@ def load(path: str | Path) -> tuple[Any, Any]:
 
 def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Row, Tokens]]]:
     """split -> (row, its tokens) of at most `longest` tokens. No question stands in two splits."""
-    sizes = {"train": domain.rows, "validation": domain.validation, "test": domain.test}
+    sizes = {"train": 2 * domain.rows, "validation": domain.validation, "test": domain.test}
     if domain.name == "python":
         raw = python_splits({"train": 2300, "validation": 400, "test": 550}, seed=0)
     else:
@@ -78,6 +79,8 @@ def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tu
             tokens = data.tokenize([row], tokenizer, 4096)[0]
             if len(tokens["input_ids"]) <= domain.longest:
                 found[split].append((row, tokens))
+    found["new"] = found["train"][domain.rows :]
+    found["train"] = found["train"][: domain.rows]
     return found
 
 

@@ -56,7 +56,7 @@ def tables() -> str:
         states = json.loads(path.read_text())["states"]
         if "base" in states:
             domains[path.stem.rpartition("-")[0]].append(states)
-            single += [f"### {path.stem}", "", *_table(states), ""]
+            single += [f"### {path.stem}", "", *_table(states), "", *_new_rows(path, states)]
     for domain, seeds in domains.items():
         if len(seeds) > 1:
             parts += [f"### {domain}, over seeds", "", *_over_seeds(seeds), ""]
@@ -191,6 +191,22 @@ def _against(states: States) -> list[str]:
         rows.append([name.removesuffix(" last"), _change(_losses(mask), _losses(states[name])), *marked])
     columns = [column for how in shown for column in (f"points of {MARKS[how]}, 95 %", "McNemar's p")]
     return ["", *markdown_table(["the mask minus ...", "loss", *columns], rows)] if rows else []
+
+
+def _new_rows(path: Path, states: States) -> list[str]:
+    """What a run gains more from rows that the base has not seen than from those it was tuned on; test rows paired."""
+    known = path.with_name(path.name.replace(" new rows", ""))
+    if known == path or not known.exists():
+        return []
+    others = json.loads(known.read_text())["states"]
+    rows = []
+    for name in sorted(n for n in states if n.endswith(" last") and n in others):
+        pair = states[name], others[name]
+        rows.append(
+            [name.removesuffix(" last"), _change(*map(_losses, pair)), *_points(*(_marks(s, "exact") for s in pair))]
+        )
+    head = ["learnt from new rows, minus from the base's own", "loss", "points of exact match, 95 %", "McNemar's p"]
+    return [*markdown_table(head, rows), ""]
 
 
 def page(text: str) -> str:

@@ -30,7 +30,8 @@ class Part:
     """What is trained over one base. name: of its file in results/; seeds of one thing differ by `-seedN` alone.
 
     state: which state of the base's run, "" for the best; answers: splits whose answers are marked, of the rest the
-    loss alone is known; tested: test rows.
+    loss alone is known; tested: test rows; learnt: split that is trained on, "train" for the rows that the base saw and
+    "new" for others.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Part:
     answers: tuple[str, ...] = ()
     tested: int = 400
     layers: str = "26-29"
+    learnt: str = "train"
 
     @property
     def base(self) -> str:
@@ -57,6 +59,7 @@ PARTS = [
     Part("python-seed0", "python"),
     Part("wikisql under-trained-seed0", "wikisql", state="-quarter"),
     Part("wikisql over-trained-seed0", "wikisql", state="-over"),
+    Part("wikisql new rows-seed0", "wikisql", (MASK, *HIGHER), answers=("test",), tested=TESTED, learnt="new"),
     Part("wikisql other settings-seed0", "wikisql", (MASK, *OTHERS)),
     Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5"), layers="0-29"),
     Part("wikisql paper's layers-seed0", "wikisql", ("paper's start", MASK), layers="0-7,19-22"),
@@ -82,7 +85,8 @@ def main() -> None:
             out = given.lab / f"cells-{part.name}"
             out.mkdir(exist_ok=True)
             base = given.lab / part.base
-            bench = Bench(base, part.domain, given.data, out, part.seed, part.layers, part.answers, part.tested)
+            options = (part.seed, part.layers, part.answers, part.tested, part.learnt)
+            bench = Bench(base, part.domain, given.data, out, *options)
             measure(bench, given.model, part.cells)
             page.collect(out, part.name)
             page.write()

@@ -124,8 +124,9 @@ class Seed:
             self.bench.warm(of_domain)
         return rows
 
-    def lesson(self, teacher: str, count: int, base_kl: float = 0.0) -> train.Lesson:
-        return train.lesson(self.bench, self.experts, self.rows(count), teacher, STEPS[count], base_kl)
+    def lesson(self, teacher: str, count: int, base_kl: float = 0.0, steps: int = 0) -> train.Lesson:
+        """steps: 0 for those of so many rows."""
+        return train.lesson(self.bench, self.experts, self.rows(count), teacher, steps or STEPS[count], base_kl)
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -157,17 +158,18 @@ class Seed:
 
         self.cell("joint training", make)
 
-    def fine_tuning(self, teacher: str, count: int, base_kl: float = 0.0) -> None:
+    def fine_tuning(self, teacher: str, count: int, base_kl: float = 0.0, steps: int = 0) -> None:
         """Ordinary fine-tuning of the tuned task arithmetic; rate and steps by validation.
 
         The first seed tries two rates in 20 steps, and the better one in as many as the masks have; the other seeds
         take its rate. Whatever was tried may be the choice.
         """
         what = f"fine-tuning by {teacher}, {count} rows" + (f", base_kl {base_kl}" if base_kl else "")
+        what += f", steps {steps}" if steps else ""
 
         def make() -> tuple[Weights, dict[str, Any]]:
             start = self.tune("task arithmetic")[0]
-            lesson = self.lesson(teacher, count, base_kl)
+            lesson = self.lesson(teacher, count, base_kl, steps)
             best: tuple[float, Weights, dict[str, Any]] = (-math.inf, {}, {})
             tried = []
 
@@ -188,8 +190,8 @@ class Seed:
                 rate = max(tried, key=lambda t: t[2])[0]
             else:
                 rate = first["facts"]["rate"]
-            if [rate, STEPS[count]] not in [t[:2] for t in tried]:
-                attempt(rate, STEPS[count])
+            if [rate, lesson.steps] not in [t[:2] for t in tried]:
+                attempt(rate, lesson.steps)
             return best[1], {**best[2], "tried": tried}
 
         self.cell(what, make)
@@ -214,10 +216,11 @@ class Seed:
         def make() -> tuple[Weights, dict[str, Any]]:
             self.rows(count)
             recipe, out = self.recipe(count, arithmetic, weight), self.place / f"{what}.masks"
+            steps = settings.get("steps", STEPS[count])
             given = {
                 "teacher": teacher,
-                "steps": STEPS[count],
-                "eval_every": STEPS[count] // 4,
+                "steps": steps,
+                "eval_every": steps // 4,
                 "max_length": self.bench.plan.max_length,
                 "base_kl": 0,  # as the first cells were learnt, before there was this setting
                 **settings,
@@ -368,6 +371,8 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     learning(first, "masks", "answers", 300, arithmetic="selection", base_kl=1.0)
     learning(first, "fine-tuning", "answers", 100, base_kl=1.0)
     learning(first, "masks", "answers", 300)
+    learning(first, "masks", "answers", 100, arithmetic="selection", base_kl=1.0, steps=120)
+    learning(first, "fine-tuning", "answers", 100, steps=120)
     learning(first, "masks", "expert", 100, density=0.5)
     add("joint", others, lambda s: s.joint)
     return found
