@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from mftmerge import data  # noqa: E402
 from mftmerge.train.targets import Target  # noqa: E402
-from research.claim import bench, fft, page, study  # noqa: E402
+from research.claim import bench, fft, functions, page, study  # noqa: E402
 from research.claim.cells import cells  # noqa: E402
 from research.claim.common import DOMAINS, read_rows  # noqa: E402
 from research.claim.lora import SCALE, LoraOptimizer  # noqa: E402
@@ -39,8 +39,21 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     (out / "signal.json").write_text("{}")
     better = [[s - 1, n] for s, n in losses]
     states: dict[str, dict[str, Any]] = {
-        "base": {"loss": losses, "exact": [1, 0, 0, 1], "executed": [1, 1, 0, 1], "others": {"math": losses}},
-        "mask last": {"loss": better, "exact": [1, 1, 1, 1], "others": {"math": losses}, "step": 4, "course": []},
+        "base": {
+            "loss": losses,
+            "exact": [1, 0, 0, 1],
+            "executed": [1, 1, 0, 1],
+            "others": {"math": losses},
+            "passed": [1, 1, 1, 1, 0, 0, 0, 0],
+        },
+        "mask last": {
+            "loss": better,
+            "exact": [1, 1, 1, 1],
+            "others": {"math": losses},
+            "step": 4,
+            "course": [],
+            "passed": [1, 1, 1, 1, 1, 1, 0, 0],
+        },
         "weights last": {"loss": losses, "exact": [1, 1, 1, 0], "others": {"math": better}, "step": 4, "course": []},
         "lora last": {"loss": better, "others": {"math": better}, "step": 4, "course": []},  # its answers: not asked
     }
@@ -56,6 +69,8 @@ def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     assert "| lora | +0.0000 ± 0.0000 |  |  |" in text, "the mask minus LoRA"
     assert "75.0% [" in text, "queries of the base that select the same"
     assert "| lora | last step | -0.1000 ± 0.0000 |  |  |  |  |  |  |" in text
+    assert "| base | 50.0% |  |  |" in text, "of eight functions of two kinds"
+    assert "| mask | 75.0% | +25.0 ± 25.0 |  |" in text, "the error is that over kinds"
     forgotten = text[text.index("loss on the other domains") :]
     assert "| mask | +0.0000 ± 0.0000 |" in forgotten
     assert "| weights | -0.1000 ± 0.0000 |" in forgotten
@@ -181,6 +196,40 @@ def test_one_command_makes_all_of_it_and_goes_on(
 
 def test_every_cell_is_in_some_part() -> None:
     assert {cell.name for cell in cells("before")} == {name for part in study.PARTS for name in part.cells}
+
+
+def test_functions_are_judged_by_their_tests() -> None:
+    asked = functions.rows()
+    assert len({row["prompt"] for row in asked}) == len(asked) == 300
+    some = [row for row in asked if "def add_" in row["prompt"]][:2] + asked[-1:]
+    right = [row["completion"] for row in some]
+    assert functions.passed(some, right).tolist() == [1, 1, 1]
+    repeated = f"```python\n{some[0]['head']}\n{right[0]}\n```"
+    wrong = [repeated, "    return n", "    return ["]  # the head once more, another value, no program
+    assert functions.passed(some, wrong).tolist() == [1, 0, 0]
+    constant = ["    return False"] * len(asked), ["    return True"] * len(asked)
+    assert all(functions.passed(asked, answers).sum() == 0 for answers in constant), "no test is passed by a constant"
+
+
+def test_functions_are_completed_where_they_are_asked_for(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(6)]
+
+    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
+        return {"train": tokens[:2], "validation": tokens[2:4], "test": tokens[4:]}
+
+    monkeypatch.setattr(bench, "read_rows", read)
+    asked = functions.rows()[:3]
+    monkeypatch.setattr(functions, "rows", lambda: asked)
+    monkeypatch.setattr(functions, "passed", lambda rows, answers: np.array([0.0, 1.0, float(len(answers))]))
+    made = bench.Bench(tiny("llama"), "python", tmp_path, tmp_path, 0, "1", answers=("functions",))
+    made.record("base", {})
+    found = json.loads((tmp_path / "base.json").read_text())
+    assert found["passed"] == [0, 1, 3]
+    assert "exact" not in found
+    assert made.kept == ("last", "loss")
 
 
 def test_new_rows_are_in_no_other_split(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mftmerge.evaluate.generation import Marker, agree
+from mftmerge.evaluate.generation import Marker, Marks, agree
 from mftmerge.loss import row_losses
 from mftmerge.prefix import PrefixCache
 from mftmerge.train import scores
@@ -26,6 +26,7 @@ from mftmerge.train.optimizer import MaskOptimizer
 from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
 from mftmerge.train.validation import Judged
+from research.claim import functions
 from research.claim.common import DOMAINS, Tokens, load, read_rows, write_json
 from research.claim.lora import LoraOptimizer
 
@@ -100,7 +101,8 @@ class Bench:
         tested: int = TESTED,
         learnt: str = "train",
     ) -> None:
-        """answers: the splits whose answers are written and marked; of the others only the loss is known.
+        """answers: the splits whose answers are written and marked; of the others only the loss is known. "functions":
+        those with tests, which are completed and run wherever the test rows' loss is measured.
 
         tested: test rows. learnt: split that is trained on.
         """
@@ -113,7 +115,8 @@ class Bench:
         freeze_others(self.model, self.targets)
         self.originals = {t.name: t.parameter.detach().clone() for t in self.targets}
         self.cache = PrefixCache(self.model, min(t.layer for t in self.targets))
-        self.markers = {}
+        self.markers: dict[str, Marker] = {}
+        self.drafts: dict[str, list[list[int]] | None] = {}
         for split, found in self.rows.items():
             self.cache.add([tokens for _, tokens in found])
             if split not in answers:
@@ -121,6 +124,11 @@ class Bench:
             raw = [row for row, _ in found]
             options = {"exact": self.domain.exact, "max_new_tokens": self.domain.new_tokens, "batch_tokens": 4096}
             self.markers[split] = Marker(raw, self.tokenizer, **options)
+        if "functions" in answers:
+            self.functions = functions.rows()
+            self.markers["functions"] = Marker(
+                self.functions, self.tokenizer, max_new_tokens=self.domain.new_tokens, batch_tokens=4096
+            )
         self.cache.add(self.train)
         self.others: dict[str, list[Tokens]] = {}
         for other in DOMAINS.values():
@@ -132,24 +140,32 @@ class Bench:
     def measure(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Losses, (rows, 2), of the model as it is, and marks, (rows,), by name; none where answers are not asked for.
 
-        exact: by the domain's rule; executed: whether the query that was written selects what the row's own selects.
+        exact: by the domain's rule; executed: whether the query that was written selects what the row's own selects;
+        passed: of the functions with tests, which pass them, (functions,).
         """
         with self.cache.use():
             losses = row_losses(self.model, [tokens for _, tokens in self.rows[split]])
-            if split not in self.markers:
-                return losses, {}
-            marker = self.markers[split]
-            fresh = marker.ids is None
-            found = marker(self.model)
-        marks = {"exact": found.metrics["exact"][:, 0]}
-        if self.domain.executed and split == "test":
-            pairs = zip(found.answers, marker.asked, strict=True)
-            marks["executed"] = np.array([agree("sql", answer, question) for answer, question in pairs])
-        if fresh:
-            self.cache.add(marker.drafts)
-            self.drafts = getattr(self, "drafts", {}) | {split: marker.ids}
-        marker.ids = self.drafts[split]  # always the base's own answers: their lower states are in the cache
+        marks = {}
+        if split in self.markers:
+            found = self._answered(split)
+            marks["exact"] = found.metrics["exact"][:, 0]
+            if self.domain.executed and split == "test":
+                pairs = zip(found.answers, self.markers[split].asked, strict=True)
+                marks["executed"] = np.array([agree("sql", answer, question) for answer, question in pairs])
+        if split == "test" and "functions" in self.markers:
+            marks["passed"] = functions.passed(self.functions, self._answered("functions").answers)
         return losses, marks
+
+    def _answered(self, name: str) -> Marks:
+        """What the model answers. The drafts are always the base's own answers: their lower states are in the cache."""
+        marker = self.markers[name]
+        with self.cache.use():
+            found = marker(self.model)
+        if name not in self.drafts:
+            self.cache.add(marker.drafts)
+            self.drafts[name] = marker.ids
+        marker.ids = self.drafts[name]
+        return found
 
     def validate(self) -> tuple[float, float | None]:
         losses, marks = self.measure("validation")

@@ -18,6 +18,7 @@ from mftmerge.evaluate import pairing
 from mftmerge.evaluate.pairing import Values
 from mftmerge.evaluate.results import markdown_table
 from mftmerge.files import replacing
+from research.claim.functions import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 AGREEMENT = RESULTS / "agreement.json"
@@ -37,7 +38,10 @@ def collect(out: Path, name: str) -> None:
     states = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.stem != "signal"}
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text())["states"] if path.exists() else {}
-    fresh = {n: {k: s[k] for k in ("loss", *MARKS, "others", "step", "course") if k in s} for n, s in states.items()}
+    fresh = {
+        n: {k: s[k] for k in ("loss", *MARKS, "passed", "others", "step", "course") if k in s}
+        for n, s in states.items()
+    }
     rows = [n for _, n in fresh["base"]["loss"]]
     stay = {n: s for n, s in known.items() if [tokens for _, tokens in s["loss"]] == rows}
     kept = dict(sorted((stay | fresh).items()))
@@ -160,7 +164,32 @@ def _table(states: States) -> list[str]:
     table = markdown_table(["state", "kept", "loss, minus the base's", *columns], rows)
     said = f"{len(base['loss'])} test rows"
     said += f"; of these, differences below {100 * widest:.1f} points would mostly be missed." if widest else "."
-    return [*table, "", said, *_against(states), *_forgotten(states)]
+    return [*table, "", said, *_against(states), *_passed(states), *_forgotten(states)]
+
+
+def _passed(states: States) -> list[str]:
+    """Functions that the last states complete and that pass their tests. Those of one kind mostly pass or fail
+    together, so that errors are those over kinds."""
+
+    def by_kind(name: str) -> Values:
+        marks = np.array(states[name]["passed"], np.float64).reshape(-1, VARIANTS)
+        return np.stack([marks.mean(1), np.ones(len(marks))], 1)
+
+    def points(name: str, other: str) -> str:
+        found = pairing.paired(by_kind(name), by_kind(other))
+        return f"{100 * found.mean:+.1f} ± {100 * found.standard_error:.1f}"
+
+    measured = sorted(n for n, state in states.items() if "passed" in state and not n.endswith((" loss", " exact")))
+    if "base" not in measured:
+        return []
+    rows = []
+    for name in sorted(measured, key=lambda n: (n != "base", n)):
+        share = f"{pairing.mean(by_kind(name)):.1%}"
+        over = points(name, "base") if name != "base" else ""
+        behind = points("mask last", name) if "mask last" in measured and name.endswith(" last") else ""
+        rows.append([name.removesuffix(" last"), share, over, behind if name != "mask last" else ""])
+    count = f"pass@1 of {len(states['base']['passed'])} functions"
+    return ["", *markdown_table([count, "", "points over the base", "the mask minus it: points"], rows)]
 
 
 def _forgotten(states: States) -> list[str]:

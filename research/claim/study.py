@@ -29,9 +29,9 @@ OTHERS = ("mask, twice the rate", "mask, keep 0.99", "delta mask, keep 0.9")
 class Part:
     """What is trained over one base. name: of its file in results/; seeds of one thing differ by `-seedN` alone.
 
-    state: which state of the base's run, "" for the best; answers: splits whose answers are marked, of the rest the
-    loss alone is known; tested: test rows; learnt: split that is trained on, "train" for the rows that the base saw and
-    "new" for others.
+    state: which state of the base's run, "" for the best; answers: splits whose answers are marked ("functions": the
+    functions with tests), of the rest the loss alone is known; tested: test rows; learnt: split that is trained on,
+    "train" for the rows that the base saw and "new" for others.
     """
 
     name: str
@@ -56,7 +56,7 @@ PARTS = [
         for n in (0, 1, 2)
     ),
     Part("gsm8k-seed0", "gsm8k"),
-    Part("python-seed0", "python"),
+    Part("python-seed0", "python", answers=("functions",)),
     Part("wikisql under-trained-seed0", "wikisql", state="-quarter"),
     Part("wikisql over-trained-seed0", "wikisql", state="-over"),
     Part("wikisql new rows-seed0", "wikisql", (MASK, *HIGHER), answers=("test",), tested=TESTED, learnt="new"),
