@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -275,6 +276,25 @@ def write_rows(path: Path, items: Sequence[Item]) -> str:
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(i.row) + "\n" for i in items), encoding="utf-8")
     return str(path)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every program of the study is given: where its lab and the base are, and the rows of each domain.
+
+    `domain` of what it parses is a list of pairs: name, file.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("lab", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--domain", action="append", default=[], type=_named, help="NAME=FILE.jsonl or NAME=stdlib")
+    return parser
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, file
 
 
 def opened(lab: Path, source: str, read: Callable[[Any, Plan], dict[str, dict[str, list[Item]]]], plan: Plan) -> Bench:

@@ -8,7 +8,6 @@ of Python 24), and the test rows of all domains are measured. LAB/moved.jsonl is
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -21,7 +20,7 @@ import mftmerge
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from research.combining.common import Weights
-from research.learning.common import Bench, Cells, Item, Plan, opened, read_rows, write_rows
+from research.learning.common import Bench, Cells, Item, Plan, arguments, opened, read_rows, write_rows
 from research.learning.run import Seed
 
 ROWS = 32
@@ -111,15 +110,11 @@ def masked(weights: Weights, mask: Mask) -> Weights:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lab", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", default=[], help="NAME=FILE.jsonl or NAME=stdlib")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    sources = dict(d.split("=", 1) for d in given.domain)
-    bench = opened(given.lab, given.model, partial(read_rows, sources), Plan())
+    bench = opened(given.lab, given.model, partial(read_rows, dict(given.domain)), Plan())
     with patch.object(PrefixCache, "as_set", bench.as_set):
         Moved(bench, given.seed).run()
 

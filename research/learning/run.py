@@ -7,7 +7,6 @@ Then `python -m research.learning.page LAB` copies the record and writes the pag
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -30,7 +29,17 @@ from mftmerge.files import replacing
 from mftmerge.prefix import PrefixCache
 from research.combining.common import Weights, average
 from research.learning import train
-from research.learning.common import CLAIMED, Bench, Plan, Tokens, claimed_rows, opened, read_rows, write_rows
+from research.learning.common import (
+    CLAIMED,
+    Bench,
+    Plan,
+    Tokens,
+    arguments,
+    claimed_rows,
+    opened,
+    read_rows,
+    write_rows,
+)
 from research.learning.merges import METHODS, Judge, merged, tuned
 
 # Learning rates of fine-tuning the merged model, by rows; the first seed tries both, the others take its choice.
@@ -379,10 +388,7 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lab", type=Path)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--domain", action="append", default=[], help="NAME=FILE.jsonl or NAME=stdlib")
+    parser = arguments(__doc__)
     parser.add_argument("--claim", type=Path, help="a directory of research/claim: its experts, of all layers")
     parser.add_argument("--data", type=Path, help="with --claim: the folder of its row files")
     parser.add_argument("--seed", type=int, action="append", help="all three by default")
@@ -395,7 +401,7 @@ def main() -> None:
         bench = opened(given.lab, given.model, partial(claimed_rows, given.data), plan)
     else:
         plan, seeds = Plan(), given.seed or [0, 1, 2]
-        bench = opened(given.lab, given.model, partial(read_rows, dict(d.split("=", 1) for d in given.domain)), plan)
+        bench = opened(given.lab, given.model, partial(read_rows, dict(given.domain)), plan)
     for name, part in parts({n: Seed(bench, n, given.claim) for n in seeds}):
         if re.search(given.only, name):
             try:
