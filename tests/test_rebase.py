@@ -14,24 +14,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
+from mftmerge.evaluate.generation import generate, questions
+from mftmerge.learn import rebase
 from mftmerge.learn.rebase import AS_IT_IS, KEEP_ALL, rebase_mask
+from mftmerge.learn.rebasesettings import RebaseSettings
 from mftmerge.loss import token_losses
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.recipe.load import load_recipe
+from mftmerge.train.inputs import held_out
 
 NAME = "model.layers.3.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An expert, and `damaged`: the same with a matrix in which a part of the weights is far off."""
+    """An expert; `damaged`: the same with a matrix in which a part of the weights is off; `broken`: far off."""
     folder = make_experts(tmp_path_factory.mktemp("rebase") / "kitchen", names=("count",), layers=(3,), steps=30)
-    model = AutoModelForCausalLM.from_pretrained(folder / "count", dtype=torch.float32)
-    weight = dict(model.named_parameters())[NAME]
-    with torch.no_grad():
-        weight += torch.from_numpy(damaged(tuple(weight.shape))) * torch.randn(weight.shape).sign() * 0.4
-    model.save_pretrained(folder / "damaged")
-    AutoTokenizer.from_pretrained(folder / "count").save_pretrained(folder / "damaged")
+    for name, far in (("damaged", 0.4), ("broken", 4.0)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "count", dtype=torch.float32)
+        weight = dict(model.named_parameters())[NAME]
+        torch.manual_seed(2)
+        with torch.no_grad():
+            weight += torch.from_numpy(damaged(tuple(weight.shape))) * torch.randn(weight.shape).sign() * far
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(folder / "count").save_pretrained(folder / name)
     return folder
 
 
@@ -39,10 +45,12 @@ def damaged(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(1).random(shape) < 0.1
 
 
-def gradient(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix of the tuned model and its gradient over the domain's rows."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "count", dtype=torch.float32)
-    rows = tokenize(domain_rows("count"), AutoTokenizer.from_pretrained(folder / "base"), 256)
+def gradient(folder: Path, name: str, domain: str, *, learnt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix of a model and its gradient over a domain's rows. learnt: those alone that a fit learns from."""
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+    rows = tokenize(domain_rows(domain), AutoTokenizer.from_pretrained(folder / "base"), 256)
+    if learnt:
+        rows = held_out(rows, len(rows) // 2, RebaseSettings().seed, len(rows))[0]
     for row in rows:
         ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
         token_losses(model, ids, labels)[0].sum().backward()
@@ -69,7 +77,7 @@ def test_a_mask_that_helps_is_kept_where_it_helps(kitchen: Path, tmp_path: Path)
 
 
 def test_where_nothing_is_to_be_gained_everything_is_kept_and_said(kitchen: Path, tmp_path: Path) -> None:
-    weight, grad = gradient(kitchen)
+    weight, grad = gradient(kitchen, "count", "count")
     harms = grad * weight < np.quantile(grad * weight, 0.1)
     Mask.from_bools({NAME: ~harms}).save(tmp_path / "old.mask")
     notes: list[str] = []
@@ -86,6 +94,52 @@ def test_where_nothing_is_to_be_gained_everything_is_kept_and_said(kitchen: Path
     assert Mask.load(tmp_path / "new.mask").density() == 1
     assert "nothing to gain" in notes[-1]
     assert result.candidates[AS_IT_IS].mean > 0
+
+
+def said_by(folder: Path, prompts: list[str]) -> list[dict[str, str]]:
+    """Rows whose answers are a model's own."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{"prompt": p, "completion": ""} for p in prompts]
+    asked = [q.prompt for q in questions(rows, tokenizer)]
+    answers = generate(model, tokenizer, asked, max_new_tokens=6)
+    return [{"prompt": p, "completion": tokenizer.decode(a)} for p, a in zip(prompts, answers, strict=True)]
+
+
+def test_guards_do_not_pay_for_it(kitchen: Path, tmp_path: Path) -> None:
+    """Dropping the damage helps its domain, and harms whoever wants what the broken model says."""
+    shape = tuple(Checkpoint.open(kitchen / "base").entry(NAME).shape)
+    Mask.from_bools({NAME: ~damaged(shape)}).save(tmp_path / "old.mask")
+    given = (tmp_path / "old.mask", kitchen / "broken", domain_rows("count"))
+    alone = rebase_mask(*given)
+    assert alone.gained
+    assert alone.guards == {}
+    notes: list[str] = []
+    wants = said_by(kitchen / "broken", [f"say {i}" for i in range(24)])
+    result = rebase_mask(*given, tmp_path / "new.mask", guards={"said": wants}, note=notes.append)
+    assert result.candidates[AS_IT_IS] == alone.candidates[AS_IT_IS]
+    assert any("nats on said: not taken" in note for note in notes)
+    assert all(d.mean <= 0 for d in result.guards.values())
+    dropped = ~Mask.load(tmp_path / "new.mask").kept(NAME)
+    assert dropped.sum() < (~alone.mask.kept(NAME)).sum()
+    assert result.gained == bool(dropped.sum()) == bool(result.guards)
+
+
+def test_what_a_guards_gradient_speaks_against_is_kept(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = "1 of what may be dropped, before training"
+    monkeypatch.setattr(rebase._Fit, "_choice", lambda self, candidates, guards: (whole, {}))
+    shape = Checkpoint.open(kitchen / "base").entry(NAME).shape
+    Mask.from_bools({NAME: np.zeros(shape, bool)}).save(tmp_path / "old.mask")
+    given = (tmp_path / "old.mask", kitchen / "broken", domain_rows("count"))
+    alone = rebase_mask(*given, steps=0)
+    guarded = rebase_mask(*given, steps=0, guards={"other": domain_rows("say")})
+    first, second = (~result.mask.kept(NAME) for result in (alone, guarded))
+    weight, grad = gradient(kitchen, "broken", "say", learnt=True)
+    confirmed = weight * grad >= 0
+    assert (first & ~confirmed).sum() > 100
+    assert (second != (first & confirmed)).mean() < 1e-3, "gradients that are next to nothing may have either sign"
 
 
 def test_a_mask_over_a_delta_returns_to_its_base(kitchen: Path, tmp_path: Path) -> None:
@@ -106,6 +160,7 @@ def test_a_mask_over_a_delta_returns_to_its_base(kitchen: Path, tmp_path: Path) 
     ("make", "message"),
     [
         (lambda k: {"data": domain_rows("count")[:3]}, "rows: 4 are needed, the data has 3"),
+        (lambda k: {"guards": {"math": domain_rows("say")[:3]}}, "guard math: 4 are needed, the data has 3"),
         (lambda k: {"model": k / "absent"}, "absent"),
         (lambda k: {"data": "absent.jsonl"}, "absent.jsonl"),
         (lambda k: {"out": k / "no" / "x.mask"}, "there is no directory"),
@@ -116,9 +171,9 @@ def test_bad_input_is_said_in_one_line(
 ) -> None:
     shape = Checkpoint.open(kitchen / "base").entry(NAME).shape
     Mask.from_bools({NAME: np.ones(shape, bool)}).save(tmp_path / "old.mask")
-    given = {"model": kitchen / "count", "data": domain_rows("count"), "out": None} | make(kitchen)
+    given = {"model": kitchen / "count", "data": domain_rows("count"), "out": None, "guards": None} | make(kitchen)
     with pytest.raises(BadInput, match=message):
-        rebase_mask(tmp_path / "old.mask", given["model"], given["data"], given["out"])  # type: ignore[arg-type]
+        rebase_mask(tmp_path / "old.mask", given["model"], given["data"], given["out"], guards=given["guards"])  # type: ignore[arg-type]
 
 
 def test_build_points_to_it_when_the_model_is_not_the_masks(kitchen: Path, tmp_path: Path) -> None:

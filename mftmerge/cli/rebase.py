@@ -25,6 +25,14 @@ def command(
     base: Annotated[
         Path | None, typer.Option("--base", help="Of a mask over a delta: the model that dropped weights return to.")
     ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guard",
+            help="Rows of another domain that is not to lose by the mask; may be given again.",
+            autocompletion=files(*ROWS),
+        ),
+    ] = None,
     *,
     given: dict[str, Any],
     overwrite: Overwrite = False,
@@ -33,7 +41,8 @@ def command(
     """Fit a mask to a merged or further-tuned model, with some 32 rows of its domain.
 
     Kept dropped is what the new model's gradient confirms and validation rows find better than no mask. Where that is
-    nothing, the mask that keeps everything is written, and said.
+    nothing, the mask that keeps everything is written, and said. Rows of one domain say nothing of what others pay:
+    `--guard` takes rows of another that is not to lose.
 
     \b
     mftmerge rebase code.mask --model TUNED --data rows.jsonl -o code-tuned.mask
@@ -48,6 +57,7 @@ def command(
             data,
             out,
             base=base,
+            guards={name: name for name in guard or []},
             settings=given,
             overwrite=overwrite,
             progress=show,
@@ -56,7 +66,8 @@ def command(
     if as_json:
         facts = {"chosen": result.chosen, "gained": result.gained, "dropped": result.dropped, "seconds": result.seconds}
         tried = {name: dataclasses.asdict(d) for name, d in result.candidates.items()}
-        print_json({"out": str(out), "digest": result.mask.digest, **facts, "candidates": tried})
+        guards = {name: dataclasses.asdict(d) for name, d in result.guards.items()}
+        print_json({"out": str(out), "digest": result.mask.digest, **facts, "candidates": tried, "guards": guards})
         return
     say(f"{out}: {len(result.mask.names)} tensors, density {result.mask.density():.4f}, {result.seconds:.0f} s")
     say(f"next: mftmerge eval --model {model} --mask {out} --data NAME=FILE")

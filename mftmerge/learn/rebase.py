@@ -4,6 +4,9 @@ A mask dropped weights because that helped the model it was learnt over. On anot
 again: to first order, dropping w for its other value d lowers the loss by dL/dW * (w - d). What the new model's
 gradient does not confirm is kept; the rest is ordered by that gain and trained for a few steps. How much of it is
 dropped, if anything, validation rows decide: less than one standard error of a gain is none.
+
+Rows of one domain say nothing of what others pay. With `guards`, rows of others, only what no guard's gradient speaks
+against may be dropped, the steps are taken on all, and nothing is chosen under which a guard's validation rows lose.
 """
 
 from __future__ import annotations
@@ -52,13 +55,14 @@ class RebaseResult:
     """What a fit gives.
 
     mask: the chosen one. chosen: which candidate it is. candidates: by name, on the validation rows, the paired
-    difference from the model without a mask (nats a token). gained: whether a mask is better than none. dropped: the
-    share of the covered weights that the mask drops.
+    difference from the model without a mask (nats a token). guards: the same of each guard, under the chosen mask.
+    gained: whether a mask is better than none. dropped: the share of the covered weights that the mask drops.
     """
 
     mask: Mask
     chosen: str
     candidates: dict[str, PairedDifference] = field(default_factory=dict)
+    guards: dict[str, PairedDifference] = field(default_factory=dict)
     gained: bool = False
     dropped: float = 0.0
     seconds: float = 0.0
@@ -71,6 +75,7 @@ def rebase_mask(
     out: str | Path | None = None,
     *,
     base: str | Path | None = None,
+    guards: Mapping[str, object] | None = None,
     settings: RebaseSettings | Mapping[str, object] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -81,19 +86,20 @@ def rebase_mask(
 
     model: a merged or further-tuned checkpoint with the mask's tensors: a directory or hub id. data: rows of the mask's
     domain, some 32: anything that `data.load_rows` takes, or rows that `data.tokenize` made. base: for a mask over a
-    delta, the model that dropped weights return to, where its header does not name one that is here.
+    delta, the model that dropped weights return to, where its header does not name one that is here. guards: rows of
+    other domains that are not to pay for it, by name, each as `data`.
 
     The mask that keeps everything is a candidate; when nothing is better it is written, and `note` told so.
     Raises BadInput for what the user gave.
     """
     chosen = RebaseSettings.of(settings, overrides)
     if out is not None:
-        refuse_existing(out, overwrite, (mask, model, data, base))
+        refuse_existing(out, overwrite, (mask, model, data, base, *(guards or {}).values()))
     path = resolve(model)
     loaded = mask if isinstance(mask, Mask) else Mask.load(mask)
     name = "the mask" if isinstance(mask, Mask) else str(mask)
     fit = _Fit(loaded, name, path, str(model), delta_base(loaded, base, None), chosen, note or log.info, progress)
-    result = fit.run(data)
+    result = fit.run(data, guards or {})
     if out is not None:
         result.mask.save(out, overwrite=overwrite)
     return result
@@ -115,42 +121,68 @@ class _Fit:
     ) -> None:
         self.start = time.monotonic()
         self.mask, self.name, self.path, self.reference = mask, name, path, reference
-        self.settings, self.say, self.progress = settings, say, progress
+        self.settings, self.say, self.progress, self.guarded = settings, say, progress, False
         self.checkpoint = Checkpoint.open(path)
         self.names = match(mask, self.checkpoint, reference)  # the model's tensor -> the mask's
         self.base = None if base is None else Checkpoint.open(resolve(base))
         if self.base is not None:
             require_base_tensors(self.names, self.checkpoint, self.base, f"base {base}")
 
-    def run(self, data: object) -> RebaseResult:
+    def run(self, data: object, guards: Mapping[str, object]) -> RebaseResult:
         s = self.settings
-        train, valid = self._rows(data)
+        self.guarded = bool(guards)
+        train, valid = self._rows(data, "rows")
+        guarding = {name: self._rows(rows, f"guard {name}") for name, rows in guards.items()}
         dtype = chosen_dtype(self.path, s.dtype)
         model = load_causal_lm(self.path, dtype=dtype, trust_remote_code=s.trust_remote_code or None)
         placed(model)
         holders = Holders(model, self.checkpoint.names)
         targets = holders.targets(self.names)
         freeze_others(model, targets)
+        learnt = [train, *(rows for rows, _ in guarding.values())]
         with ExitStack() as stack:
             cache = PrefixCache.as_set(model, first_layer(model, targets), s.prefix)
-            if cache is not None and cache.serves([*train, *valid], train[0], self.say):
+            every = [*train, *valid, *(row for pair in guarding.values() for rows in pair for row in rows)]
+            if cache is not None and cache.serves(every, train[0], self.say):
                 stack.enter_context(cache.use())
             parts = self._parts(holders)
             without = row_losses(model, valid)
-            starts = self._starts(model, holders, parts, train)
+            starts = self._starts(model, holders, parts, learnt)
             optimizer = MergeOptimizer(parts, holders, lr=s.lr, starts={n: [v] for n, v in starts.items()})
             losses = {name: self._losses(model, optimizer, codes, valid) for name, codes in self._first(parts)}
             kept = dict(self._first(parts))
             for when in ("before training", "after training") if s.steps else ("before training",):
                 if when == "after training":
-                    self._train(model, optimizer, train)
+                    self._train(model, optimizer, learnt)
                 for share in s.shares:
                     name = f"{share:g} of what may be dropped, {when}"
                     kept[name] = {n: _cut(optimizer.scores_of(n, 0), share) for n in parts}
                     losses[name] = self._losses(model, optimizer, kept[name], valid)
-        return self._result(kept, losses, without)
+            candidates = {name: paired(rows, without) for name, rows in losses.items()}
+            judged = [(name, rows, row_losses(model, rows)) for name, (_, rows) in guarding.items()]
 
-    def _rows(self, data: Any) -> tuple[list[Tokens], list[Tokens]]:
+            def of_guards(codes: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
+                return {n: paired(self._losses(model, optimizer, codes, rows), before) for n, rows, before in judged}
+
+            chosen, held = self._choice(candidates, lambda name: of_guards(kept[name]))
+        return self._result(chosen, kept[chosen], candidates, held)
+
+    def _choice(
+        self, candidates: Mapping[str, PairedDifference], guards: Callable[[str], dict[str, PairedDifference]]
+    ) -> tuple[str, dict[str, PairedDifference]]:
+        """The best candidate under which no guard loses, and what it does to them; KEEP_ALL where none gains."""
+        for name in sorted(candidates, key=lambda n: candidates[n].mean):
+            d = candidates[name]
+            if d.mean + self.settings.errors * d.standard_error >= 0:
+                break
+            held = guards(name)
+            loses = max(held, key=lambda g: held[g].mean, default=None)
+            if loses is None or held[loses].mean <= 0:
+                return name, held
+            self.say(f"{name}: {d.mean:+.4f}, and {held[loses].mean:+.4f} nats on {loses}: not taken")
+        return KEEP_ALL, {}
+
+    def _rows(self, data: Any, what: str) -> tuple[list[Tokens], list[Tokens]]:
         s = self.settings
         if is_tokenised(data):
             rows = list(data)
@@ -158,7 +190,7 @@ class _Fit:
             rows = tokens_of(data, load_tokenizer(self.path, trust_remote_code=s.trust_remote_code or None), s)
         wanted = s.rows or len(rows)
         if len(rows) < wanted or wanted < 4:
-            raise BadInput(f"rows: {max(wanted, 4)} are needed, the data has {len(rows)}")
+            raise BadInput(f"{what}: {max(wanted, 4)} are needed, the data has {len(rows)}")
         return held_out(rows, min(wanted - 2, max(2, int(wanted * s.eval_share))), s.seed, wanted)
 
     def _parts(self, holders: Holders) -> dict[str, Part]:
@@ -187,24 +219,39 @@ class _Fit:
             logits, wanted, _ = labelled_logits(model, ids, labels, attention_mask=attention)
             (cross_entropy(logits.float(), wanted, reduction="sum") / tokens).backward()
 
-    def _starts(
+    def _gains(
         self, model: PreTrainedModel, holders: Holders, parts: Mapping[str, Part], rows: Sequence[Tokens]
-    ) -> dict[str, Tensor]:
-        """Scores to start from: minus the rank of the gain where the mask drops and the gradient confirms it, which is
-        what may be dropped; the rank of |w - d| elsewhere."""
+    ) -> Iterator[tuple[str, Tensor]]:
+        """By how much dropping each weight lowers the rows' loss, to first order."""
         self._gradients(model, rows)
-        found = {}
         for parameter in dict.fromkeys(holders.holder(n) for n in parts):
             gradient = holders.parameters[parameter].grad
             assert gradient is not None
             for name, g in holders.split(parameter, gradient).items():
-                change = parts[name].change(0)
-                gain = g.float() * change
-                dropped = ~torch.from_numpy(self.mask.kept(self.names[name])).to(g.device)
-                confirmed = dropped & (gain > 0)
-                first = ranks(torch.where(confirmed, gain, 0))
-                found[name] = torch.where(confirmed, -first, ranks(change).clamp(min=0) + 1e-3)
+                yield name, g.float() * parts[name].change(0)
             holders.parameters[parameter].grad = None
+
+    def _starts(
+        self,
+        model: PreTrainedModel,
+        holders: Holders,
+        parts: Mapping[str, Part],
+        learnt: Sequence[Sequence[Tokens]],
+    ) -> dict[str, Tensor]:
+        """Scores to start from: minus the rank of the gain where the mask drops and the gradient confirms it, which is
+        what may be dropped; the rank of |w - d| elsewhere. learnt: the domain's rows, and those of each guard."""
+        confirmed = {}
+        for name, part in parts.items():
+            dropped = ~torch.from_numpy(self.mask.kept(self.names[name]))
+            confirmed[name] = dropped.to(part.base.device)
+        for rows in learnt[1:]:
+            for name, gain in self._gains(model, holders, parts, rows):
+                confirmed[name] &= gain >= 0
+        found = {}
+        for name, gain in self._gains(model, holders, parts, learnt[0]):
+            confirmed[name] &= gain > 0
+            first = ranks(torch.where(confirmed[name], gain, 0))
+            found[name] = torch.where(confirmed[name], -first, ranks(parts[name].change(0)).clamp(min=0) + 1e-3)
         return found
 
     def _first(self, parts: Mapping[str, Part]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -218,14 +265,16 @@ class _Fit:
         with optimizer.masked_by(codes):
             return row_losses(model, rows)
 
-    def _train(self, model: PreTrainedModel, optimizer: MergeOptimizer, rows: Sequence[Tokens]) -> None:
+    def _train(self, model: PreTrainedModel, optimizer: MergeOptimizer, learnt: Sequence[Sequence[Tokens]]) -> None:
+        """A step on a batch of each of `learnt`, so many times."""
         s, order = self.settings, random.Random(self.settings.seed)
-        queue: list[Tokens] = []
+        queues: list[list[Tokens]] = [[] for _ in learnt]
         for step in range(s.steps):
-            while len(queue) < s.batch_size:
-                queue += order.sample(list(rows), len(rows))
-            batch, queue = queue[: s.batch_size], queue[s.batch_size :]
-            self._gradients(model, batch)
+            for queue, rows in zip(queues, learnt, strict=True):
+                while len(queue) < s.batch_size:
+                    queue += order.sample(list(rows), len(rows))
+                self._gradients(model, queue[: s.batch_size])
+                del queue[: s.batch_size]
             optimizer.param_groups[0]["lr"] = s.lr * (1 - step / s.steps)
             optimizer.step()
             for t in optimizer.targets:
@@ -233,41 +282,48 @@ class _Fit:
             if self.progress:
                 self.progress(Step("fitting", step + 1, s.steps, "steps"))
 
-    def _result(self, kept: dict[str, dict[str, Tensor]], losses: dict[str, Losses], without: Losses) -> RebaseResult:
-        candidates = {name: paired(rows, without) for name, rows in losses.items()}
-        chosen = min(candidates, key=lambda n: candidates[n].mean)
+    def _result(
+        self,
+        chosen: str,
+        kept: Mapping[str, Tensor],
+        candidates: dict[str, PairedDifference],
+        guards: dict[str, PairedDifference],
+    ) -> RebaseResult:
+        gained = chosen != KEEP_ALL
         d = candidates[chosen]
-        gained = bool(d.mean + self.settings.errors * d.standard_error < 0)
-        if not gained:
-            chosen = KEEP_ALL
         facts = self.settings.model_dump(exclude_none=True) | {
             "chosen": chosen,
             "gained": gained,
-            "difference": candidates[chosen].mean,
-            "standard_error": candidates[chosen].standard_error,
+            "difference": d.mean,
+            "standard_error": d.standard_error,
         }
+        if guards:
+            facts["guards"] = {name: held.mean for name, held in guards.items()}
         old = self.mask.info
         info = replace(
             old,
             keep=None,
             base=self.reference,
-            fingerprints={n: self.checkpoint.fingerprint(n) for n in kept[chosen]},
+            fingerprints={n: self.checkpoint.fingerprint(n) for n in kept},
             training=facts,
             comparison={},
             operation="rebase",
             options={},
             parents=(Parent(Path(self.name).name, self.mask.digest, None, old.operation, old.options, old.parents),),
-            delta_fingerprints={} if self.base is None else {n: self.base.fingerprint(n) for n in kept[chosen]},
+            delta_fingerprints={} if self.base is None else {n: self.base.fingerprint(n) for n in kept},
         )
-        made = Mask.from_bools({n: code.cpu().numpy() != 0 for n, code in kept[chosen].items()}, info)
+        made = Mask.from_bools({n: code.cpu().numpy() != 0 for n, code in kept.items()}, info)
         before = candidates[AS_IT_IS]
         self.say(f"as it is the mask changes the loss by {before.mean:+.4f} +- {before.standard_error:.4f} nats")
         if gained:
             self.say(f"{chosen}: {d.mean:+.4f} +- {d.standard_error:.4f} nats, {1 - made.density():.2%} dropped")
         else:
-            self.say("there is nothing to gain on this model: the mask that keeps everything is written")
+            what = "nothing to gain on this model" + (" that no guard pays for" if self.guarded else "")
+            self.say(f"there is {what}: the mask that keeps everything is written")
+        for name, held in guards.items():
+            self.say(f"guard {name}: {held.mean:+.4f} +- {held.standard_error:.4f} nats")
         seconds = time.monotonic() - self.start
-        return RebaseResult(made, chosen, candidates, gained, 1 - made.density(), seconds)
+        return RebaseResult(made, chosen, candidates, guards, gained, 1 - made.density(), seconds)
 
 
 def _cut(scores: Tensor, share: float) -> Tensor:
