@@ -155,7 +155,7 @@ def test_masks_on_models_that_have_moved_on(tiny: Callable[..., Path], tmp_path:
             return [Item(r, t) for r, t in zip(rows, data.tokenize(rows, tokenizer, 64), strict=True)]
 
         splits = {"train": 60, "validation": 3, "test": 4}
-        found = {d: {s: items(f"{d} {s}", n) for s, n in splits.items()} for d in ["math"]}
+        found = {d: {s: items(f"{d} {s}", n) for s, n in splits.items()} for d in ["math", "sql"]}
         return found | {"other": {"test": items("other", 3)}}
 
     plan = Plan(layers="1", expert_rows=8, expert_steps=2, batch=2, max_length=64)
@@ -164,10 +164,20 @@ def test_masks_on_models_that_have_moved_on(tiny: Callable[..., Path], tmp_path:
     made = study.made
     made.weights("task arithmetic", lambda: (made.experts["math"], {}))
     with patch.object(PrefixCache, "as_set", bench.as_set):
-        study.run()
-    models = ["base", "their sum", "expert math"]
-    names = [f"{m}, mask math" for m in models]
-    fitted = [f"{n}, rebased" for n in names if not n.startswith("base")]
+        study.run("math, rebased|their sum.*guarded")
+        asked = patch.object(moved.mftmerge, "rebase_mask", wraps=moved.mftmerge.rebase_mask)
+        assert not any("guarded" in name and "expert" in name for name in study.cells.found)
+        with asked as seen:
+            study.run()
+    assert [sorted(call.kwargs["guards"]) for call in seen.call_args_list if "guarded" in str(call.args[3])] == [
+        ["sql"],
+        ["math"],
+        ["sql"],
+        ["math"],
+    ]
+    models = ["base", "their sum", "expert math", "expert sql"]
+    names = [f"{m}, mask {d}" for m in models for d in ("math", "sql")]
+    fitted = [f"{n}, {how}" for n in names if not n.startswith("base") for how in ("rebased", "guarded")]
     assert set(study.cells.found) == {"study", "tokens", "base"} | {
         f"seed0/{n}" for n in [*models[1:], *names, *fitted]
     }

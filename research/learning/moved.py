@@ -2,16 +2,19 @@
 
 With the `--domain NAME=FILE` of `research.learning.run`, which has made the experts and the merge in LAB before.
 A mask a domain is learnt over the base from the expert's rows, with the defaults of `train`. It is then put on every
-model that the base became (each expert, and their tuned sum), as it is and fitted with other rows of its domain (32;
-of Python 24), and the test rows of all domains are measured. LAB/moved.jsonl is the record: what is there stays.
+model that the base became (each expert, and their tuned sum), as it is, fitted with other rows of its domain (32;
+of Python 24), and fitted with as many rows of the other domains as guards; the test rows of all domains are measured.
+LAB/moved.jsonl is the record: what is there stays. `--only` takes cells by their names.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,7 +31,7 @@ MERGE = "their sum"
 
 
 class Moved:
-    """The cells of one seed. Names: `MODEL`, `MODEL, mask DOMAIN` and `MODEL, mask DOMAIN, rebased`."""
+    """The cells of one seed. Names: `MODEL`, `MODEL, mask DOMAIN` and these with `, rebased` or `, guarded`."""
 
     def __init__(self, bench: Bench, seed: int, **training: object) -> None:
         """training: settings of the masks over the base that are not the defaults."""
@@ -67,13 +70,16 @@ class Moved:
             return self.bench.rows[domain]["validation"]
         return self.bench.learning_items(domain, self.seed, ROWS)
 
-    def rebased(self, domain: str, model: str, path: Path) -> tuple[Mask, dict[str, object]]:
-        """The domain's mask fitted to a model, and what the fit says."""
-        rows = self.place / "rows" / f"{domain}-fresh.jsonl"
-        write_rows(rows, self.fresh(domain))
-        out = self.place / f"{domain} on {model}.mask"
+    def rebased(self, domain: str, model: str, path: Path, *, guarded: bool) -> tuple[Mask, dict[str, object]]:
+        """The domain's mask fitted to a model, and what the fit says. guarded: the other domains are guards."""
+        rows = {d: self.place / "rows" / f"{d}-fresh.jsonl" for d in self.bench.domains}
+        for d, file in rows.items():
+            write_rows(file, self.fresh(d))
+        out = self.place / f"{domain} on {model}{', guarded' * guarded}.mask"
+        guards = {d: file for d, file in rows.items() if guarded and d != domain}
         settings = {"max_length": self.bench.plan.max_length, "dtype": "float32"}
-        result = mftmerge.rebase_mask(self.mask(domain), path, rows, out, settings=settings, overwrite=True, note=print)
+        options: dict[str, Any] = {"settings": settings, "guards": guards, "overwrite": True, "note": print}
+        result = mftmerge.rebase_mask(self.mask(domain), path, rows[domain], out, **options)
         facts = {"chosen": result.chosen, "gained": result.gained, "dropped": round(result.dropped, 5)}
         return result.mask, facts | {"seconds": round(result.seconds, 1)}
 
@@ -87,7 +93,8 @@ class Moved:
         finally:
             self.bench.cells = cells
 
-    def run(self) -> None:
+    def run(self, only: str = "") -> None:
+        """only: regular expression that a fitted mask's name must contain."""
         if "study" not in self.cells:
             self.cells.add("study", domains=self.bench.domains, rows=ROWS)
         models = {"base": (dict(self.bench.originals), Path(self.bench.source)), **self.models()}
@@ -99,9 +106,11 @@ class Moved:
                 what = f"{model}, mask {domain}"
                 if self.cell(what) not in self.cells:
                     self.measure(what, masked(weights, Mask.load(self.mask(domain))))
-                if model != "base" and self.cell(f"{what}, rebased") not in self.cells:
-                    fitted, facts = self.rebased(domain, model, path)
-                    self.measure(f"{what}, rebased", masked(weights, fitted), **facts)
+                for how in ("rebased", "guarded") if model != "base" else ():
+                    name = f"{what}, {how}"
+                    if re.search(only, name) and self.cell(name) not in self.cells:
+                        fitted, facts = self.rebased(domain, model, path, guarded=how == "guarded")
+                        self.measure(name, masked(weights, fitted), **facts)
 
 
 def masked(weights: Weights, mask: Mask) -> Weights:
@@ -112,11 +121,12 @@ def masked(weights: Weights, mask: Mask) -> Weights:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="regular expression that a fitted mask's name must contain")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     bench = opened(given.lab, given.model, partial(read_rows, dict(given.domain)), Plan())
     with patch.object(PrefixCache, "as_set", bench.as_set):
-        Moved(bench, given.seed).run()
+        Moved(bench, given.seed).run(given.only)
 
 
 if __name__ == "__main__":

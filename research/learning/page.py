@@ -209,23 +209,25 @@ def rebased(record: Record) -> str:
     for model in dict.fromkeys(["base", *(m.split(", ")[0] for m in record.models)]):
         for domain in record.domains:
             mask = f"{model}, mask {domain}"
-            fitted = f"{mask}, rebased"
             if not record.seeds_of(mask):
                 continue
             cells = [difference(record, mask, model, domain)]
-            if record.seeds_of(fitted):
-                dropped = record.fact(fitted, "dropped")
+            for how in ("rebased", "guarded"):
+                fitted = f"{mask}, {how}"
+                if not record.seeds_of(fitted):
+                    cells += [""] * 3
+                    continue
                 others = [o for o in [*record.domains, "other"] if o != domain]
                 worst = max(others, key=lambda o: record.difference(fitted, model, o)[0])
                 cells += [
                     difference(record, fitted, model, domain),
-                    ", ".join(f"{100 * d:.2f} %" for d in dropped),
+                    ", ".join(f"{100 * d:.2f} %" for d in record.fact(fitted, "dropped")),
                     f"{difference(record, fitted, model, worst)} ({LONG.get(worst, 'fourth domain')})",
                 ]
             called = f"expert of {LONG[model.removeprefix('expert ')]}" if model.startswith("expert ") else model
-            rows.append([called, LONG[domain], *cells, *[""] * (4 - len(cells))])
-    head = ["model", "mask of", "as it is", "rebased", "drops", "rebased, the worst other domain"]
-    return markdown(head, rows)
+            rows.append([called, LONG[domain], *cells])
+    fitted_heads = [head for how in ("rebased", "guarded") for head in (how, "drops", f"{how}, the worst other domain")]
+    return markdown(["model", "mask of", "as it is", *fitted_heads], rows)
 
 
 def table(make: Callable[[Record], str], record: Record) -> str:
