@@ -33,7 +33,7 @@ KEYS = {
     "init": {"out"},
     "run": {"cells", "models", "reference"},
     "push": {"repository", "files", "card"},
-    "rebase": {"out", "digest", "candidates"},
+    "rebase": {"out", "digest", "candidates", "guards"},
     "patch": {"out", "bits a weight"},
     "patch-apply": {"out", "tensors"},
 }

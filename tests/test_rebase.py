@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from helpers.experts import domain_rows, make_experts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftmerge.checkpoint import Checkpoint
+from mftmerge.cli import main
 from mftmerge.data import tokenize
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.generation import generate, questions
@@ -154,6 +156,24 @@ def test_a_mask_over_a_delta_returns_to_its_base(kitchen: Path, tmp_path: Path) 
     weight, tuned = base.read_float32(NAME), Checkpoint.open(kitchen / "count").read_float32(NAME)
     assert not np.array_equal(weight, tuned)
     assert result.candidates[AS_IT_IS].mean != 0
+
+
+def test_the_command_takes_guards(kitchen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = tuple(Checkpoint.open(kitchen / "base").entry(NAME).shape)
+    Mask.from_bools({NAME: ~damaged(shape)}).save(tmp_path / "old.mask")
+    for name in ("say", "letters"):
+        lines = [json.dumps(row) + "\n" for row in domain_rows(name)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    guards = [str(tmp_path / "say.jsonl"), str(tmp_path / "letters.jsonl")]
+    given = ["rebase", tmp_path / "old.mask", "-m", kitchen / "broken", "-d", kitchen / "count.jsonl"]
+    out = tmp_path / "new.mask"
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, given), "--guard", guards[0], "--guard", guards[1], "--steps", "1", "--json", "-o", str(out)])
+    assert not ended.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["guards"]) in ({*guards}, set())
+    assert bool(found["guards"]) == found["gained"]
+    assert Mask.load(out).info.training.get("guards", {}).keys() == found["guards"].keys()
 
 
 @pytest.mark.parametrize(
