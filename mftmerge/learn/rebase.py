@@ -121,7 +121,7 @@ class _Fit:
     ) -> None:
         self.start = time.monotonic()
         self.mask, self.name, self.path, self.reference = mask, name, path, reference
-        self.settings, self.say, self.progress, self.guarded = settings, say, progress, False
+        self.settings, self.say, self.progress = settings, say, progress
         self.checkpoint = Checkpoint.open(path)
         self.names = match(mask, self.checkpoint, reference)  # the model's tensor -> the mask's
         self.base = None if base is None else Checkpoint.open(resolve(base))
@@ -130,7 +130,6 @@ class _Fit:
 
     def run(self, data: object, guards: Mapping[str, object]) -> RebaseResult:
         s = self.settings
-        self.guarded = bool(guards)
         train, valid = self._rows(data, "rows")
         guarding = {name: self._rows(rows, f"guard {name}") for name, rows in guards.items()}
         dtype = chosen_dtype(self.path, s.dtype)
@@ -180,7 +179,7 @@ class _Fit:
             if loses is None or held[loses].mean <= 0:
                 return name, held
             self.say(f"{name}: {d.mean:+.4f}, and {held[loses].mean:+.4f} nats on {loses}: not taken")
-        return KEEP_ALL, {}
+        return KEEP_ALL, {}  # of what gains, if anything does, the guards would pay
 
     def _rows(self, data: Any, what: str) -> tuple[list[Tokens], list[Tokens]]:
         s = self.settings
@@ -318,8 +317,9 @@ class _Fit:
         if gained:
             self.say(f"{chosen}: {d.mean:+.4f} +- {d.standard_error:.4f} nats, {1 - made.density():.2%} dropped")
         else:
-            what = "nothing to gain on this model" + (" that no guard pays for" if self.guarded else "")
-            self.say(f"there is {what}: the mask that keeps everything is written")
+            gains = any(c.mean + self.settings.errors * c.standard_error < 0 for c in candidates.values())
+            paid = " but at a guard's cost" if gains else ""
+            self.say(f"there is nothing to gain on this model{paid}: the mask that keeps everything is written")
         for name, held in guards.items():
             self.say(f"guard {name}: {held.mean:+.4f} +- {held.standard_error:.4f} nats")
         seconds = time.monotonic() - self.start
