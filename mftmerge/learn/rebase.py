@@ -146,6 +146,7 @@ class _Fit:
                 stack.enter_context(cache.use())
             parts = self._parts(holders)
             without = row_losses(model, valid)
+            judged = [(name, rows, row_losses(model, rows)) for name, (_, rows) in guarding.items()]
             starts = self._starts(model, holders, parts, learnt)
             optimizer = MergeOptimizer(parts, holders, lr=s.lr, starts={n: [v] for n, v in starts.items()})
             losses = {name: self._losses(model, optimizer, codes, valid) for name, codes in self._first(parts)}
@@ -158,8 +159,6 @@ class _Fit:
                     kept[name] = {n: _cut(optimizer.scores_of(n, 0), share) for n in parts}
                     losses[name] = self._losses(model, optimizer, kept[name], valid)
             candidates = {name: paired(rows, without) for name, rows in losses.items()}
-            judged = [(name, rows, row_losses(model, rows)) for name, (_, rows) in guarding.items()]
-
             def of_guards(codes: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
                 return {n: paired(self._losses(model, optimizer, codes, rows), before) for n, rows, before in judged}
 
