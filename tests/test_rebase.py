@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli import main
-from mftmerge.data import tokenize
+from mftmerge.data import IGNORE, tokenize
 from mftmerge.errors import BadInput
-from mftmerge.evaluate.generation import generate, questions
+from mftmerge.evaluate.pairing import paired
 from mftmerge.learn import rebase
 from mftmerge.learn.rebase import AS_IT_IS, KEEP_ALL, rebase_mask
 from mftmerge.learn.rebasesettings import RebaseSettings
-from mftmerge.loss import token_losses
+from mftmerge.loss import row_losses, token_losses
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.recipe.load import load_recipe
 from mftmerge.train.inputs import held_out
@@ -98,33 +98,62 @@ def test_where_nothing_is_to_be_gained_everything_is_kept_and_said(kitchen: Path
     assert result.candidates[AS_IT_IS].mean > 0
 
 
-def said_by(folder: Path, prompts: list[str]) -> list[dict[str, str]]:
-    """Rows whose answers are a model's own."""
+def harmed_by(mask: np.ndarray, folder: Path, prompts: list[str]) -> list[dict[str, list[int]]]:
+    """Tokenised rows whose answers are the tokens that a mask makes least likely, of what the model had said."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [{"prompt": p, "completion": ""} for p in prompts]
-    asked = [q.prompt for q in questions(rows, tokenizer)]
-    answers = generate(model, tokenizer, asked, max_new_tokens=6)
-    return [{"prompt": p, "completion": tokenizer.decode(a)} for p, a in zip(prompts, answers, strict=True)]
+    tokenizer, weight = AutoTokenizer.from_pretrained(folder), dict(model.named_parameters())[NAME]
+    ids = [list(tokenizer(p)["input_ids"]) for p in prompts]
+    with torch.no_grad():
+        before = [model(torch.tensor([i])).logits[0, -1].log_softmax(0) for i in ids]
+        weight *= torch.from_numpy(mask)
+        after = [model(torch.tensor([i])).logits[0, -1].log_softmax(0) for i in ids]
+    answers = [int((old - new).argmax()) for old, new in zip(before, after, strict=True)]
+    return [
+        {"input_ids": [*i, answer], "labels": [IGNORE] * len(i) + [answer]}
+        for i, answer in zip(ids, answers, strict=True)
+    ]
 
 
 def test_guards_do_not_pay_for_it(kitchen: Path, tmp_path: Path) -> None:
-    """Dropping the damage helps its domain, and harms whoever wants what the broken model says."""
+    """Dropping the damage helps its domain, and harms rows that want what it takes away."""
     shape = tuple(Checkpoint.open(kitchen / "base").entry(NAME).shape)
     Mask.from_bools({NAME: ~damaged(shape)}).save(tmp_path / "old.mask")
     given = (tmp_path / "old.mask", kitchen / "broken", domain_rows("count"))
     alone = rebase_mask(*given)
     assert alone.gained
     assert alone.guards == {}
+    wants = harmed_by(~damaged(shape), kitchen / "broken", [f"say {i}" for i in range(24)])
     notes: list[str] = []
-    wants = said_by(kitchen / "broken", [f"say {i}" for i in range(24)])
-    result = rebase_mask(*given, tmp_path / "new.mask", guards={"said": wants}, note=notes.append)
+    only = {"guards": {"said": wants}, "shares": [], "steps": 0, "note": notes.append}
+    result = rebase_mask(*given, tmp_path / "new.mask", **only)  # type: ignore[arg-type]
     assert result.candidates[AS_IT_IS] == alone.candidates[AS_IT_IS]
-    assert any("nats on said: not taken" in note for note in notes)
-    assert all(d.mean <= 0 for d in result.guards.values())
-    dropped = ~Mask.load(tmp_path / "new.mask").kept(NAME)
-    assert dropped.sum() < (~alone.mask.kept(NAME)).sum()
-    assert result.gained == bool(dropped.sum()) == bool(result.guards)
+    assert result.candidates[AS_IT_IS].mean < 0
+    assert any(note.startswith(AS_IT_IS) and "nats on said: not taken" in note for note in notes)
+    assert (result.chosen, result.gained, result.guards) == (KEEP_ALL, False, {})
+    assert "nothing to gain on this model but at a guard's cost" in notes[-1]
+    assert Mask.load(tmp_path / "new.mask").density() == 1
+    tried = rebase_mask(*given, guards={"said": wants})
+    assert all(d.mean <= 0 for d in tried.guards.values())
+
+
+def test_what_is_said_of_guards_is_what_the_masked_model_does(kitchen: Path, tmp_path: Path) -> None:
+    """After the steps, too: against the losses of the model, and of the model with the written mask, read anew."""
+    shape = tuple(Checkpoint.open(kitchen / "base").entry(NAME).shape)
+    Mask.from_bools({NAME: ~damaged(shape)}).save(tmp_path / "old.mask")
+    rows = tokenize(domain_rows("say"), AutoTokenizer.from_pretrained(kitchen / "base"), 256)
+    given = (tmp_path / "old.mask", kitchen / "broken", domain_rows("count"), tmp_path / "new.mask")
+    result = rebase_mask(*given, guards={"say": rows}, shares=[1.0], steps=4)
+    assert result.gained
+    held = held_out(rows, len(rows) // 2, RebaseSettings().seed, len(rows))[1]
+    model = AutoModelForCausalLM.from_pretrained(kitchen / "broken", dtype=torch.float32)
+    before = row_losses(model, held)
+    weight = dict(model.named_parameters())[NAME]
+    with torch.no_grad():
+        weight *= torch.from_numpy(Mask.load(tmp_path / "new.mask").kept(NAME))
+    found = paired(row_losses(model, held), before)
+    assert found.mean < -0.01
+    assert result.guards["say"].mean == pytest.approx(found.mean, rel=1e-3)
+    assert result.guards["say"].standard_error == pytest.approx(found.standard_error, rel=1e-3)
 
 
 def test_what_a_guards_gradient_speaks_against_is_kept(
