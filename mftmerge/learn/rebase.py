@@ -159,6 +159,7 @@ class _Fit:
                     kept[name] = {n: _cut(optimizer.scores_of(n, 0), share) for n in parts}
                     losses[name] = self._losses(model, optimizer, kept[name], valid)
             candidates = {name: paired(rows, without) for name, rows in losses.items()}
+
             def of_guards(codes: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
                 return {n: paired(self._losses(model, optimizer, codes, rows), before) for n, rows, before in judged}
 
