@@ -31,6 +31,16 @@ def test_the_page_is_what_the_program_writes() -> None:
     assert page.page(text) == text
 
 
+def reading(rows: list[Any], train: int, validation: int) -> Callable[..., dict[str, list[tuple[Any, Any]]]]:
+    """`read_rows` of these rows: those before `train`, then before `validation`, and the rest to test."""
+
+    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
+        return {"train": tokens[:train], "validation": tokens[train:validation], "test": tokens[validation:]}
+
+    return read
+
+
 def test_a_table_compares_rows_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
     out = tmp_path / "cells"
@@ -104,11 +114,7 @@ def test_a_cell_keeps_its_last_and_its_best_states(
     rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(10)]
     source = tiny("llama")
 
-    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
-        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
-        return {"train": tokens[:4], "validation": tokens[4:7], "test": tokens[7:]}
-
-    monkeypatch.setattr(bench, "read_rows", read)
+    monkeypatch.setattr(bench, "read_rows", reading(rows, 4, 7))
     made = bench.Bench(source, "wikisql", tmp_path, tmp_path, 0, "1")
     made.record("base", {})
     assert {n: len(rows) for n, rows in json.loads((tmp_path / "base.json").read_text())["others"].items()} == {
@@ -137,11 +143,7 @@ def test_a_cell_can_do_without_answers(
 ) -> None:
     rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(6)]
 
-    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
-        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
-        return {"train": tokens[:2], "validation": tokens[2:4], "test": tokens[4:]}
-
-    monkeypatch.setattr(bench, "read_rows", read)
+    monkeypatch.setattr(bench, "read_rows", reading(rows, 2, 4))
     made = bench.Bench(tiny("llama"), "wikisql", tmp_path, tmp_path, 0, "1", answers=())
     made.run(bench.Cell("mask", lr=1e-2), steps=2)
     assert sorted(p.stem for p in tmp_path.glob("*.json")) == ["mask last", "mask loss"]
@@ -158,10 +160,6 @@ def test_one_command_makes_all_of_it_and_goes_on(
     source, lab, results = tiny("llama"), tmp_path / "lab", tmp_path / "results"
     tuned: list[str] = []
 
-    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
-        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
-        return {"train": tokens[:-4], "validation": tokens[-4:-2], "test": tokens[-2:]}
-
     def fine_tune(lab: Path, model: str, folder: Path, domain: Any, seed: int) -> None:
         place = lab / f"fft-{domain.name}-s{seed}"
         if not place.exists():
@@ -170,7 +168,7 @@ def test_one_command_makes_all_of_it_and_goes_on(
 
     page_file = tmp_path / "claim.md"
     page_file.write_text(f"# A page\n{page.BEGIN}{page.END}\n")
-    monkeypatch.setattr(bench, "read_rows", read)
+    monkeypatch.setattr(bench, "read_rows", reading(rows, -4, -2))
     monkeypatch.setattr(fft, "fine_tune", fine_tune)
     monkeypatch.setattr(page, "RESULTS", results)
     monkeypatch.setattr(page, "PAGE", page_file)
@@ -216,11 +214,7 @@ def test_functions_are_completed_where_they_are_asked_for(
 ) -> None:
     rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(6)]
 
-    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
-        tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
-        return {"train": tokens[:2], "validation": tokens[2:4], "test": tokens[4:]}
-
-    monkeypatch.setattr(bench, "read_rows", read)
+    monkeypatch.setattr(bench, "read_rows", reading(rows, 2, 4))
     asked = functions.rows()[:3]
     monkeypatch.setattr(functions, "rows", lambda: asked)
     monkeypatch.setattr(functions, "passed", lambda rows, answers: np.array([0.0, 1.0, float(len(answers))]))

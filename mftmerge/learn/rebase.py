@@ -160,11 +160,15 @@ class _Fit:
                     losses[name] = self._losses(model, optimizer, kept[name], valid)
             candidates = {name: paired(rows, without) for name, rows in losses.items()}
 
-            def of_guards(codes: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
+            def of_guards(name: str) -> dict[str, PairedDifference]:
+                codes = kept[name]
                 return {n: paired(self._losses(model, optimizer, codes, rows), before) for n, rows, before in judged}
 
-            chosen, held = self._choice(candidates, lambda name: of_guards(kept[name]))
+            chosen, held = self._choice(candidates, of_guards)
         return self._result(chosen, kept[chosen], candidates, held)
+
+    def _is_gain(self, difference: PairedDifference) -> bool:
+        return difference.mean + self.settings.errors * difference.standard_error < 0
 
     def _choice(
         self, candidates: Mapping[str, PairedDifference], guards: Callable[[str], dict[str, PairedDifference]]
@@ -172,7 +176,7 @@ class _Fit:
         """The best candidate under which no guard loses, and what it does to them; KEEP_ALL where none gains."""
         for name in sorted(candidates, key=lambda n: candidates[n].mean):
             d = candidates[name]
-            if d.mean + self.settings.errors * d.standard_error >= 0:
+            if not self._is_gain(d):
                 break
             held = guards(name)
             loses = max(held, key=lambda g: held[g].mean, default=None)
@@ -317,8 +321,7 @@ class _Fit:
         if gained:
             self.say(f"{chosen}: {d.mean:+.4f} +- {d.standard_error:.4f} nats, {1 - made.density():.2%} dropped")
         else:
-            gains = any(c.mean + self.settings.errors * c.standard_error < 0 for c in candidates.values())
-            paid = " but at a guard's cost" if gains else ""
+            paid = " but at a guard's cost" if any(map(self._is_gain, candidates.values())) else ""
             self.say(f"there is nothing to gain on this model{paid}: the mask that keeps everything is written")
         for name, held in guards.items():
             self.say(f"guard {name}: {held.mean:+.4f} +- {held.standard_error:.4f} nats")
