@@ -27,6 +27,7 @@ def cells(before: str) -> list[Cell]:
         Cell("weights 3e-5", "weights", lr=3e-5),
         Cell("lora of equal bytes, 3e-3", "lora", lr=3e-3, rank=21),
         Cell("paper's start", lr=2 * 0.0187 / STEPS, init="normal"),
+        Cell("mask, keep 0.95", lr=RATE, keep=0.95),
         Cell("mask, keep 0.99", lr=RATE / 10, keep=0.99),
     ]
 

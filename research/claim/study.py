@@ -22,7 +22,8 @@ from research.claim.common import DOMAINS
 MASK, WEIGHTS, LORA = "mask", "weights 1e-4", "lora of equal bytes, 1e-3"
 HIGHER = ("weights 3e-4", "lora of equal bytes, 3e-3")  # the controls' best rates over the first bases
 RATES = ("mask, a tenth of the rate", "lora of equal bytes", "weights 3e-5")
-OTHERS = ("mask, twice the rate", "mask, keep 0.99", "delta mask, keep 0.9")
+OTHERS = ("mask, twice the rate", "mask, keep 0.95", "mask, keep 0.99", "delta mask, keep 0.9")
+LORAS = ("lora of equal bytes", LORA, "lora of equal bytes, 3e-3")  # at all three rates
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ PARTS = [
     Part("wikisql over-trained-seed0", "wikisql", state="-over"),
     Part("wikisql new rows-seed0", "wikisql", (MASK, *HIGHER), answers=("test",), tested=TESTED, learnt="new"),
     Part("wikisql other settings-seed0", "wikisql", (MASK, *OTHERS)),
-    Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5"), layers="0-29"),
+    Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5", *LORAS), layers="0-29"),
     Part("wikisql paper's layers-seed0", "wikisql", ("paper's start", MASK), layers="0-7,19-22"),
 ]
 OVER = 80  # steps past the end of a run, for the over-trained base: another pass over its rows
