@@ -133,7 +133,7 @@ class Bench:
         self.others: dict[str, list[Tokens]] = {}
         for other in DOMAINS.values():
             if other.name != domain:
-                test = read_rows(other, folder, self.tokenizer)["test"][:OTHERS]
+                test = read_rows(other, folder, self.tokenizer, ("test",))["test"][:OTHERS]
                 self.others[other.name] = [tokens for _, tokens in test]
                 self.cache.add(self.others[other.name])
 

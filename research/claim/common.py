@@ -57,8 +57,13 @@ def load(path: str | Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Row, Tokens]]]:
-    """split -> (row, its tokens) of at most `longest` tokens. No question stands in two splits."""
+def read_rows(
+    domain: Domain, folder: Path, tokenizer: Any, splits: Sequence[str] = SPLITS
+) -> dict[str, list[tuple[Row, Tokens]]]:
+    """split -> (row, its tokens) of at most `longest` tokens. No question stands in two splits.
+
+    splits: those wanted, the last ones of SPLITS: a split leaves out the questions of those that come after it.
+    """
     sizes = {"train": 2 * domain.rows, "validation": domain.validation, "test": domain.test}
     if domain.name == "python":
         raw = python_splits({"train": 2300, "validation": 400, "test": 550}, seed=0)
@@ -68,7 +73,7 @@ def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tu
         raw = {"test": rows[-2800:], "validation": rows[-3800:-2800], "train": rows[:-3800]}
     seen: set[str] = set()
     found: dict[str, list[tuple[Row, Tokens]]] = {}
-    for split in reversed(SPLITS):
+    for split in reversed(splits):
         found[split] = []
         for row in raw[split]:
             if len(found[split]) == sizes[split]:
@@ -79,8 +84,9 @@ def read_rows(domain: Domain, folder: Path, tokenizer: Any) -> dict[str, list[tu
             tokens = data.tokenize([row], tokenizer, 4096)[0]
             if len(tokens["input_ids"]) <= domain.longest:
                 found[split].append((row, tokens))
-    found["new"] = found["train"][domain.rows :]
-    found["train"] = found["train"][: domain.rows]
+    if "train" in found:
+        found["new"] = found["train"][domain.rows :]
+        found["train"] = found["train"][: domain.rows]
     return found
 
 
