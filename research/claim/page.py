@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
 BEGIN, END = "<!-- generated: claim -->\n", "<!-- end -->"
 States = dict[str, dict[str, Any]]  # of one run: losses and marks of every test row, by state
 MARKS = {"exact": "exact match", "executed": "selects the same"}  # of answers: by their text, and run on tables
+OVERVIEW = ("mask", "weights 1e-4", "weights 3e-4", "lora of equal bytes, 1e-3", "lora of equal bytes, 3e-3")
 CHOSEN = {"last": "last step", "loss": "by validation loss", "exact": "by validation answers"}
 
 
@@ -61,10 +62,22 @@ def tables() -> str:
         if "base" in states:
             domains[path.stem.rpartition("-")[0]].append(states)
             single += [f"### {path.stem}", "", *_table(states), "", *_new_rows(path, states)]
+    parts += ["### All bases", "", *_overview(domains), ""]
     for domain, seeds in domains.items():
         if len(seeds) > 1:
             parts += [f"### {domain}, over seeds", "", *_over_seeds(seeds), ""]
     return "\n".join([*parts, *single])
+
+
+def _overview(parts: Mapping[str, Sequence[States]]) -> list[str]:
+    """What the last states of the main runs gain or lose over each base."""
+    rows = []
+    for part, seeds in parts.items():
+        found = [_mean_difference(seeds, f"{name} last", "base", ()) for name in OVERVIEW]
+        if any(change for _, change in found):
+            fewer = [f" ({n})" if change and int(n) < len(seeds) else "" for n, change in found]
+            rows.append([part, str(len(seeds)), *(c + f for (_, c), f in zip(found, fewer, strict=True))])
+    return markdown_table(["test loss at the last step, minus the base's", "seeds", *OVERVIEW], rows)
 
 
 def _over_seeds(seeds: Sequence[States]) -> list[str]:
@@ -93,6 +106,8 @@ def _mean_difference(seeds: Sequence[States], name: str, other: str, shown: Sequ
     def means(pairs: Sequence[Sequence[Values]]) -> list[Values]:
         return [np.mean([pair[side] for pair in pairs], 0) for side in (0, 1)]
 
+    if not both:
+        return ["0", ""]
     cells = [str(len(both)), _change(*means([[_losses(state) for state in pair] for pair in both]))]
     for how in shown:
         marked = [[_marks(state, how) for state in pair] for pair in both if all(how in state for state in pair)]
