@@ -34,7 +34,7 @@ def test_the_page_is_what_the_program_writes() -> None:
 def reading(rows: list[Any], train: int, validation: int) -> Callable[..., dict[str, list[tuple[Any, Any]]]]:
     """`read_rows` of these rows: those before `train`, then before `validation`, and the rest to test."""
 
-    def read(domain: Any, folder: Path, tokenizer: Any) -> dict[str, list[tuple[Any, Any]]]:
+    def read(domain: Any, folder: Path, tokenizer: Any, splits: Any = ()) -> dict[str, list[tuple[Any, Any]]]:
         tokens = list(zip(rows, data.tokenize(rows, tokenizer, 64), strict=True))
         return {"train": tokens[:train], "validation": tokens[train:validation], "test": tokens[validation:]}
 
@@ -237,6 +237,8 @@ def test_new_rows_are_in_no_other_split(tiny: Callable[..., Path], tmp_path: Pat
     assert len(set(prompts)) == len(prompts)
     fewer = read_rows(replace(domain, rows=20), tmp_path, AutoTokenizer.from_pretrained(tiny("llama")))
     assert [*fewer["train"], *fewer["new"]] == found["train"]  # no base's rows are another's for it
+    tested = read_rows(domain, tmp_path, AutoTokenizer.from_pretrained(tiny("llama")), ("test",))
+    assert tested == {"test": found["test"]}
 
 
 def test_what_new_rows_teach_is_compared_with_the_bases_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
