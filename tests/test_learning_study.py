@@ -32,8 +32,8 @@ def test_the_page_is_what_the_program_writes() -> None:
     four = [name for name in blocks if name.startswith("four")]  # of the other experts the page shows what there is
     assert all(f"<!-- {name} -->\n" in (readme if name.endswith("readme") else text) for name in four)
     assert set(re.findall(r"<!-- (\w+: \w+) -->", text + readme)) <= set(blocks)
-    assert page.filled(text) == text
-    assert page.filled(readme) == readme
+    assert page.page(text) == text
+    assert page.page(readme) == readme
 
 
 def test_a_record_is_added_to(tmp_path: Path) -> None:

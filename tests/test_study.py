@@ -18,7 +18,7 @@ from research.combining import combinations, page, tables  # noqa: E402
 def test_the_page_is_what_the_program_writes() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert all(f"<!-- {name} -->\n" in text for name in page.blocks())
-    assert page.filled(text) == text
+    assert page.page(text) == text
 
 
 def toy() -> tables.Study:

@@ -27,7 +27,7 @@ from mftmerge.train.settings import TrainSettings
 from mftmerge.train.targets import find, freeze_others
 from mftmerge.train.validation import Judged
 from research.claim import functions
-from research.claim.common import DOMAINS, Tokens, load, read_rows, write_json
+from research.claim.common import DOMAINS, Row, Tokens, load, read_rows, write_json
 from research.claim.lora import LoraOptimizer
 
 Weights = dict[str, Tensor]
@@ -122,13 +122,10 @@ class Bench:
             if split not in answers:
                 continue
             raw = [row for row, _ in found]
-            options = {"exact": self.domain.exact, "max_new_tokens": self.domain.new_tokens, "batch_tokens": 4096}
-            self.markers[split] = Marker(raw, self.tokenizer, **options)
+            self.markers[split] = self._marker(raw, exact=self.domain.exact)
         if "functions" in answers:
             self.functions = functions.rows()
-            self.markers["functions"] = Marker(
-                self.functions, self.tokenizer, max_new_tokens=self.domain.new_tokens, batch_tokens=4096
-            )
+            self.markers["functions"] = self._marker(self.functions)
         self.cache.add(self.train)
         self.others: dict[str, list[Tokens]] = {}
         for other in DOMAINS.values():
@@ -136,6 +133,9 @@ class Bench:
                 test = read_rows(other, folder, self.tokenizer, ("test",))["test"][:OTHERS]
                 self.others[other.name] = [tokens for _, tokens in test]
                 self.cache.add(self.others[other.name])
+
+    def _marker(self, rows: list[Row], **more: Any) -> Marker:
+        return Marker(rows, self.tokenizer, max_new_tokens=self.domain.new_tokens, batch_tokens=4096, **more)
 
     def measure(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Losses, (rows, 2), of the model as it is, and marks, (rows,), by name; none where answers are not asked for.
@@ -254,7 +254,7 @@ class Bench:
             return LoraOptimizer(self.targets, cell.lr, rank=cell.rank)
         dropped = self.values_of(cell.delta) if cell.delta else None
         start = scores.initial(self.targets, cell.init, seed=self.seed, dropped=dropped)
-        options = {"signed": scores.is_signed(cell.init), "dropped": dropped}
+        options: dict[str, Any] = {"signed": scores.is_signed(cell.init), "dropped": dropped}
         return MaskOptimizer(self.targets, start, keep=str(cell.keep), lr=cell.lr, **options)
 
     def values_of(self, checkpoint: str) -> Weights:

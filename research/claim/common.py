@@ -19,7 +19,8 @@ from mftmerge.files import replacing
 from mftmerge.loss import padded, token_losses
 from mftmerge.quickstart.domains import python_splits
 
-Row, Tokens = dict[str, Any], dict[str, Any]
+Row = dict[str, Any]
+Tokens = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 
 

@@ -8,7 +8,7 @@ and measurement of masks and weights serve here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class LoraOptimizer(WeightOptimizer):
         return 2 * sum(p.numel() for pair in self.pairs.values() for p in pair)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: object = None) -> Any:
         for t in self.targets:
             a, b = self.pairs[t.name]
             gradient = t.parameter.grad

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mftmerge.evaluate.pairing import Values
 from mftmerge.loss import row_losses
 from mftmerge.train.control import trained_weights
 from mftmerge.train.inputs import pad_id
@@ -52,18 +53,18 @@ def main() -> None:
     )
     targets = find(model, layers)
 
-    def losses() -> object:
+    def losses() -> Values:
         found = row_losses(model, valid)
         print(f"validation {found[:, 0].sum() / found[:, 1].sum():.4f}", flush=True)
         return found
 
     with trained_weights(model, targets, train, settings, losses, lr=given.lr, pad=pad_id(tokenizer)) as best:
         print(f"best step {best.step}, {best.loss:.4f}")
-        model.to(torch.bfloat16).save_pretrained(given.out)
+        model.bfloat16().save_pretrained(given.out)
         tokenizer.save_pretrained(given.out)
         facts = {"steps": steps, "rows": len(train), "lr": given.lr, "best_step": best.step, "validation": best.loss}
         (given.out / "fft.json").write_text(json.dumps(facts) + "\n")
-        model.to(torch.float32)
+        model.float()
 
 
 if __name__ == "__main__":

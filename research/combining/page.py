@@ -6,13 +6,12 @@ that name, made from research/combining/results/*.json. A test checks that the p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from mftmerge.files import replacing
 from research.combining.pictures import picture_of_shares, picture_of_transfer
-from research.combining.tables import Study, markdown
+from research.combining.tables import Study, filled, markdown
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECORDS = Path(__file__).resolve().parent / "results"
@@ -122,19 +121,15 @@ def blocks() -> dict[str, Callable[[], str]]:
     }
 
 
-def filled(text: str) -> str:
-    """The page with every block replaced."""
-    for name, make in blocks().items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        table = make()
-        text = pattern.sub(lambda m, table=table: f"{m[1]}{table}{m[2]}", text)
-    return text
+def page(text: str) -> str:
+    """A page with every block made again."""
+    return filled(text, blocks())
 
 
 def main() -> None:
-    page = DOCS / "results.md"
-    with replacing(page) as temporary:
-        temporary.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    path = DOCS / "results.md"
+    with replacing(path) as temporary:
+        temporary.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
     study = Study.load(RECORDS / "instruct.json")
     picture_of_shares(study, combined(study), DOCS / "results" / "shares.png")
     picture_of_transfer(Study.load(RECORDS / "transfer.json"), DOCS / "results" / "transfer.png")

@@ -63,7 +63,7 @@ def density(kept: combinations.Kept) -> float:
     return float(sum(np.count_nonzero(k) for k in kept.values()) / sum(k.size for k in kept.values()))
 
 
-def balance(bench: Bench, seed: int, family: combinations.Family, name: str, change: Any, **options: float) -> None:
+def balance(bench: Bench, seed: int, family: combinations.Family, name: str, change: Any, **options: Any) -> None:
     """Score arithmetic with weights chosen on validation rows."""
     path = f"seed{seed}/{name}"
     if (bench.out / f"{path}.json").exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,3 +111,12 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, first column left, the others right."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def filled(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """A page with each of the blocks that it has, `<!-- NAME -->` to `<!-- end -->`, made again."""
+    for name, make in blocks.items():
+        head, begin, rest = text.partition(f"<!-- {name} -->\n")
+        if begin:
+            text = head + begin + make() + "<!-- end -->" + rest.partition("<!-- end -->")[2]
+    return text

@@ -263,7 +263,7 @@ def _short(rows: Sequence[Any], tokenizer: Any, longest: int, count: int, what: 
 def documentation() -> Iterator[dict[str, str]]:
     """Paragraphs of prose from the descriptions that installed packages carry, a few of each package."""
     for package in PACKAGES:
-        body = str(importlib.metadata.distribution(package).metadata.get_payload() or "")
+        body = str(importlib.metadata.distribution(package).metadata.json.get("description", ""))
         plain = [p.strip() for p in body.split("\n\n")]
         prose = [p for p in plain if len(p) > 200 and p[0].isalpha() and p.count(" ") > len(p) / 9]
         for text in prose[:8]:

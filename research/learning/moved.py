@@ -33,7 +33,7 @@ MERGE = "their sum"
 class Moved:
     """The cells of one seed. Names: `MODEL`, `MODEL, mask DOMAIN` and these with `, rebased` or `, guarded`."""
 
-    def __init__(self, bench: Bench, seed: int, **training: object) -> None:
+    def __init__(self, bench: Bench, seed: int, **training: Any) -> None:
         """training: settings of the masks over the base that are not the defaults."""
         self.bench, self.seed, self.made, self.training = bench, seed, Seed(bench, seed), training
         self.cells = Cells(bench.lab / "moved.jsonl")
@@ -86,7 +86,7 @@ class Moved:
     def cell(self, name: str) -> str:
         return name if name == "base" else self.made.name(name)
 
-    def measure(self, name: str, weights: Mapping[str, torch.Tensor], **facts: object) -> None:
+    def measure(self, name: str, weights: Mapping[str, torch.Tensor], **facts: Any) -> None:
         cells, self.bench.cells = self.bench.cells, self.cells
         try:
             self.bench.measure(self.cell(name), weights, **facts)

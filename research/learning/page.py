@@ -16,7 +16,7 @@ import numpy as np
 
 from mftmerge.evaluate.pairing import standard_error
 from mftmerge.files import replacing
-from research.combining.tables import markdown
+from research.combining.tables import filled, markdown
 from research.learning.tables import Record, verdicts
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "learnt-merges.md"
@@ -251,14 +251,9 @@ def blocks() -> dict[str, Callable[[], str]]:
     return found
 
 
-def filled(text: str) -> str:
-    """The page with every block replaced."""
-    for name, make in blocks().items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        if pattern.search(text):
-            made = make()
-            text = pattern.sub(lambda m, made=made: f"{m[1]}{made}{m[2]}", text)
-    return text
+def page(text: str) -> str:
+    """A page with every block made again."""
+    return filled(text, blocks())
 
 
 def main() -> None:
@@ -270,7 +265,7 @@ def main() -> None:
             shutil.copy(lab / "moved.jsonl", RECORDS)
     for path in (PAGE, README):
         with replacing(path) as temporary:
-            temporary.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+            temporary.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Seed:
                 found = train.supervised(self.bench, rows, self.bench.plan.expert_steps, self.seed)
             return found, dict(cost)
 
-        return {d: self.weights(f"expert {d}", lambda d=d: make(d))[0] for d in self.bench.domains}
+        return {d: self.weights(f"expert {d}", partial(make, d))[0] for d in self.bench.domains}
 
     @cached_property
     def judge(self) -> Judge:
@@ -325,6 +325,9 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
             lambda s: partial(getattr(s, kind.replace("-", "_")), teacher, count, **more),
         )
 
+    def answers(*given: Any) -> Callable[[Seed], Part]:
+        return lambda seed: partial(seed.answers, *given)
+
     first, others = (0,), (1, 2)
     for numbers in (first, others):
         add("fundamentals", numbers, lambda s: s.fundamentals)
@@ -350,9 +353,9 @@ def parts(seeds: Mapping[int, Seed]) -> list[tuple[str, Part]]:
     selection = masks.replace("masks", "selection")
     asked = ("base", "expert sql", "task arithmetic", masks, selection, "fine-tuning by answers, 100 rows")
     for model in asked:
-        add(f"answers of {model}, sql", first, lambda s, m=model: partial(s.answers, m, "sql", "text", 48))
+        add(f"answers of {model}, sql", first, answers(model, "sql", "text", 48))
     for model in ("base", "expert math", *asked[2:]):
-        add(f"answers of {model}, math", first, lambda s, m=model: partial(s.answers, m, "math", "number", 160))
+        add(f"answers of {model}, math", first, answers(model, "math", "number", 160))
     for count in (300,):
         learning(first, "masks", "expert", count)
         learning(first, "fine-tuning", "answers", count)
