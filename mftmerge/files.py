@@ -65,6 +65,7 @@ def writing(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a name beside `path`, with its ending, to write to; the file takes its name when the block ends well."""
     path = Path(path)
+    _refuse_special(path)
     beside = temporary(path)
     try:
         with writing(path):
@@ -94,11 +95,29 @@ def refuse_existing(path: str | Path, overwrite: bool, inputs: Iterable[object] 
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a directory; give the name of a file")
+    _refuse_special(path)
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give another path or --overwrite")
     protect(path, inputs, directory=False)
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no directory {path.parent}; make it first")
+
+
+def refuse_outputs(paths: Iterable[str | Path | None], overwrite: bool, inputs: Iterable[object] = ()) -> None:
+    """`refuse_existing` for every output file of one command that is wanted, and BadInput for one file named twice."""
+    inputs, seen = list(inputs), set[Path]()
+    for path in paths:
+        if path is not None:
+            refuse_existing(path, overwrite, inputs)
+            if (place := Path(path).resolve()) in seen:
+                raise BadInput(f"{path}: two outputs would be written here; give each its own name")
+            seen.add(place)
+
+
+def _refuse_special(path: Path) -> None:
+    """A pipe or a device cannot be written whole or not at all, and must not be replaced by a file of its name."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise BadInput(f"{path}: is a device or a pipe; give the name of a file")
 
 
 def protect(out: str | Path, inputs: Iterable[object], *, directory: bool = True) -> None:

@@ -21,7 +21,7 @@ from mftmerge import bits, matching, rice
 from mftmerge.apply import companion_files
 from mftmerge.checkpoint import Checkpoint, TensorEntry, fingerprint_of, resolve
 from mftmerge.errors import BadInput, shown
-from mftmerge.files import open_new, protect, write_at
+from mftmerge.files import open_new, protect, refuse_existing, write_at
 from mftmerge.mask import Mask
 from mftmerge.outputdirectory import OutputDirectory
 from mftmerge.patchfile import Change, Header, Patch
@@ -287,14 +287,20 @@ def apply_patch(
     """Write to the directory `out` what `checkpoint` becomes by a patch; returns the names of the tensors that changed.
 
     undo: lead back. base, delta_base: for a patch without values, the model that its masks share and what dropped
-    weights return to. reverse: write there the patch that leads back from such a patch.
+    weights return to. reverse: write there the patch that leads back from such a patch. overwrite: replace what is at
+    `out`, and at `reverse`.
     Raises BadInput, with nothing written, where the checkpoint is not the one that the patch was made for.
     """
     source, receiver = Checkpoint.open(resolve(checkpoint)), Receiver.of(patch, base, delta_base, undo=undo)
     if reverse is not None and receiver.reverse is None:
         raise BadInput("--reverse is for patches without values; this one leads back itself (undo)")
     target = Path(os.path.abspath(Path(out).expanduser()))
-    protect(target, (source.path, base, delta_base, patch if isinstance(patch, str | Path) else None))
+    inputs = (source.path, base, delta_base, patch if isinstance(patch, str | Path) else None)
+    protect(target, inputs)
+    if reverse is not None:
+        refuse_existing(reverse, overwrite, inputs)
+        if target in Path(os.path.abspath(Path(reverse).expanduser())).parents:
+            raise BadInput(f"{reverse}: lies in {target}, which is replaced; write the reverse patch beside it")
     names = sorted(receiver.patch.header.tensors)
     for name in names:
         source.entry(name)

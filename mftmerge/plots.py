@@ -21,14 +21,11 @@ KINDS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vPX*"  # lines and points are told apart by more than colour
 
 
-def check(path: str | Path, inputs: Iterable[object] = ()) -> None:
-    """Raise BadInput where a picture cannot be written: another ending than .png, .svg or .pdf, no directory, an input.
-
-    A picture that is there is replaced, as matplotlib does.
-    """
+def check(path: str | Path, inputs: Iterable[object] = (), *, overwrite: bool = False) -> None:
+    """Raise BadInput where no picture can be written: another ending than .png, .svg or .pdf, or `refuse_existing`."""
     if Path(path).suffix.lower() not in KINDS:
         raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
-    refuse_existing(path, overwrite=True, inputs=inputs)
+    refuse_existing(path, overwrite, inputs)
 
 
 def labels(names: Iterable[object]) -> list[str]:
@@ -37,10 +34,13 @@ def labels(names: Iterable[object]) -> list[str]:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as .png, .svg or .pdf, whole or not at all. Raises BadInput for another ending."""
+    """Write a figure as .png, .svg or .pdf, whole or not at all. Raises BadInput for another ending.
+
+    A picture that is there is replaced, as matplotlib does; a command asks first, by `check`.
+    """
     from matplotlib.text import Text
 
-    check(path)
+    check(path, overwrite=True)
     path = Path(path)
     for text in figure.findobj(Text):
         if isinstance(text, Text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -126,14 +127,14 @@ VALUES = {
         --weights 1,1 | --set x | --set nothing=1 | --set =
     """,
     "apply": "--base absent/model/path | --base ./one\ntwo",
-    "build": "--seed x | --device \x1b[31mnothing",
+    "build": "--seed x | --device \x1b[31mnothing | --device xpu | --device mps",
     "export": "--verify=maybe",
     "eval": """
         --limit 0 | --limit -1 | --limit x | --max-length 1 | --bootstrap -1 | --dtype x | --device nothing |
         --reference nothing | --exact x | --exact nothing=text | --exact rows=nothing | --exact rows=re:( |
         --batch-tokens 0 | --max-new-tokens 0 | --lm-eval-limit 0 | --out nowhere/x.json | --markdown
-        nowhere/x.md | --plot nowhere/x.png | --plot x.nothing | --out . | --mask absent.mask | --data
-        absent.jsonl
+        nowhere/x.md | --plot nowhere/x.png | --plot x.nothing | --plot p.png --markdown ./p.png | --out . |
+        --mask absent.mask | --data absent.jsonl
     """,
     "diff-mask": """
         --keep 2 | --keep nan | --keep x | --keep -1 | --method nothing | --method tall | --lambda nan --method
@@ -143,7 +144,7 @@ VALUES = {
     "push": "--dry-run=maybe",
     "quickstart": "--seed x | --tiny --model m",
     "inspect": "--plot nowhere/x.png | --plot x.nothing",
-    "compare": "--plot nowhere/x.png | --plot x.nothing",
+    "compare": "--plot nowhere/x.png | --plot x.nothing | --plot x.png --conflict-plot x.png",
     "choose": "--limit 0 | --dtype x | --device nothing | --try nothing | --try vote@2 | --data c=c.jsonl",
     "sweep": "--markdown nowhere/x.md | --markdown .",
 }
@@ -177,6 +178,30 @@ def test_places_that_cannot_be_written(inputs: Inputs, refused: Refused, command
 def test_outputs_that_are_there_stay(inputs: Inputs, refused: Refused, command: str, slot: str) -> None:
     existing = inputs.here / ("b.mask" if slot.endswith(".mask") else "train.yml" if "." in slot else "tuned")
     assert existing.name in refused(command_line(command, inputs.here, inputs.place, **{slot: str(existing)}))
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_a_picture_that_is_there_stays(inputs: Inputs, refused: Refused, command: str) -> None:
+    picture = inputs.here / "there.png"
+    picture.write_bytes(b"mine")
+    good = command_line(command, inputs.here, inputs.place)
+    assert "--overwrite" in refused([*good, "--plot", str(picture)])
+    assert picture.read_bytes() == b"mine"
+    with pytest.raises(SystemExit) as ended:
+        main([*good, "--plot", str(picture), "--overwrite"])
+    assert ended.value.code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("command", "slot"), [o for o in OUTPUTS if "." in o[1]])
+def test_a_pipe_or_device_is_not_replaced(inputs: Inputs, refused: Refused, command: str, slot: str) -> None:
+    pipe = inputs.here / f"pipe-{slot}"
+    os.mkfifo(pipe)
+    for more in ([], ["--overwrite"]):
+        line = [*command_line(command, inputs.here, inputs.place, **{slot: str(pipe)}), *more]
+        assert pipe.name in refused(line)
+    assert pipe.is_fifo()
+    pipe.unlink()
 
 
 @pytest.mark.parametrize("command", ["apply", "build", "export"])

@@ -272,7 +272,7 @@ def test_pictures_do_not_replace_masks(tmp_path: Path, capsys: pytest.CaptureFix
     for name in ("a.png", "b.svg"):
         Mask.from_bools({"w": np.arange(8) < 4}).save(tmp_path / name)
     a, b = str(tmp_path / "a.png"), str(tmp_path / "b.svg")
-    for command in (["inspect", a, "--plot", a], ["compare", a, b, "--plot", b]):
+    for command in (["inspect", a, "--plot", a, "--overwrite"], ["compare", a, b, "--plot", b, "--overwrite"]):
         with pytest.raises(SystemExit) as ended:
             main(command)
         assert ended.value.code == 2

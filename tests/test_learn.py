@@ -369,6 +369,27 @@ def test_an_open_mask_is_no_mask_to_build_with(kitchen: Callable[..., Path], tmp
             work(recipe, tmp_path / "out")
 
 
+@pytest.mark.parametrize("place", ["the result", "the base", "a slice"])
+def test_an_open_mask_anywhere_is_said(kitchen: Callable[..., Path], tmp_path: Path, place: str) -> None:
+    """Files are looked at as well: there is no mask yet that could fit or not."""
+    folder, learn = kitchen(), {"learn": {"data": "rows.jsonl"}}
+
+    def change(data: dict[str, Any]) -> None:
+        for item in data["models"]:
+            item.pop("mask")
+        if place == "the result":
+            data["mask"] = learn
+        elif place == "the base":
+            data["base_model"] = {"model": data["base_model"], "mask": learn}
+        else:
+            source = {"model": data["base_model"], "layer_range": [0, 2], "mask": learn}
+            data.clear()
+            data |= {"merge_method": "passthrough", "slices": [{"sources": [source]}]}
+
+    with pytest.raises(BadInput, match="a mask is still to be learnt"):
+        build(changed_recipe(folder, tmp_path, change), tmp_path / "out")
+
+
 def test_a_missing_chat_template_is_said(kitchen: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "kitchen"
     shutil.copytree(kitchen(), folder)

@@ -35,6 +35,24 @@ def equal(a: Path, b: Path) -> bool:
     )
 
 
+def test_the_reverse_patch_is_no_input_and_not_in_the_output(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, file = tiny("llama"), tmp_path / "p.safetensors"
+    mask_patch(model, None, random_mask(model, 1, 0.9), values=False).save(file)
+    base = shutil.copytree(model, tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    before = {p: p.read_bytes() for p in (base / "model.safetensors", file)}
+    for reverse, words in (
+        (base / "model.safetensors", "input"),
+        (file, "input"),
+        (tmp_path / "out" / "back.safetensors", "lies in"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            apply_patch(file, model, tmp_path / "out", base=base, reverse=reverse, overwrite=True)
+    assert before == {p: p.read_bytes() for p in before}
+
+
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

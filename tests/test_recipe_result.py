@@ -435,6 +435,34 @@ tokenizer_source: model:models/math
     assert [n.split(":")[0] for n in report.notes] == ["line 5", "line 6", "line 9", "line 10"]
 
 
+def test_import_removes_what_mergekit_ignores_in_a_rule(tmp_path: Path) -> None:
+    text = """
+merge_method: linear
+models:
+  - model: models/math
+    parameters:
+      weight:
+        - filter: mlp  # the first
+          value: 1
+          note: strong
+        - {value: 2, note: weak}
+parameters:
+  normalize: {value: true, note: all}
+"""
+    report = import_recipe(written(text, tmp_path / "r.yml"))
+    assert "# the first" in report.text
+    found = yaml.safe_load(report.text)
+    assert found["models"][0]["parameters"]["weight"] == [{"filter": "mlp", "value": 1}, {"value": 2}]
+    assert found["parameters"] == {"normalize": {"value": True}}
+    assert sorted(n.split(":")[0] for n in report.notes) == ["line 10", "line 12", "line 9"]
+
+
+@pytest.mark.parametrize("value", ["{value: 1}", "[{value: 1}]", "[1, [2]]", "[]", "[null]"])
+def test_what_a_rule_gives_is_a_number_or_numbers(tmp_path: Path, value: str) -> None:
+    text = f"merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight:\n    - value: {value}\n"
+    assert "value: is a number or a list of numbers" in fault(text, tmp_path)
+
+
 @pytest.mark.parametrize(("key", "tool"), [("experts", "mergekit-moe"), ("genome", "mergekit-evolve")])
 def test_files_of_other_tools_are_named(key: str, tool: str, tmp_path: Path) -> None:
     text = f"base_model: a\n{key}: []\n"

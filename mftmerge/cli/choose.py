@@ -12,7 +12,7 @@ from mftmerge.cli.progress import shown_progress
 from mftmerge.cli.reporting import print_json, quiet, say
 from mftmerge.evaluate.measures import Measuring, Opening
 from mftmerge.evaluate.searchsettings import SearchSettings
-from mftmerge.files import refuse_existing
+from mftmerge.files import refuse_outputs
 
 
 @options(opening=Opening, measuring=Measuring, given=SearchSettings)
@@ -58,8 +58,7 @@ def command(
     ... --search 20 also measures 20 combinations that optuna proposes, predictions as its guide
     """
     own, rows = named(masks, "masks"), named(data, "--data")
-    if results is not None:
-        refuse_existing(results, overwrite, (own, rows, out))
+    refuse_outputs((out, results), overwrite, (own, rows))
 
     from rich.console import Console
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mftmerge.cli.options import MASKS, files
+from mftmerge.cli.options import MASKS, ReplacePictures, files
 from mftmerge.cli.reporting import print_json, print_table, say
 from mftmerge.errors import BadInput
 from mftmerge.names import layer_name, layer_of
@@ -32,6 +32,7 @@ def command(
     conflict_plot: Annotated[
         Path | None, typer.Option(help="Write a map of opposed evidence, layers by modules, for each pair.")
     ] = None,
+    overwrite: ReplacePictures = False,
 ) -> None:
     """Compare masks pairwise: overlap (Jaccard) of what they prune and agreement, against two baselines.
 
@@ -47,13 +48,15 @@ def command(
     """
     from mftmerge import conflict, plots
     from mftmerge.checkpoint import resolve
+    from mftmerge.files import refuse_outputs
     from mftmerge.mask import Mask
     from mftmerge.overlap import compare
     from mftmerge.overlap import picture as picture_of
 
     for picture in (plot, conflict_plot):
         if picture is not None:
-            plots.check(picture, [*masks, base])
+            plots.check(picture, overwrite=overwrite)
+    refuse_outputs((plot, conflict_plot), overwrite, (masks, base))
     if base is not None:
         if plot is not None:
             raise BadInput("--plot shows the overlap of masks; with --base give --conflict-plot")

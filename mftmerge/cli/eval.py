@@ -49,16 +49,14 @@ def command(
     \b
     mftmerge eval --model fft --mask math.mask --mask code.mask --data math=math.jsonl --data code=code.jsonl
     """
-    from mftmerge.files import refuse_existing
+    from mftmerge.files import refuse_outputs
     from mftmerge.plots import check
 
     domains = named([*data, *(more or [])], "--data")
     inputs = named(models, "--model"), named(masks, "--mask"), domains
-    for path in (out, markdown, plot):
-        if path is not None:
-            refuse_existing(path, overwrite, inputs)
+    refuse_outputs((out, markdown, plot), overwrite, inputs)
     if plot is not None:
-        check(plot)
+        check(plot, overwrite=overwrite)
     from rich.console import Console
 
     from mftmerge.evaluate.files import evaluate_files

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mftmerge.cli.options import YAML, AsJson, MaskFile
+from mftmerge.cli.options import YAML, AsJson, MaskFile, ReplacePictures
 from mftmerge.cli.reporting import print_json, print_table, say
+from mftmerge.errors import BadInput
 from mftmerge.names import layer_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture of what training changed, by layer and module.")
     ] = None,
+    overwrite: ReplacePictures = False,
 ) -> None:
     """Show a mask's size, density by layer and module, provenance and family tree; checks every bit on the way.
 
@@ -34,6 +36,8 @@ def command(
       mftmerge inspect learnt/recipe.yml
     """
     if mask.suffix in YAML:
+        if plot is not None:
+            raise BadInput("--plot shows what is in a mask; a recipe has none")
         _parents(mask, as_json)
         return
     from mftmerge import inspection
@@ -41,7 +45,7 @@ def command(
     if plot is not None:
         from mftmerge import plots
 
-        plots.check(plot, [mask])
+        plots.check(plot, [mask], overwrite=overwrite)
     found = inspection.inspect(mask)
     if plot is not None:
         from mftmerge.mask import Mask

@@ -218,7 +218,8 @@ def _unexpected(error: BaseException) -> str:
     """A line for an error that nobody caught: in the user's terms where its class tells, else as a fault of ours."""
     text = " ".join(str(error).split())
     kinds = type(error).__mro__
-    for name in (*(k.__name__ for k in kinds), *(k.__module__.partition(".")[0] for k in kinds)):
+    libraries = (k.__module__.partition(".")[0].rstrip("0123456789") for k in kinds)  # httpx2 is httpx
+    for name in (*(k.__name__ for k in kinds), *libraries):
         if said := KNOWN.get(name):
             return f"{said}{f': {text}' if text else ''}; --debug shows where"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"

@@ -57,6 +57,7 @@ def words(*known: str) -> Completion:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
+ReplacePictures = Annotated[bool, typer.Option("--overwrite", help="Replace a picture that is there.")]
 Archive = Annotated[bool, typer.Option("--archive", help="Compress the result (about half the size).")]
 MaskOut = Annotated[Path, typer.Option("--out", "-o", help="The mask file to write.")]
 ModelOut = Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")]

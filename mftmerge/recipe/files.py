@@ -177,6 +177,8 @@ class FileChecks:
     def _mask(
         self, where: Location, use: MaskUse, model: Checkpoint | None, whose: str
     ) -> Iterator[tuple[Location, str]]:
+        if use.learn:
+            return  # there is none yet; `openmasks` says what is wrong with that
         label = self.book.label(use)
         try:
             mask = self.book.evaluate(use)

@@ -67,6 +67,10 @@ def import_recipe(config: str | Path, *, folder: Path | None = None) -> ImportRe
 def _clean(data: Any, lines: Lines, config: Path) -> tuple[object, Document, list[str], list[tuple[int, str]]]:
     """The document less the keys and parameters that mergekit passes over, checked; a note and the line of each."""
     data, notes, edits = copy.deepcopy(data), [], []
+    for where, key, rule in _stray_keys(data):
+        del rule[key]
+        notes.append(f"line {lines.at(where)}: unknown key {key!r} in a rule: removed, mergekit ignores it")
+        edits.append((lines.at(where), key))
     for _ in range(100):  # each round removes keys at one depth
         try:
             document = Document.model_validate(data)
@@ -133,6 +137,17 @@ def _remove(data: Any, location: tuple[Any, ...]) -> None:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
     data.pop(location[-1], None)
+
+
+def _stray_keys(data: object) -> list[tuple[Location, str, dict[str, object]]]:
+    """Keys of the rules of parameters, [{filter, value}] or one of them, that are neither: place, key, and rule."""
+    rules: list[tuple[Location, object]] = []
+    for where, settings in _parameter_tables(data, ()):
+        for name, value in settings.items():
+            several = enumerate(value) if isinstance(value, list) else ()
+            rules += [((*where, name), value), *(((*where, name, i), rule) for i, rule in several)]
+    found = [(where, rule) for where, rule in rules if isinstance(rule, dict)]
+    return [((*where, key), key, rule) for where, rule in found for key in rule if key not in ("filter", "value")]
 
 
 def _parameter_tables(data: object, where: Location) -> list[tuple[Location, dict[str, object]]]:

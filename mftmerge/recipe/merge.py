@@ -71,7 +71,7 @@ def merge(
 
     book: the document's masks; work: a scratch directory; tensors: the result's, as planned; stages:
     directories of earlier documents by name.
-    Raises MftmergeError for mergekit's own failures.
+    Raises MftmergeError for mergekit's own failures, BadInput for a device that this machine does not have.
     """
     register()
     remember()
@@ -82,7 +82,7 @@ def merge(
         quiet=True,
         write_model_card=False,
         random_seed=settings.seed,
-        device="cuda" if settings.cuda else settings.device,
+        device=_device(settings),
     )
     inputs = MaskedInputs(document, book, stages or {}, work, options)
     with quiet():
@@ -96,6 +96,15 @@ def merge(
             if isinstance(e, MftmergeError) or full:
                 raise
             raise MftmergeError(f"mergekit: {' '.join(str(e).split())}") from e
+
+
+def _device(settings: BuildSettings) -> str:
+    name = "cuda" if settings.cuda else settings.device
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # of a build of torch without CUDA: the second
+        raise BadInput(f"--device {name}: {' '.join(str(e).split())[:200]}") from None
+    return name
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def _setting(value: Any) -> Any:
             raise ValueError("each rule of a parameter needs value: and may have filter:")
         if unknown := set(rule) - {"filter", "value"}:
             raise ValueError(f"unknown key {sorted(map(str, unknown))[0]!r} in a rule; a rule has filter: and value:")
-        if isinstance(rule["value"], dict) or (isinstance(rule["value"], list) and not rule["value"]):
+        values = rule["value"] if isinstance(rule["value"], list) else [rule["value"]]
+        if not values or not all(isinstance(v, scalar) for v in values):
             raise ValueError("value: is a number or a list of numbers")
         if not isinstance(rule.get("filter", ""), str):
             raise ValueError("filter: is a part of a tensor name")
