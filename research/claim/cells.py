@@ -15,7 +15,7 @@ RATE = 2 * TRAVEL / STEPS
 def cells(before: str) -> list[Cell]:
     """What is trained. A mask of four layers takes 1.77 MB, as LoRA of rank 21 does in 16 bits.
 
-    Archived it takes 0.85 MB, as LoRA of rank 10 does.
+    Archived it takes 0.85 MB, as LoRA of rank 10 does. Over all thirty layers LoRA of rank 3 takes 1.90 MB.
     """
     return [
         Cell("mask", lr=RATE),
@@ -30,6 +30,7 @@ def cells(before: str) -> list[Cell]:
         Cell("weights 3e-5", "weights", lr=3e-5),
         Cell("lora of equal bytes, 3e-3", "lora", lr=3e-3, rank=21),
         Cell("lora of the archive's bytes, 3e-3", "lora", lr=3e-3, rank=10),
+        Cell("lora of rank 3, 1e-3", "lora", lr=1e-3, rank=3),
         Cell("paper's start", lr=2 * 0.0187 / STEPS, init="normal"),
         Cell("mask, keep 0.95", lr=RATE, keep=0.95),
         Cell("mask, keep 0.99", lr=RATE / 10, keep=0.99),

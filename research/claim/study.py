@@ -62,7 +62,7 @@ PARTS = [
     Part("wikisql over-trained-seed0", "wikisql", state="-over"),
     Part("wikisql new rows-seed0", "wikisql", (MASK, *HIGHER), answers=("test",), tested=TESTED, learnt="new"),
     Part("wikisql other settings-seed0", "wikisql", (MASK, *OTHERS, "lora of the archive's bytes, 3e-3")),
-    Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5", *LORAS), layers="0-29"),
+    Part("wikisql all layers-seed0", "wikisql", (MASK, "weights 3e-5", *LORAS, "lora of rank 3, 1e-3"), layers="0-29"),
     Part("wikisql paper's layers-seed0", "wikisql", ("paper's start", MASK), layers="0-7,19-22"),
 ]
 OVER = 80  # steps past the end of a run, for the over-trained base: another pass over its rows
