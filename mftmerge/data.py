@@ -14,20 +14,20 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftmerge.chat import IGNORE, Chat, Tokens, coded, labelled
 from mftmerge.errors import BadInput
 from mftmerge.rowfiles import raw_rows
+from mftmerge.rowshapes import Row, known_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORE", "Row", "Tokens", "digest", "load_rows", "mix", "require_disjoint", "row_digest", "tokenize"]
 
-Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ def load_rows(
     rows, bad = list[Row](), list[str]()
     for where, raw in raw_rows(source, split):
         try:
-            row = _Placed(_checked(_renamed(raw, columns or {}, where), where))
+            row = _Placed(_checked(_renamed(raw, columns or {}, where), where, columns or {}))
             row.where = where
             rows.append(row)
         except BadInput as e:
@@ -81,13 +81,16 @@ def _renamed(row: object, columns: Mapping[str, str], where: str) -> object:
     return rest | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _checked(row: object, where: str) -> Row:
-    """The row in one of the three shapes, if it can be brought into one and has something to learn from."""
+def _checked(row: object, where: str, named: Collection[str]) -> Row:
+    """The row in one of the three shapes, if it can be brought into one and has something to learn from.
+
+    named: fields that the user gave columns for.
+    """
     if isinstance(row, BadInput):  # what could not be read as a row
         raise row
     if not isinstance(row, Mapping):
         raise BadInput(f"{where}: a row must be an object with messages, prompt and completion, or text")
-    row = _known_shape(dict(row), where)
+    row = known_shape(dict(row), where, named)
     row |= _for_template(row, where)
     if "messages" in row:
         _check_messages(row["messages"], where)
@@ -103,7 +106,10 @@ def _checked(row: object, where: str) -> Row:
     elif "text" in row:
         said = [{"role": "assistant", "content": row["text"]}]
     else:
-        raise BadInput(f"{where}: a row needs messages, prompt and completion, or text; this one has {sorted(row)}")
+        raise BadInput(
+            f"{where}: a row needs messages, prompt and completion, or text; this one has {sorted(row)} "
+            "(other names: --columns prompt=NAME --columns completion=NAME)"
+        )
     if not any(_says_something(m) for m in said if m["role"] == "assistant" and m.get("weight", 1) != 0):
         raise BadInput(f"{where}: no assistant text to learn from; fill it in or remove the row")
     return row
@@ -127,40 +133,6 @@ def _for_template(row: Row, where: str) -> Row:
     return found
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-ROLES |= {"system": "system", "tool": "tool", "function_call": "assistant", "observation": "tool"}
-
-
-def _known_shape(row: Row, where: str) -> Row:
-    """Rows as other tools write them: ShareGPT's conversations, Alpaca's columns, the chosen side of a preference."""
-    if "messages" in row or "completion" in row or "text" in row:
-        return row
-    rest = {k: row[k] for k in ("tools", "chat_template_kwargs", "tests", "tables") if k in row}
-    if isinstance(turns := row.get("conversations"), list):
-        messages = []
-        for turn in turns:
-            who = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
-            if not isinstance(who, str) or who not in ROLES:
-                raise BadInput(
-                    f"{where}: conversations need turns with from and value; {str(who)[:40]!r} is no speaker"
-                )
-            messages.append({"role": ROLES[who], "content": turn.get("value", turn.get("content"))})
-        return rest | {"messages": messages}
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        asked = "\n\n".join(t for t in (row["instruction"], row.get("input")) if isinstance(t, str) and t.strip())
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        if not system:
-            return rest | {"prompt": asked, "completion": row["output"]}
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-        return rest | {"messages": [*system, *turns]}
-    if "chosen" in row:
-        if isinstance(row["chosen"], str):
-            return rest | {"prompt": row.get("prompt", ""), "completion": row["chosen"]}
-        before = row.get("prompt")
-        return rest | ({"prompt": before, "completion": row["chosen"]} if before else {"messages": row["chosen"]})
-    return row
-
-
 def _says_something(message: Mapping[str, object]) -> bool:
     """Whether an assistant's message has a text or a call to learn."""
     content = message.get("content")
@@ -180,7 +152,7 @@ def _check_messages(messages: Any, where: str) -> None:
             raise BadInput(f"{where}: message {number}: tool_calls must be a list of objects")
         if any(not isinstance(c.get("function") or {}, Mapping) for c in calls or ()):
             raise BadInput(f"{where}: message {number}: the function of a tool call must be an object")
-        if not isinstance(message.get("weight", 1), int | float):
+        if not isinstance(message.get("weight"), int | float | None):  # tables have every field in every turn
             raise BadInput(f"{where}: message {number}: weight must be a number")
         if content is None and (message.get("tool_calls") or message["role"] != "user"):
             continue
@@ -229,7 +201,7 @@ def _tokenize_one(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> T
     chat = Chat(tokenizer, where, row.get("tools"), row.get("chat_template_kwargs"))
     if "messages" in row:
         return chat.tokens(row["messages"])
-    if "prompt" not in row:
+    if "completion" not in row:
         return _joined("", row["text"], tokenizer)
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str):
@@ -278,14 +250,25 @@ def mix(parts: Sequence[Sequence[Row]], weights: Sequence[float] | None, seed: i
 def row_digest(row: Row) -> str:
     """Hash of what a row says, whatever its shape, other fields and white space."""
     if "messages" in row:
-        said = [m["content"] for m in row["messages"]]
-    elif "prompt" in row:
+        said = [_said(m) for m in row["messages"]]
+    elif "completion" in row:
         parts = (row["prompt"], row["completion"])
-        said = [m if isinstance(m, str) else m["content"] for p in parts for m in ([p] if isinstance(p, str) else p)]
+        said = [_said(m) for p in parts for m in ([p] if isinstance(p, str) else p)]
     else:
         said = [row["text"]]
-    text = "\0".join(" ".join(str(s).split()) for s in said)
+    text = "\0".join(" ".join(s.split()) for s in said)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _said(message: str | Mapping[str, Any]) -> str:
+    """What a message says: its text, or that of its parts, and the calls it makes."""
+    if isinstance(message, str):
+        return message
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(str(p.get("text", p)) for p in content)
+    calls = [c.get("function") or c for c in message.get("tool_calls") or ()]
+    return content + "".join(json.dumps(c, sort_keys=True, default=str) for c in calls)
 
 
 def require_disjoint(parts: Mapping[str, Sequence[Row]]) -> None:

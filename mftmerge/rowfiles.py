@@ -26,6 +26,8 @@ Placed = Iterator[tuple[str, Any]]  # (place, row, or the BadInput that says why
 TEXTS, TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv", ".parquet", ".arrow")
 ENDINGS = (*TEXTS, *TABLES, *(f"{e}.gz" for e in (*TEXTS, ".csv", ".tsv")))
 RANGE = re.compile(r"(.+?)\[(-?\d*):(-?\d*)\]")
+TEXTUAL = ("prompt", "completion", "chosen")  # columns of texts, or of conversations
+LISTED = ("messages", "conversations", "conversation", "tools", "history", *TEXTUAL)
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` of datasets leaves in a directory
 
 
@@ -184,13 +186,15 @@ def _csv(path: Path, delimiter: str) -> Placed:
 
 
 def _cell(name: str, value: str) -> object:
-    """A cell; conversations stand in tables as JSON."""
-    if name in ("messages", "conversations", "tools", "chosen") and value.lstrip().startswith(("[", "{")):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+    """A cell; conversations stand in tables as JSON, whose text is not what is to be learnt."""
+    if name not in LISTED or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    turns = isinstance(found, list) and found and all(isinstance(t, dict) and {"role", "from"} & {*t} for t in found)
+    return found if turns or name not in TEXTUAL else value  # an answer in JSON is one all the same
 
 
 def _numbered(what: str, rows: Any) -> Placed:

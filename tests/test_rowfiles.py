@@ -88,6 +88,13 @@ def test_conversations_in_tables(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "a.tsv").write_text("messages\n" + json.dumps(talk) + "\n")
     assert data.load_rows(tmp_path / "a.tsv") == [{"messages": talk}]
+    for answer in (talk[1:], '[{"red": 1}]'):  # an answer that is JSON stays text
+        asked = talk[:1] if isinstance(answer, list) else "q"
+        cells = [c if isinstance(c, str) else json.dumps(c) for c in (asked, answer)]
+        (tmp_path / "b.tsv").write_text(
+            "prompt\tcompletion\n" + "\t".join('"' + c.replace('"', '""') + '"' for c in cells) + "\n"
+        )
+        assert data.load_rows(tmp_path / "b.tsv") == [{"prompt": asked, "completion": answer}]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,138 @@ def test_prompt_and_completion_become_turns_or_plain_text(tokenizer: Any) -> Non
     assert learnt(plain, text) == "all of it<|im_end|>"
 
 
+Q, A = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TRANSCRIPT = "\n\nHuman: zero?\n\nAssistant: zero.\n\nHuman: one?\n\nAssistant:"
+PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
+    # rows as they are published -> the turns before the answer "two.", which alone is learnt
+    "tatsu-lab/alpaca": ({"instruction": "one?", "input": "", "output": "two.", "text": "### one? ### two."}, [Q]),
+    "yahma/alpaca-cleaned": ({"instruction": "one?", "input": "", "output": "two."}, [Q]),
+    "alpaca with a prompt that holds all": ({"instruction": "one?", "output": "two.", "prompt": "one? two."}, [Q]),
+    "alpaca with turns": (
+        {"instruction": "one?", "output": "two.", "history": [["zero?", "zero."]], "system": "Be brief."},
+        [SYSTEM, {"role": "user", "content": "zero?"}, {"role": "assistant", "content": "zero."}, Q],
+    ),
+    "code_alpaca": ({"instruction": "one", "input": "more?", "output": "two."}, [{**Q, "content": "one\n\nmore?"}]),
+    "databricks-dolly-15k": (
+        {"instruction": "one?", "context": "This.", "response": "two.", "category": "open_qa"},
+        [{**Q, "content": "one?\n\nThis."}],
+    ),
+    "gsm8k": ({"question": "one?", "answer": "two."}, [Q]),
+    "sql-create-context": (
+        {"question": "one?", "context": "CREATE", "answer": "two."},
+        [{**Q, "content": "one?\n\nCREATE"}],
+    ),
+    "MetaMathQA": ({"query": "one?", "response": "two.", "original_question": "one", "type": "x"}, [Q]),
+    "MATH": ({"problem": "one?", "solution": "two.", "answer": "2", "level": "1"}, [Q]),
+    "OpenOrca": ({"id": "1", "system_prompt": "Be brief.", "question": "one?", "response": "two."}, [SYSTEM, Q]),
+    "HelpSteer2": ({"prompt": "one?", "response": "two.", "helpfulness": 4}, [Q]),
+    "Tulu": ({"messages": [Q, A], "source": "x"}, [Q]),
+    "ultrachat_200k": ({"prompt": "one?", "prompt_id": "1", "messages": [Q, A]}, [Q]),
+    "OpenHermes-2.5": (
+        {
+            "conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}],
+            "system_prompt": None,
+        },
+        [Q],
+    ),
+    "OpenThoughts": (
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "user", "value": "one?"}, {"from": "assistant", "value": "two."}],
+        },
+        [SYSTEM, Q],
+    ),
+    "SlimOrca": (
+        {
+            "conversations": [
+                {"from": "human", "value": "zero?", "weight": None},
+                {"from": "gpt", "value": "zero.", "weight": 0.0},
+                {"from": "human", "value": "one?", "weight": None},
+                {"from": "gpt", "value": "two.", "weight": 1.0},
+            ]
+        },
+        [{"role": "user", "content": "zero?"}, {"role": "assistant", "content": "zero."}, Q],
+    ),
+    "WildChat": ({"conversation": [Q, A], "model": "x"}, [Q]),
+    "conversations beside their text": (
+        {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two."}], "text": "one? two."},
+        [Q],
+    ),
+    "hh-rlhf": (
+        {"chosen": TRANSCRIPT + " two.", "rejected": TRANSCRIPT + " three."},
+        [{"role": "user", "content": "zero?"}, {"role": "assistant", "content": "zero."}, Q],
+    ),
+    "hh-rlhf with prompts": (
+        {"prompt": "\n\nHuman: one?\n\nAssistant:", "chosen": "\n\nHuman: one?\n\nAssistant: two."},
+        [Q],
+    ),
+    "ultrafeedback_binarized": ({"prompt": "one?", "chosen": [Q, A], "rejected": [Q, A]}, [Q]),
+    "argilla/dpo-mix-7k": ({"dataset": "x", "chosen": [Q, A], "rejected": [Q, A]}, [Q]),
+    "prompt and chosen as lists, both whole": ({"prompt": [Q], "chosen": [Q, A], "rejected": [Q, A]}, [Q]),
+    "the system's turn in the prompt alone": ({"prompt": [SYSTEM, Q], "chosen": [Q, A]}, [SYSTEM, Q]),
+    "the system's turn in the chosen alone": ({"prompt": [Q], "chosen": [SYSTEM, Q, A]}, [SYSTEM, Q]),
+    "prompt as text, chosen the answer as a turn": ({"prompt": "one?", "chosen": [A], "rejected": [A]}, [Q]),
+    "prompt as turns, chosen as text": ({"prompt": [Q], "chosen": "two.", "rejected": "three."}, [Q]),
+    "orca_dpo_pairs": (
+        {"system": "Be brief.", "question": "one?", "chosen": "two.", "rejected": "three."},
+        [SYSTEM, Q],
+    ),
+    "distilabel-intel-orca": ({"system": "", "input": "one?", "chosen": "two.", "rejected": "three."}, [Q]),
+    "LLaMA-Factory's preferences": (
+        {"conversations": [{"from": "human", "value": "one?"}], "chosen": {"from": "gpt", "value": "two."}},
+        [Q],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_published_rows_the_answer_alone_is_learnt(tokenizer: Any, name: str) -> None:
+    row, before = PUBLISHED[name]
+    (tokens,) = data.tokenize(data.load_rows([row]), tokenizer, 512)
+    assert tokenizer.decode(tokens["input_ids"]) == tokenizer.apply_chat_template([*before, A], tokenize=False)
+    assert learnt(tokenizer, tokens) == "two.<|im_end|>"
+
+
+def test_columns_decide_where_a_row_can_be_read_in_several_ways(tokenizer: Any) -> None:
+    alpaca = {"instruction": "one?", "output": "two.", "text": "one? two."}
+    row = {"messages": [Q, A], "question": "one", "answer": "2", "prompt": "p", "text": "t"}
+    for given, columns, expected in (
+        (alpaca, {"text": "text"}, {"text": "one? two."}),
+        (row, {"prompt": "question", "completion": "answer"}, {"prompt": "one", "completion": "2"}),
+        (row, {"completion": "text"}, {"prompt": "p", "completion": "t"}),
+        ({"text": "t", "dialog": [Q, A]}, {"messages": "dialog"}, {"messages": [Q, A]}),
+        ({"prompt": "x", "chosen": [Q, A]}, {"messages": "chosen"}, {"messages": [Q, A]}),
+    ):
+        (found,) = data.load_rows([given], columns=columns)
+        assert {k: found[k] for k in ("messages", "prompt", "completion", "text") if k in found} == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Write.", "text": "It."}, "text and prompt; .*columns prompt=prompt columns completion=text"),
+        ({"text": "Write f.", "code": "def f"}, "has text and code; .*columns prompt=text columns completion=code"),
+        ({"text": "A bill.", "summary": "B."}, "has text and summary; columns text=text learns all"),
+        ({"message_id": "1", "text": "one?", "role": "prompter"}, "text with a role is one message of a conversation"),
+        ({"chosen": "two.", "rejected": "three."}, "no question before it; .*columns prompt=NAME"),
+        ({"chosen": [A]}, "no question before it; .*columns messages=chosen"),
+        ({"prompt": "other", "chosen": [Q, A]}, "does not begin with the question beside it"),
+        ({"prompt": [SYSTEM, {**Q, "content": "other"}], "chosen": [Q, A]}, "does not begin with the question"),
+        ({"chosen": "\n\nHuman: one?\n\nAssistant: two.\n\nHuman: three?"}, "does not end with the assistant"),
+        (
+            {"question": "one?", "context": "x", "answers": {"text": ["two."]}},
+            r"this one has \['answers', 'context', 'question'\]",
+        ),
+        ({"question": "one?", "choices": ["a", "b"], "answer": "a"}, "choices would not be read"),
+        ({"instruction": "one?", "output": "two.", "history": "zero"}, "history must be a list of pairs"),
+    ],
+)
+def test_rows_that_can_be_read_in_two_ways_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=rf"row 1: .*{message}"):
+        data.load_rows([row])
+
+
 def test_a_template_that_rewrites_history_uses_its_marks_or_says_so() -> None:
     tokenizer = tiny_tokenizer()
     rewriting = tokenizer.chat_template.replace(

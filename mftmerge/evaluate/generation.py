@@ -61,7 +61,7 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Quest
         return _of_tokens(row, tokenizer)
     if "messages" in row:
         turns = list(row["messages"])
-    elif "prompt" not in row:
+    elif "completion" not in row:
         raise BadInput(f"{where}: a row of plain text has no question to answer; give prompt/completion or messages")
     elif not isinstance(row["prompt"], str):
         turns = [*row["prompt"], *row["completion"]]
