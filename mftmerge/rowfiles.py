@@ -16,10 +16,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Placed = Iterator[tuple[str, Any]]  # (place, row, or the BadInput that says why it cannot be read as one)
 
@@ -49,7 +52,7 @@ def raw_rows(source: Any, split: str | None = None) -> Placed:
     elif isinstance(source, Iterable):
         for number, item in enumerate(source, 1):
             if isinstance(item, Mapping):
-                yield f"row {number}", item
+                yield f"row {number}", _filled(item)
             elif isinstance(item, str | Path) or hasattr(item, "column_names") or hasattr(item, "columns"):
                 yield from raw_rows(item, split)
             else:
@@ -103,13 +106,16 @@ def _directory(path: Path, split: str | None) -> Placed:
 
 
 def _one_split(dataset: object, split: str | None, what: str) -> object:
-    """The dataset, or that split of it where it has several."""
+    """The dataset, or that split of it where it has several; its rows as Python's own objects."""
     if not isinstance(dataset, Mapping):
-        return dataset
+        form = getattr(dataset, "format", None) or {"type": None}
+        if form["type"] in (None, "custom"):  # a function of the user's own makes its rows
+            return dataset
+        return cast("Dataset", dataset).with_format(None, columns=form["columns"])
     name = split or ("train" if "train" in dataset else next(iter(dataset), ""))
     if name not in dataset or (split is None and name != "train" and len(dataset) > 1):
         raise BadInput(f"{what}: has the splits {', '.join(map(str, dataset))}; name one of them")
-    return dataset[name]
+    return _one_split(dataset[name], None, what)
 
 
 def _file(path: Path) -> Placed:
@@ -204,8 +210,32 @@ def _numbered(what: str, rows: Any) -> Placed:
 def _table(what: str, rows: Any) -> Placed:
     """Rows of a table, in which every row has every column: those without a value are left out."""
     for number, row in enumerate(rows, 1):
-        filled = {k: v for k, v in row.items() if v is not None and v == v} if isinstance(row, Mapping) else row
+        filled = _filled(row) if isinstance(row, Mapping) else row
         yield (f"{what}: row {number}" if what != "row" else f"row {number}"), filled
+
+
+def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the fields that have no value, and without arrays."""
+    return {k: v for k, given in row.items() if not _missing(v := _plain(given))}
+
+
+def _plain(value: Any) -> Any:
+    """A value in Python's own types: data frames hold lists as arrays, formatted datasets tensors too."""
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _missing(value: Any) -> bool:
+    """Whether it is None, or what data frames have in its place: NaN and NaT, and NA, which compares with nothing."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:
+        return True
 
 
 def _parquet(path: Path) -> object:

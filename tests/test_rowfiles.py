@@ -84,6 +84,29 @@ def test_what_programs_hold(tmp_path: Path) -> None:
         data.load_rows(DatasetDict({"a": dataset, "b": dataset}))
 
 
+def test_conversations_in_frames_and_formatted_datasets(tmp_path: Path) -> None:
+    """There lists are arrays, and what has no value is NaN, NaT or NA."""
+    import numpy as np
+    import pandas as pd
+    from datasets import Dataset
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": turns * 2}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    frame = pd.read_parquet(tmp_path / "a.parquet")
+    assert data.load_rows(frame) == rows
+    assert data.load_rows(frame.to_dict("records")) == rows
+    assert data.load_rows([{"messages": np.array(turns), "n": np.int64(1)}]) == [{"messages": turns, "n": 1}]
+    for form in ("numpy", "torch", "pandas", "arrow"):
+        formatted = Dataset.from_list([{**row, "n": 1} for row in rows]).with_format(form, columns=["messages"])
+        assert data.load_rows(formatted) == rows, form
+    formatted.save_to_disk(tmp_path / "saved")
+    assert data.load_rows(tmp_path / "saved") == rows
+    assert data.load_rows(Dataset.from_list(rows).to_iterable_dataset().with_format("numpy")) == rows
+    empty = pd.DataFrame({"prompt": ["q"], "completion": ["a"], "x": [pd.NA], "y": [pd.NaT], "text": [np.nan]})
+    assert data.load_rows(empty) == [{"prompt": "q", "completion": "a"}]
+
+
 def test_conversations_in_tables(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (tmp_path / "a.tsv").write_text("messages\n" + json.dumps(talk) + "\n")

@@ -259,6 +259,23 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         data.load_rows("no-such-owner/no-such-set")
 
 
+def test_a_rows_digest_is_what_it_says_in_any_shape() -> None:
+    def call(name: str) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": {}}}]}
+
+    def digest(*turns: dict[str, Any]) -> str:
+        (row,) = data.load_rows([{"messages": [Q, *turns]}])
+        return data.row_digest(row)
+
+    assert digest(A) == data.row_digest({"prompt": "one?", "completion": " two."})
+    assert digest(A) == digest({**A, "content": [{"type": "text", "text": "two."}]})
+    assert digest(call("f")) == digest({**call("f"), "content": None}) == digest({**call("f"), "content": ""})
+    assert len({digest(A), digest(call("f")), digest(call("g")), digest(call("f"), A)}) == 4
+    data.require_disjoint({"train": [{"messages": [Q, call("f")]}], "validation": [{"messages": [Q, call("g")]}]})
+    (row,) = data.load_rows([{"prompt": None, "text": "all of it"}])  # as in JSON lines of several shapes
+    assert data.row_digest(row) == data.row_digest({"text": "all of it"})
+
+
 def test_digest_follows_the_tokens(tokenizer: Any) -> None:
     one, two = (data.tokenize([{"text": t}], tokenizer, 64) for t in ("a b", "a c"))
     assert data.digest(one) == data.digest(list(one)) != data.digest(two)
