@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,10 @@ from mftmerge.rowshapes import Row, known_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Row", "Tokens", "digest", "load_rows", "mix", "require_disjoint", "row_digest", "tokenize"]
+__all__ = [
+    *("IGNORE", "Row", "Tokens", "digest", "load_rows", "mix", "require_disjoint", "row_digest", "tokenize"),
+    *("tokenize_one", "usable"),
+]
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +177,7 @@ def tokenize(
     out, bad = list[Tokens](), list[str]()
     for number, row in enumerate(rows, 1):
         try:
-            tokens = _tokenize_one(row, tokenizer, getattr(row, "where", f"row {number}"))
+            tokens = tokenize_one(row, tokenizer, _place(row, number))
         except BadInput as e:
             if not skip_bad:
                 raise
@@ -197,7 +200,33 @@ def tokenize(
     return out
 
 
-def _tokenize_one(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+def usable(rows: Sequence[Row], take: Callable[[Row, str], object]) -> list[Row]:
+    """The rows that `take`, which gets a row and its place, does not refuse; one warning counts the others.
+
+    Raises BadInput when no row is left.
+    """
+    out, bad = list[Row](), list[str]()
+    for number, row in enumerate(rows, 1):
+        try:
+            take(row, _place(row, number))
+            out.append(row)
+        except BadInput as e:
+            bad.append(str(e))
+    _say_skipped(bad, len(rows))
+    if bad and not out:
+        raise BadInput(f"no row can be used; {bad[0]}")
+    return out
+
+
+def _place(row: Row, number: int) -> str:
+    return str(getattr(row, "where", f"row {number}"))
+
+
+def tokenize_one(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+    """Token ids and labels of one row, uncut. where: its place, for messages.
+
+    Raises BadInput where the chat template refuses it, or there is none and one is needed.
+    """
     chat = Chat(tokenizer, where, row.get("tools"), row.get("chat_template_kwargs"))
     if "messages" in row:
         return chat.tokens(row["messages"])

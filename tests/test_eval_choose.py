@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,19 @@ def test_where_no_mask_gains_there_is_nothing_to_keep(
     error = capsys.readouterr().err
     assert "nothing to keep" in error.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_the_template_refuses_are_skipped(kitchen: SimpleNamespace, tmp_path: Path) -> None:
+    model = shutil.copytree(kitchen.path, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refuse = "{% if messages[0].content in ('f1', '2 + 2') %}{{ raise_exception('not so') }}{% endif %}"
+    template.write_text(refuse + template.read_text())
+    given = (model, kitchen.paths, kitchen.data)
+    with pytest.raises(BadInput, match="the chat template refuses it: not so"):
+        choose_combination(*given, candidates=["union"])
+    for exact in ({}, {"math": "number"}):
+        choice = choose_combination(*given, candidates=["union"], exact=exact, max_new_tokens=2, skip_bad_rows=True)
+        assert {d: len(choice.grid.values("union", d, "loss")) for d in DOMAINS} == dict.fromkeys(DOMAINS, 7)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 from mftmerge import checkpoint
 from mftmerge.cli import main
 from mftmerge.data import load_rows, tokenize
+from mftmerge.errors import BadInput
 from mftmerge.evaluate import files
+from mftmerge.evaluate.measures import Measures
 from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask, MaskInfo
 
@@ -57,6 +60,36 @@ def test_rows_of_other_names_and_bad_ones(kitchen: SimpleNamespace, tmp_path: Pa
     assert run(*common, "--data", kitchen.here / "math.jsonl", "--out", tmp_path / "b.json") == 0
     a, b = (json.loads((tmp_path / f"{n}.json").read_text())["domains"] for n in "ab")
     assert [d["rows"] for d in a.values()] == [d["rows"] for d in b.values()] == [6]
+
+
+def test_rows_that_a_template_refuses_are_skipped_for_all_models(
+    kitchen: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One refuses a system's turn, the other, where it is asked, what comes without one."""
+    refuse = "{% if WHEN %}{{ raise_exception('not so') }}{% endif %}"
+    models = {}
+    for name, condition in (
+        ("one", "messages[0].role == 'system'"),
+        ("two", "add_generation_prompt and messages[0].content == 'q1'"),
+    ):
+        models[name] = shutil.copytree(kitchen.model, tmp_path / name)
+        template = models[name] / "chat_template.jinja"
+        template.write_text(refuse.replace("WHEN", condition) + template.read_text())
+    turns = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(6)]
+    turns[4].insert(0, {"role": "system", "content": "s"})
+    rows = [{"messages": t} for t in turns]
+    skipping = {"skip_bad_rows": True}
+    with pytest.raises(BadInput, match="the chat template refuses it: not so"):
+        files.evaluate_files(models, {}, {"x": rows})
+    found = files.evaluate_files(models, {}, {"x": rows}, measures=Measures.make(skipping))
+    assert [found.values(name, "x", "loss").shape for name in models] == [(5, 2), (5, 2)]
+    exact = Measures.make({**skipping, "exact": {"x": "text"}, "max_new_tokens": 2})
+    found = files.evaluate_files(models, {}, {"x": rows}, measures=exact)
+    for name in models:
+        assert {metric: len(found.values(name, "x", metric)) for metric in ("loss", "exact")} == {"loss": 4, "exact": 4}
+    assert "2 of 6 rows are skipped; the first: row 2: the chat template refuses it: not so" in caplog.text
+    with pytest.raises(BadInput, match="domain 'x': no row can be used; row 1: the chat template refuses it"):
+        files.evaluate_files(models, {}, {"x": rows[4:5]}, measures=Measures.make(skipping))
 
 
 def test_names_are_shown_as_text(kitchen: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,6 +228,8 @@ def choose_combination(
     remarks = [(domain, files.base_remark(mask, model)) for domain, mask in opened.items()]
     remarks += [(domain, files.dropped_remark(mask, base)) for domain, mask in opened.items()]
     live, tokenizer = files.load_model(model, dtype=dtype, device=device)
+    if skip_bad_rows:
+        rows = files.usable(rows, [tokenizer], exact or {})
     tokens = files.tokenised(rows, live, tokenizer, max_length)
     scorers = {
         d: Marker(rows[d], tokenizer, exact=rule, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)

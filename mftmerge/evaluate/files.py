@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mftmerge.evaluate import generation, harness, sandbox
 from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate.measures import Measures
 from mftmerge.evaluate.results import GridResult
-from mftmerge.loading import load_model, parts
+from mftmerge.loading import load_model, load_tokenizer, parts
 from mftmerge.loss import fitted, positions
 from mftmerge.mask import Mask
 from mftmerge.progress import Progress, Step
@@ -61,6 +62,9 @@ def evaluate_files(
         name: rows_of.load_rows(source, columns=measures.columns, skip_bad=measures.skip_bad_rows)[:limit]
         for name, source in data.items()
     }
+    if measures.skip_bad_rows:
+        tokenizers = [load_tokenizer(parts(path)[0]) for path in models.values()]
+        domains = usable(domains, tokenizers, [d for d, rows in domains.items() if _answered(d, rows, measures)])
     results = []
     for name, path in models.items():
         own = dict(zip(names[name][1:], opened.values(), strict=True))
@@ -139,6 +143,31 @@ def _one_model(
     return result
 
 
+def usable(
+    domains: Mapping[str, list[rows_of.Row]],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    answered: Collection[str],
+) -> dict[str, list[rows_of.Row]]:
+    """Each domain's rows that no model's chat template refuses, so that all are measured on the same ones.
+
+    answered: domains whose questions are asked too. Raises BadInput for a domain with no such row.
+    """
+
+    def take(domain: str, row: rows_of.Row, where: str) -> None:
+        for tokenizer in tokenizers:
+            rows_of.tokenize_one(row, tokenizer, where)
+            if domain in answered:
+                generation.question(row, tokenizer, where)
+
+    found = {}
+    for domain, rows in domains.items():
+        try:
+            found[domain] = rows_of.usable(rows, partial(take, domain))
+        except BadInput as e:
+            raise BadInput(f"domain {domain!r}: {e}") from None
+    return found
+
+
 def tokenised(
     domains: Mapping[str, list[rows_of.Row]],
     model: PreTrainedModel,
@@ -150,19 +179,26 @@ def tokenised(
     return {d: fitted(rows_of.tokenize(rows, tokenizer, length), model)[0] for d, rows in domains.items()}
 
 
+def _answered(domain: str, rows: Sequence[rows_of.Row], measures: Measures) -> bool:
+    """Whether the model answers a domain's rows."""
+    return bool(measures.exact.get(domain)) or _tested(rows, measures)
+
+
+def _tested(rows: Sequence[rows_of.Row], measures: Measures) -> bool:
+    return measures.run_tests and any(row.get("tests") for row in rows)
+
+
 def _scorer(
     domain: str, rows: list[rows_of.Row], tokenizer: PreTrainedTokenizerBase, measures: Measures
 ) -> generation.Marker | None:
-    exact = measures.exact.get(domain)
-    run_tests = measures.run_tests and any(row.get("tests") for row in rows)
-    if not exact and not run_tests:
+    if not _answered(domain, rows, measures):
         return None
     try:
         return generation.Marker(
             rows[: measures.answers],
             tokenizer,
-            exact=exact,
-            run_tests=run_tests,
+            exact=measures.exact.get(domain),
+            run_tests=_tested(rows, measures),
             max_new_tokens=measures.max_new_tokens,
             batch_tokens=measures.batch_tokens,
             trusted=measures.trusted,

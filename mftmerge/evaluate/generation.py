@@ -53,10 +53,11 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
     rows: as read, or as `data.tokenize` made them (then without tests).
     Raises BadInput for rows of plain `text`, which have no question, and rows that do not end with the assistant.
     """
-    return [_question(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
+    return [question(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Question:
+def question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Question:
+    """The question of one row, as `questions` gives it. where: the row's place, for messages."""
     if "input_ids" in row:
         return _of_tokens(row, tokenizer)
     if "messages" in row:
