@@ -12,12 +12,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from mftmerge.errors import BadInput
 from mftmerge.yamltext import read_document
 
+# What numpy, and with it accelerate, optuna and mergekit, take as a seed.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BETWEEN = {",": "commas, such as 2,1", ":": "colons, such as 2:1"}
 
 
@@ -91,11 +93,11 @@ class Settings(BaseModel):
 
 
 def inner_type(annotation: object) -> Any:
-    """A field's type without None; of several types, text: the model finds out which it is."""
+    """A field's type without None and bounds; of several types, text: the model finds out which it is."""
     if get_origin(annotation) in (Union, UnionType):
         inner = [a for a in get_args(annotation) if a is not type(None)]
-        return inner[0] if len(inner) == 1 else str
-    return annotation
+        return inner_type(inner[0]) if len(inner) == 1 else str
+    return inner_type(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
 
 
 def parsed(field: FieldInfo, typed: object, apart: str, called: str) -> Any:
@@ -104,10 +106,15 @@ def parsed(field: FieldInfo, typed: object, apart: str, called: str) -> Any:
     if get_origin(inner_type(field.annotation)) in (list, tuple) and isinstance(typed, str):
         value, hint = typed.replace(apart, " ").split(), f"; give numbers between {BETWEEN[apart]}"
     kind: Any = Annotated[(field.annotation, Flag(), *field.metadata)]  # the type with its bounds
+    return valid(kind, value, f"{called} {typed}", hint)
+
+
+def valid(kind: Any, value: object, called: str, hint: str = "") -> Any:
+    """A value as a type takes it. Raises BadInput with what it is called, and the hint."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as e:
-        raise BadInput(f"{called} {typed}: {e.errors()[0]['msg'].removeprefix('Value error, ')}{hint}") from None
+        raise BadInput(f"{called}: {e.errors()[0]['msg'].removeprefix('Value error, ')}{hint}") from None
 
 
 def in_words(values: Mapping[str, object]) -> str:

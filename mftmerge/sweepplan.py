@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mftmerge.errors import BadInput
 from mftmerge.files import beside
-from mftmerge.settings import Settings
+from mftmerge.settings import Seed, Settings
 from mftmerge.train.settings import TrainSettings
 
 # One value for a whole sweep.
@@ -34,7 +34,7 @@ class SweepPlan(Settings):
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="training settings that all runs share")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="setting -> values to try, all combinations")
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="one run a seed and combination")
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, description="one run a seed and combination")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,15 @@ from helpers.commands import INPUTS, SLOT, WORKING, broken, command_line, make_i
 
 from mftmerge.cli import main
 from mftmerge.cli.main import COMMANDS
+from mftmerge.errors import BadInput
+from mftmerge.evaluate.searchsettings import SearchSettings
+from mftmerge.learn.rebasesettings import RebaseSettings
+from mftmerge.learn.settings import LearnSettings
+from mftmerge.quickstart.plan import Plan
+from mftmerge.recipe.settings import BuildSettings
+from mftmerge.settings import parsed
+from mftmerge.sweepplan import SweepPlan
+from mftmerge.train.settings import TrainSettings
 
 Refused = Callable[..., str]
 
@@ -111,8 +120,9 @@ def test_broken_inputs(inputs: Inputs, refused: Refused, command: str, slot: str
 VALUES = {
     "train": """
         --steps -1 | --steps x | --keep 0 | --keep 1.5 | --keep nan | --lr inf | --lr -1 | --lr nan | --lr 0 |
-        --batch-size 0 | --batch-size -3 | --max-length 1 | --warmup 1 | --warmup nan | --seed -1 | --eval-share
-        1 | --layers 9 | --layers x | --layers 1-0 | --layers 0-99999999999 | --modules ( | --modules nothing |
+        --batch-size 0 | --batch-size -3 | --max-length 1 | --warmup 1 | --warmup nan | --seed -1 | --seed 4294967296 |
+        --eval-share 1 | --layers 9 | --layers x | --layers 1-0 | --layers 0-99999999999 | --modules ( |
+        --modules nothing |
         --pattern 0:4 | --pattern x | --pattern 1:99999999 | --weights x | --weights 1,2 | --weights nan |
         --init x | --scope x | --dtype int4 | --prefix x | --adam-bits 7 | --log-to nothing | --target x |
         --target delta | --clip 0 | --clip nan | --accumulate 0 | --patience 0 | --eval-every 0 | --eval-rows 0
@@ -127,7 +137,7 @@ VALUES = {
         --weights 1,1 | --set x | --set nothing=1 | --set =
     """,
     "apply": "--base absent/model/path | --base ./one\ntwo",
-    "build": "--seed x | --device \x1b[31mnothing | --device xpu | --device mps",
+    "build": "--seed x | --seed -1 | --seed 4294967296 | --device \x1b[31mnothing | --device xpu | --device mps",
     "export": "--verify=maybe",
     "eval": """
         --limit 0 | --limit -1 | --limit x | --max-length 1 | --bootstrap -1 | --dtype x | --device nothing |
@@ -142,10 +152,12 @@ VALUES = {
     """,
     "chat": "--max-new-tokens 0 | --dtype x | --device nothing | --mask absent.mask | --mask base=absent.mask",
     "push": "--dry-run=maybe",
-    "quickstart": "--seed x | --tiny --model m",
+    "quickstart": "--seed x | --seed 4294967296 | --tiny --model m",
     "inspect": "--plot nowhere/x.png | --plot x.nothing",
     "compare": "--plot nowhere/x.png | --plot x.nothing | --plot x.png --conflict-plot x.png",
-    "choose": "--limit 0 | --dtype x | --device nothing | --try nothing | --try vote@2 | --data c=c.jsonl",
+    "choose": """
+        --limit 0 | --search-seed -1 | --dtype x | --device nothing | --try nothing | --try vote@2 | --data c=c.jsonl
+    """,
     "sweep": "--markdown nowhere/x.md | --markdown .",
 }
 
@@ -156,6 +168,28 @@ def test_values_out_of_range(inputs: Inputs, refused: Refused, command: str) -> 
     for case in VALUES[command].split("|"):
         words = [w for w in re.split(r" +|\n {4,}", case) if w]
         refused([*good, *words])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_every_seed_is_one_that_numpy_takes(seed: int) -> None:
+    """What numpy, and mergekit, accelerate and optuna with it, would refuse when all is loaded."""
+    for settings, name in {
+        TrainSettings: "seed",
+        LearnSettings: "seed",
+        RebaseSettings: "seed",
+        BuildSettings: "seed",
+        SearchSettings: "search_seed",
+    }.items():
+        assert parsed(settings.model_fields[name], str(2**32 - 1), ",", "--seed") == 2**32 - 1
+        with pytest.raises(BadInput, match=rf"seed[ =]{seed}: Input should be "):
+            parsed(settings.model_fields[name], str(seed), ",", "--seed")
+        with pytest.raises(BadInput, match=rf"^{name}: Input should be "):
+            settings.make({name: seed})
+    with pytest.raises(BadInput, match=rf"seed[ =]{seed}: Input should be"):
+        Plan(seed=seed)
+    plan = {"model": "m", "train": "a", "validation": "b", "test": {"c": "c"}, "seeds": [0, seed]}
+    with pytest.raises(BadInput, match=r"^seeds\.1: Input should be"):
+        SweepPlan.make(plan)
 
 
 OUTPUTS = [(command, m[1]) for command, line in WORKING.items() for m in SLOT.finditer(line) if m[2] == "out"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mftmerge.settings import Settings
+from mftmerge.settings import Seed, Settings
 
 
 class SearchSettings(Settings):
@@ -14,4 +14,4 @@ class SearchSettings(Settings):
     minutes: float | None = Field(None, gt=0, description="begin no measurement of the search after so many minutes")
     guided: bool = Field(True, description="let predictions choose what is measured first, where they can be made")
     proposals: int = Field(60, ge=1, description="combinations that are predicted")
-    search_seed: int = Field(0, description="seed of the search's proposals")
+    search_seed: Seed = Field(0, description="seed of the search's proposals")

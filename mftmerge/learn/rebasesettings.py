@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mftmerge.learn.settings import as_in_training
-from mftmerge.settings import Settings
+from mftmerge.settings import Seed, Settings
 
 
 class RebaseSettings(Settings):
@@ -22,7 +22,7 @@ class RebaseSettings(Settings):
         [0.003, 0.01, 0.03, 0.1, 0.3, 1.0], description="how much of what may be dropped is tried, the best first"
     )
     errors: float = Field(1.0, ge=0, description="standard errors that a gain on the validation rows must exceed")
-    seed: int = Field(42, ge=0, description="seed of which rows are used and held out, and of their order")
+    seed: Seed = Field(42, description="seed of which rows are used and held out, and of their order")
     max_length: int = as_in_training("max_length")
     columns: dict[str, str] | None = as_in_training("columns")
     skip_bad_rows: bool = as_in_training("skip_bad_rows")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mftmerge.settings import Settings
+from mftmerge.settings import Seed, Settings
 from mftmerge.train.settings import TrainSettings
 
 # Steps by the rows that the smallest domain trains on. With 10 and 30 rows 20 steps had done what 60 did; 100 rows gave
@@ -60,7 +60,7 @@ class LearnSettings(Settings):
         None, gt=0, description="learning rate of the scores, which are ranks; by default 2 / steps"
     )
     clip: float | None = Field(None, gt=0, description="largest norm of the weights' gradients; none by default")
-    seed: int = Field(42, ge=0, description="seed of which rows are taken, of those held out, and of their order")
+    seed: Seed = Field(42, description="seed of which rows are taken, of those held out, and of their order")
 
     # The data
     max_length: int = as_in_training("max_length")

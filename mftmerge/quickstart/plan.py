@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mftmerge.settings import Seed, valid
+
 RECIPE = """\
 # The average of the two masked models: weights that only one mask drops are halved, those that both drop are 0.
 # Built with `mftmerge build recipe.yml -o built`; `mftmerge export recipe.yml -o stock` makes it run in mergekit.
@@ -52,6 +54,10 @@ class Plan:
     max_length: int = 384
     weight_rates: tuple[float, ...] = (3e-4, 1e-3)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise BadInput for a seed that training would not take, before anything is fetched for it."""
+        valid(Seed, self.seed, f"--seed {self.seed}")
 
 
 def tiny_plan(seed: int = 0) -> Plan:

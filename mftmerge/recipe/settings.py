@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mftmerge.machine import cores
-from mftmerge.settings import Flag, Settings
+from mftmerge.settings import Flag, Seed, Settings
 
 
 class MergeSettings(Settings):
@@ -32,7 +32,7 @@ class BuildSettings(MergeSettings):
     """The options of `build` and of `mftmerge build`."""
 
     overwrite: bool = Field(default=False, description="replace what is at OUT")
-    seed: Annotated[int | None, Flag(("--seed", "--random-seed"))] = Field(
+    seed: Annotated[Seed | None, Flag(("--seed", "--random-seed"))] = Field(
         default=None, description="seed of methods that draw random numbers (dare, della)"
     )
     device: str = Field(default="cpu", description="where mergekit does arithmetic: cpu, cuda")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mftmerge.settings import Flag, Settings
+from mftmerge.settings import Flag, Seed, Settings
 
 # A score can travel about lr * steps / 2 under linear decay (Adam moves each by about lr a step). The default learning
 # rate makes this 5 times 0.0025, where the cut of N(0, 0.02) at keep 0.9 lies (and near the cut of scaled magnitudes).
@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     start: Annotated[str | None, Flag(endings=(".mask",))] = Field(
         None, description="a mask with scores to go on from, instead of init's scores"
     )
-    seed: int = Field(42, ge=0, description="seed of the data order and of normal scores")
+    seed: Seed = Field(42, description="seed of the data order and of normal scores")
     keep_warmup: int = Field(0, ge=0, description="steps over which the share kept falls from 1 to keep")
     scores: bool = Field(False, description="store final and initial scores in the mask, for score arithmetic")
 
