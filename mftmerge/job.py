@@ -1,7 +1,8 @@
 """A whole job from one file: a mask a domain, the combination that serves all, its test, a page.
 
 `mftmerge init` writes such a file, `mftmerge run` does what it says. A job that was stopped goes on where it was: a
-step is done again only where its settings, its data or the model have changed.
+step is done again only where its settings, its data or the model have changed. Data are compared by the rows that are
+read, whatever they are read from; a model by the bytes of its files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from pydantic import Field
 
+from mftmerge.contents import Contents
 from mftmerge.errors import worded
 from mftmerge.files import beside, locked, write_text
 from mftmerge.progress import Progress
@@ -21,6 +23,7 @@ from mftmerge.settings import Settings
 
 if TYPE_CHECKING:
     from mftmerge.evaluate.results import GridResult
+    from mftmerge.train.settings import TrainSettings
 
 STATE = "job.json"
 TEMPLATE = """\
@@ -98,7 +101,7 @@ def run_job(
         job = Job.make(job) if isinstance(job, Mapping) else load_job(job)
     from mftmerge.data import load_rows, require_disjoint
 
-    reading = _reading(job)
+    reading = _training(job).reading
     rows = {
         f"{name} {part}": load_rows(getattr(domain, part), **reading)
         for name, domain in job.domains.items()
@@ -106,22 +109,48 @@ def run_job(
     }
     require_disjoint(rows)  # all rows are read before a model is
     with locked(job.out):
-        return _Run(job, progress, note or (lambda line: None)).all()
+        return _Run(job, {name: _identity(read) for name, read in rows.items()}, progress, note).all()
 
 
-def _reading(job: Job) -> dict[str, Any]:
-    """How rows of every domain are read: as those of training."""
+def _training(job: Job) -> TrainSettings:
+    """The settings of training, which also say how rows of every domain are read."""
     from mftmerge.train.settings import TrainSettings
 
-    return TrainSettings.make(job.train).reading
+    return TrainSettings.make(job.train)
 
 
 class _Run:
-    def __init__(self, job: Job, progress: Progress | None, note: Callable[[str], None]) -> None:
-        self.job, self.progress, self.note = job, progress, note
+    """A job and what of it is done. rows: digests of the rows that were read, by `DOMAIN PART`."""
+
+    def __init__(
+        self,
+        job: Job,
+        rows: Mapping[str, str],
+        progress: Progress | None,
+        note: Callable[[str], None] | None,
+    ) -> None:
+        self.job, self.rows, self.progress = job, rows, progress
+        self.note = note or (lambda line: None)
         self.out = Path(job.out)
         file = self.out / STATE
-        self.state: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.done: dict[str, str] = state.get("done", {})
+        self.contents = Contents(state.get("files"))
+        self.model = self._model()
+
+    def _model(self) -> list[object]:
+        """What every step depends on: the model, what weights are dropped to, and the scores that a mask starts from.
+
+        Names stay in it: results say them.
+        """
+        from mftmerge.loading import parts
+
+        settings = _training(self.job)
+        models = [self.job.model, *([] if settings.base is None else [settings.base])]
+        found: list[object] = [[m, self.contents.of_model(p for p in parts(m) if p is not None)] for m in models]
+        if settings.start is not None and Path(settings.start).is_file():  # what is wrong with it, training says
+            found.append(self.contents.of_file(settings.start))
+        return found
 
     def all(self) -> GridResult:
         from mftmerge.evaluate.files import evaluate_files
@@ -129,18 +158,18 @@ class _Run:
         from mftmerge.evaluate.results import GridResult
         from mftmerge.report.page import write_report
 
-        job, results, how = self.job, self.out / "results.json", _reading(self.job)
+        job, results, how = self.job, self.out / "results.json", _training(self.job)
         masks = {name: self._learn(name, domain) for name, domain in job.domains.items()}
         if len(masks) > 1:
             masks["general"] = self._choose(masks)
         tests = {name: domain.test for name, domain in job.domains.items()}
-        facts = [job.model, _digests(tests), {name: _digest(path) for name, path in masks.items()}]
+        facts = [self.model, self._digests("test"), self._of_masks(masks)]
         if self._due("evaluating on test rows", results, facts):
             name = Path(job.model).name
-            measures = Measures(columns=how["columns"] or {}, skip_bad_rows=how["skip_bad"])
+            measures = Measures(columns=how.columns or {}, skip_bad_rows=how.skip_bad_rows)
             found = evaluate_files({name: job.model}, masks, tests, measures=measures, progress=self.progress)
             found.to_json(results, overwrite=True)
-            self._done(results, facts)
+            self._is_done(results, facts)
         self.note(f"writing {self.out / 'report.html'}")
         write_report(self.out, overwrite=True)
         return GridResult.from_json(results)
@@ -149,10 +178,10 @@ class _Run:
         from mftmerge.train.run import train_mask
 
         path = self.out / f"{name}.mask"
-        facts = [self.job.model, self.job.train, _digests({"train": domain.train, "validation": domain.validation})]
+        facts = [self.model, self.job.train, self._digests("train", name), self._digests("validation", name)]
         if self._due(f"learning {path}", path, facts):
-            begun = self.state.get(f"{path.name} begun") == _identity(facts)
-            self.state[f"{path.name} begun"] = _identity(facts)
+            begun = self.done.get(f"{path.name} begun") == _identity(facts)
+            self.done[f"{path.name} begun"] = _identity(facts)
             self._save()
             train_mask(
                 self.job.model,
@@ -165,15 +194,15 @@ class _Run:
                 progress=self.progress,
                 note=self.note,
             )
-            self._done(path, facts)
+            self._is_done(path, facts)
         return path
 
     def _choose(self, masks: Mapping[str, Path]) -> Path:
         from mftmerge.evaluate.choosing import choose_combination
 
-        path, how = self.out / "general.mask", _reading(self.job)
+        path, how = self.out / "general.mask", _training(self.job)
         rows = {name: domain.validation for name, domain in self.job.domains.items()}
-        facts = [self.job.model, self.job.choose, _digests(rows), {name: _digest(m) for name, m in masks.items()}]
+        facts = [self.model, self.job.choose, self._digests("validation"), self._of_masks(masks)]
         if self._due("choosing a combination on validation rows", path, facts):
             choice = choose_combination(
                 self.job.model,
@@ -181,41 +210,40 @@ class _Run:
                 rows,
                 path,
                 candidates=self.job.choose,
-                columns=how["columns"],
-                skip_bad_rows=how["skip_bad"],
+                columns=how.columns,
+                skip_bad_rows=how.skip_bad_rows,
                 overwrite=True,
                 progress=self.progress,
             )
             self.note(f"chosen: {choice.chosen}, density {choice.mask.density():.4f}")
             for line in choice.notes:
                 self.note(f"note: {line}")
-            self._done(path, facts)
+            self._is_done(path, facts)
         return path
 
     def _due(self, what: str, out: Path, facts: object) -> bool:
         """Whether a step is to be done; said either way."""
-        due = not out.exists() or self.state.get(out.name) != _identity(facts)
-        self.note(worded(what if due else f"{out} is there already, of the same settings and data"))
+        due = not out.exists() or self.done.get(out.name) != _identity(facts)
+        self.note(worded(what if due else f"{out} is there already, of the same settings, data and model"))
         return due
 
-    def _done(self, out: Path, facts: object) -> None:
-        self.state[out.name] = _identity(facts)
-        self.state.pop(f"{out.name} begun", None)
+    def _is_done(self, out: Path, facts: object) -> None:
+        self.done[out.name] = _identity(facts)
+        self.done.pop(f"{out.name} begun", None)
         self._save()
 
     def _save(self) -> None:
-        write_text(self.out / STATE, json.dumps(self.state, indent=1) + "\n")
+        state = {"done": self.done, "files": self.contents.known}
+        write_text(self.out / STATE, json.dumps(state, indent=1) + "\n")
+
+    def _digests(self, part: str, *names: str) -> dict[str, list[str]]:
+        """Of these domains (all by default), where a part's rows are from and what was read there."""
+        domains = {name: self.job.domains[name] for name in names or self.job.domains}
+        return {name: [getattr(domain, part), self.rows[f"{name} {part}"]] for name, domain in domains.items()}
+
+    def _of_masks(self, masks: Mapping[str, Path]) -> dict[str, str]:
+        return {name: self.contents.of_file(path) for name, path in masks.items()}
 
 
 def _identity(facts: object) -> str:
     return xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest(path: str | Path) -> str:
-    """Of a file's bytes; of what is no file (a hub id), its name."""
-    file = Path(str(path).partition("[")[0])
-    return xxhash.xxh3_128(file.read_bytes()).hexdigest() if file.is_file() else str(path)
-
-
-def _digests(files: Mapping[str, str]) -> dict[str, list[str]]:
-    return {name: [path, _digest(path)] for name, path in files.items()}

@@ -65,6 +65,58 @@ def test_a_job_is_done_and_goes_on(place: Path, capsys: pytest.CaptureFixture[st
     assert set(wrote.partition(": ")[2].split(", ")) <= made
 
 
+@pytest.fixture
+def small(place: Path, tiny: Callable[..., Path]) -> Callable[..., dict[str, object]]:
+    """A job of one domain, its rows in directories whose names have a bracket, over a model of its own."""
+    import shutil
+
+    shutil.copytree(tiny("llama"), place / "own+model")
+    for part, suffix in (("train", ""), ("validation", "-val"), ("test", "-test")):
+        (place / f"{part}[0]").mkdir()
+        shutil.copy(place / f"code{suffix}.jsonl", place / f"{part}[0]" / "a.jsonl")
+
+    def job(**train: object) -> dict[str, object]:
+        rows = {part: str(place / f"{part}[0]") for part in ("train", "validation", "test")}
+        return {"model": str(place / "own+model"), "out": "one", "domains": {"x": rows}, "train": {"steps": 1, **train}}
+
+    return job
+
+
+def test_what_a_job_reads_may_change_where_it_is(place: Path, small: Callable[..., dict[str, object]]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def done(**train: object) -> list[str]:
+        told: list[str] = []
+        results.append(run_job(small(**train), note=told.append).to_json())
+        return [line.split()[0] for line in told if line.startswith(("learning one/x.mask", "evaluating on test"))]
+
+    results: list[str] = []
+    assert done() == ["learning", "evaluating"]
+    assert done() == []
+    rows = place / "test[0]" / "a.jsonl"
+    rows.write_text(rows.read_text().replace("is", "was"))
+    assert done() == ["evaluating"]
+    rows = place / "validation[0]" / "a.jsonl"
+    rows.write_text(rows.read_text().replace("is", "was"))
+    assert "learning" in done()
+    model = AutoModelForCausalLM.from_pretrained(place / "own+model")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.7)
+    model.save_pretrained(place / "own+model")
+    assert done() == ["learning", "evaluating"]
+    assert results[-1] != results[-2]
+    (place / "own+model" / "README.md").write_text("a card decides nothing")
+    assert done() == []
+    start = place / "first.mask"
+    mftmerge.train_mask(place / "own+model", "code.jsonl", start, steps=0, scores=True, eval_share=0.0)
+    assert "learning" in done(start=str(start))
+    assert done(start=str(start)) == []
+    mftmerge.train_mask(place / "own+model", "math.jsonl", start, steps=3, scores=True, eval_share=0.0, overwrite=True)
+    assert "learning" in done(start=str(start))
+
+
 def test_a_job_is_checked_before_anything_is_loaded(place: Path) -> None:
     (place / "math-test.jsonl").write_text((place / "math.jsonl").read_text())
     with pytest.raises(mftmerge.BadInput, match="math"):
