@@ -449,6 +449,46 @@ def test_a_stopped_run_goes_on_bit_for_bit(
             np.testing.assert_array_equal(again.scores(n), mask.scores(n))
 
 
+def test_a_run_is_not_continued_over_other_models(kitchen: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kitchen(), tmp_path / "kitchen"))
+    name = "model.layers.2.mlp.up_proj.weight"
+    shape = tuple(Checkpoint.open(folder / "base").entry(name).shape)
+    (folder / "letters.jsonl").unlink()  # of letters, the mask is closed
+    data = yaml.safe_load(open_recipe(folder).read_text())
+    data["models"].append({"model": "letters", "mask": "closed.mask", "parameters": {"weight": 1.0}})
+    recipe = folder / "recipe.yml"
+    recipe.write_text(yaml.safe_dump(data))
+    numbers = iter(range(9))
+
+    def identity() -> dict[str, Any]:
+        chosen = LearnSettings.make({"steps": 4})
+        (work := tmp_path / f"work{next(numbers)}").mkdir()
+        return _Run(_checked(recipe, work, chosen), work, chosen, {}, lambda _: None, None).identity()
+
+    def close(row: int) -> None:
+        kept = np.ones(shape, bool)
+        kept[row] = False
+        Mask.from_bools({name: kept}).save(folder / "closed.mask", overwrite=True)
+
+    def scale(model: str) -> None:
+        tensors = load_file(file := folder / model / "model.safetensors")
+        save_file(tensors | {name: tensors[name] * 1.01}, file, metadata={"format": "pt"})
+
+    close(0)
+    before = identity()
+    assert identity() == before
+    for change, differs in (
+        (lambda: scale("say"), {"expert say"}),
+        (lambda: close(1), {"models without an open mask"}),
+        (lambda: scale("letters"), {"models without an open mask"}),
+        (lambda: scale("base"), {"base"}),
+    ):
+        change()
+        now = identity()
+        assert {key for key in now if now[key] != before[key]} == differs
+        before = now
+
+
 def test_experts_answer_prompts_that_have_no_answer(kitchen: Callable[..., Path], tmp_path: Path) -> None:
     folder = kitchen()
     rows = {"count": [{"prompt": f"count {i}"} for i in range(8)]}

@@ -34,7 +34,7 @@ from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
 from mftmerge.recipe.load import Recipe, load_recipe
 from mftmerge.recipe.settings import MergeSettings
-from mftmerge.train import inputs, sharding
+from mftmerge.train import inputs, sharding, targets
 from mftmerge.train.loop import Best
 from mftmerge.train.memory import require
 from mftmerge.train.place import Place
@@ -191,7 +191,18 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """All that decides the masks, for a run that is to be continued."""
         rows = {d.name: rows_of.digest([*d.train, *d.valid]) for d in self.domains}
-        return {"recipe": self.recipe.text, **self.settings.model_dump(), "rows": rows}
+        return {"recipe": self.recipe.text, **self.settings.model_dump(), "rows": rows} | self._digests()
+
+    def _digests(self) -> dict[str, str]:
+        """Of the models as they take part in the merge, closed masks applied; sharded, of this rank's rows."""
+        parts, merging = self.parts.items(), self.merging
+        digest = targets.digest
+        found = {"base": digest([*self.model.named_parameters(), *((n, p.base) for n, p in parts)])}
+        for k, name in enumerate(merging.names):
+            found[f"expert {name}"] = digest((n, p.expert(k)) for n, p in parts)
+        open_ones = {merging.base, *merging.experts}
+        closed = [(n, t) for n, p in parts for model, t in p.values.items() if model not in open_ones]
+        return found | ({"models without an open mask": digest(closed)} if closed else {})
 
     def learn(self, place: Path | None, resume: Path | None) -> LearnResult:
         """Learn, validate, and make the masks."""
