@@ -173,6 +173,23 @@ def test_what_a_guards_gradient_speaks_against_is_kept(
     assert (second != (first & confirmed)).mean() < 1e-3, "gradients that are next to nothing may have either sign"
 
 
+@pytest.mark.parametrize("guards", [None, {"other": domain_rows("say")}])
+def test_steps_drop_nothing_that_was_not_confirmed(
+    guards: dict[str, object] | None, kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Checkpoint.open(kitchen / "base").entry(NAME).shape
+    given = (tmp_path / "old.mask", kitchen / "broken", domain_rows("count"))
+    Mask.from_bools({NAME: np.random.default_rng(0).random(shape) < 0.5}).save(given[0])
+    kept = {}
+    for when, steps in (("before", 0), ("after", 12)):
+        whole = f"1 of what may be dropped, {when} training"
+        monkeypatch.setattr(rebase._Fit, "_choice", lambda self, candidates, of_guards, name=whole: (name, {}))
+        kept[when] = rebase_mask(*given, guards=guards, steps=steps, lr=0.5, shares=[1.0]).mask.kept(NAME)
+    assert not (kept["before"] & ~kept["after"]).any()
+    assert not (Mask.load(given[0]).kept(NAME) & ~kept["after"]).any()
+    assert 0 < (~kept["after"]).sum() < (~kept["before"]).sum(), "steps take back what does not help"
+
+
 def test_a_mask_over_a_delta_returns_to_its_base(kitchen: Path, tmp_path: Path) -> None:
     shape = Checkpoint.open(kitchen / "base").entry(NAME).shape
     Mask.from_bools({NAME: np.zeros(shape, bool)}, MaskInfo(on="delta")).save(tmp_path / "old.mask")
@@ -223,6 +240,16 @@ def test_bad_input_is_said_in_one_line(
     given = {"model": kitchen / "count", "data": domain_rows("count"), "out": None, "guards": None} | make(kitchen)
     with pytest.raises(BadInput, match=message):
         rebase_mask(tmp_path / "old.mask", given["model"], given["data"], given["out"], guards=given["guards"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [2, 0, -1])
+def test_shares_are_shares(share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["rebase", "x.mask", "-m", "m", "-d", "r.jsonl", "-o", "y.mask", "--shares", "0.5", "--shares", str(share)]
+        )
+    assert ended.value.code == 2
+    assert f"shares: a share is above 0 and at most 1, not {share}" in capsys.readouterr().err
 
 
 def test_build_points_to_it_when_the_model_is_not_the_masks(kitchen: Path, tmp_path: Path) -> None:

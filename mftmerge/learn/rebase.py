@@ -2,11 +2,12 @@
 
 A mask dropped weights because that helped the model it was learnt over. On another model each dropped weight is asked
 again: to first order, dropping w for its other value d lowers the loss by dL/dW * (w - d). What the new model's
-gradient does not confirm is kept; the rest is ordered by that gain and trained for a few steps. How much of it is
-dropped, if anything, validation rows decide: less than one standard error of a gain is none.
+gradient does not confirm is kept; the rest is ordered by that gain and trained for a few steps, after which less of it
+may be dropped, and never more. How much of it is dropped, if anything, validation rows decide: less than one standard
+error of a gain is none. The mask as it is is a candidate too.
 
 Rows of one domain say nothing of what others pay. With `guards`, rows of others, only what no guard's gradient speaks
-against may be dropped, the steps are taken on all, and nothing is chosen under which a guard's validation rows lose.
+against is confirmed, the steps are taken on all, and nothing is chosen under which a guard's validation rows lose.
 """
 
 from __future__ import annotations
@@ -242,7 +243,8 @@ class _Fit:
         learnt: Sequence[Sequence[Tokens]],
     ) -> dict[str, Tensor]:
         """Scores to start from: minus the rank of the gain where the mask drops and the gradient confirms it, which is
-        what may be dropped; the rank of |w - d| elsewhere. learnt: the domain's rows, and those of each guard."""
+        what may be dropped; infinite elsewhere, which no step brings below 0. learnt: the domain's rows, and those of
+        each guard."""
         confirmed = {}
         for name, part in parts.items():
             dropped = ~torch.from_numpy(self.mask.kept(self.names[name]))
@@ -254,7 +256,7 @@ class _Fit:
         for name, gain in self._gains(model, holders, parts, learnt[0]):
             confirmed[name] &= gain > 0
             first = ranks(torch.where(confirmed[name], gain, 0))
-            found[name] = torch.where(confirmed[name], -first, ranks(parts[name].change(0)).clamp(min=0) + 1e-3)
+            found[name] = torch.where(confirmed[name], -first, torch.inf)
         return found
 
     def _first(self, parts: Mapping[str, Part]) -> Iterator[tuple[str, dict[str, Tensor]]]:

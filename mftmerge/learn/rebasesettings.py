@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mftmerge.learn.settings import as_in_training
 from mftmerge.settings import Seed, Settings
@@ -29,3 +29,10 @@ class RebaseSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = as_in_training("dtype")
     prefix: Literal["memory", "disk", "off"] = as_in_training("prefix")
     trust_remote_code: bool = as_in_training("trust_remote_code")
+
+    @field_validator("shares")
+    @classmethod
+    def _shares(cls, value: list[float]) -> list[float]:
+        if wrong := [share for share in value if not 0 < share <= 1]:
+            raise ValueError(f"a share is above 0 and at most 1, not {wrong[0]:g}")
+        return value
