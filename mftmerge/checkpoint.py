@@ -244,6 +244,21 @@ def resolve(reference: str | Path) -> Path:
         raise BadInput(f"{text}: neither a local directory nor a reachable hub model ({reason})") from None
 
 
+def model_beside(folder: Path, reference: str) -> str:
+    """The model that a file in this folder names: a directory beside it where that is there, else as it is written.
+
+    reference: directory or hub id; `model+adapter` only where no directory has the whole as its name.
+    """
+
+    def near(text: str) -> str:
+        return str(folder / text) if text and (folder / text).exists() else text
+
+    model, plus, adapter = reference.rpartition("+")
+    if not plus or (folder / reference).exists() or Path(reference).expanduser().exists():
+        return near(reference)
+    return f"{near(model)}+{near(adapter)}"
+
+
 def read_config(directory: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """A model directory's config.json, {} where it has none. Raises BadInput unless it is a JSON object."""
     if not (directory / "config.json").exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from pydantic import Field
 
+from mftmerge.checkpoint import model_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import worded
 from mftmerge.files import beside, locked, write_text
@@ -82,7 +83,7 @@ def load_job(path: str | Path) -> Job:
         name: Domain(train=near(d.train), validation=near(d.validation), test=near(d.test))
         for name, d in job.domains.items()
     }
-    model = "+".join(map(near, job.model.split("+")))
+    model = model_beside(path.parent, job.model)
     return job.model_copy(update={"model": model, "domains": domains, "out": str(path.parent / job.out)})
 
 

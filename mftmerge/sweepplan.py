@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from mftmerge.checkpoint import model_beside
 from mftmerge.errors import BadInput
 from mftmerge.files import beside
 from mftmerge.settings import Seed, Settings
@@ -57,7 +58,11 @@ def load_plan(path: str | Path) -> SweepPlan:
     def near(source: Any) -> Any:
         return [near(s) for s in source] if isinstance(source, list) else beside(path.parent, source)
 
-    placed = {"model": near(plan.model), "train": near(plan.train), "validation": near(plan.validation)}
+    placed = {
+        "model": model_beside(path.parent, plan.model),
+        "train": near(plan.train),
+        "validation": near(plan.validation),
+    }
     plan = plan.model_copy(update=placed | {"test": {name: near(s) for name, s in plan.test.items()}})
     try:
         plan_runs(plan)

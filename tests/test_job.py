@@ -15,6 +15,7 @@ from mftmerge.cli.main import main
 from mftmerge.job import load_job, run_job
 from mftmerge.mask import Mask, MaskInfo
 from mftmerge.push import push
+from mftmerge.sweepplan import load_plan
 
 
 def program(*arguments: object) -> int:
@@ -115,6 +116,25 @@ def test_what_a_job_reads_may_change_where_it_is(place: Path, small: Callable[..
     assert done(start=str(start)) == []
     mftmerge.train_mask(place / "own+model", "math.jsonl", start, steps=3, scores=True, eval_share=0.0, overwrite=True)
     assert "learning" in done(start=str(start))
+
+
+def test_a_plus_in_a_models_name(tmp_path: Path) -> None:
+    """Of `model+adapter` both are beside the file; a directory of the whole name comes first, as in `loading.parts`."""
+    job = "model: {model}\ndomains: {{x: {{train: t.jsonl, validation: v.jsonl, test: e.jsonl}}}}\n"
+    sweep = "model: {model}\ntrain: t.jsonl\nvalidation: v.jsonl\ntest: {{x: e.jsonl}}\n"
+    for name in ("my+model", "a", "b+c", "lora"):
+        (tmp_path / name).mkdir()
+    for model, parts in (
+        ("my+model", ("my+model",)),
+        ("a+lora", ("a", "lora")),
+        ("b+c+lora", ("b+c", "lora")),
+        ("org/a+lora", (Path("org/a"), "lora")),
+        ("./a", ("a",)),
+    ):
+        expected = "+".join(str(p if isinstance(p, Path) else tmp_path / p) for p in parts)
+        for text, load in ((job, load_job), (sweep, load_plan)):
+            (tmp_path / "file.yml").write_text(text.format(model=model))
+            assert load(tmp_path / "file.yml").model == expected
 
 
 def test_a_job_is_checked_before_anything_is_loaded(place: Path) -> None:
