@@ -32,7 +32,7 @@ from mftmerge.prefix import PrefixCache
 from mftmerge.settings import in_words
 from mftmerge.sweepplan import Run, SweepPlan, load_plan, plan_runs
 from mftmerge.train import targets
-from mftmerge.train.inputs import tokens_of
+from mftmerge.train.inputs import tokens_of, within_positions
 from mftmerge.train.run import TrainResult, train_mask
 from mftmerge.train.settings import TrainSettings
 
@@ -121,10 +121,10 @@ def run_sweep(
     say("loading the model")
     trusted = shared.trust_remote_code or None
     model, tokenizer = load_model(plan.model, dtype=shared.dtype, trust_remote_code=trusted)
-    tokens = {
-        name: rows_of.tokenize(rows, tokenizer, shared.max_length, skip_bad=shared.skip_bad_rows)
-        for name, rows in raw.items()
-    }
+    tokens = {}
+    for name, rows in raw.items():
+        read = rows_of.tokenize(rows, tokenizer, shared.max_length, skip_bad=shared.skip_bad_rows)
+        tokens[name] = within_positions(read, model, say)
     out = Path(out)
     with locked(out):
         (out / "masks").mkdir(exist_ok=True)

@@ -115,6 +115,18 @@ def test_rows_used_for_two_purposes_are_refused(kitchen: SimpleNamespace, part: 
     assert not kitchen.out.exists()
 
 
+def test_rows_longer_than_the_models_positions_are_cut(kitchen: SimpleNamespace, tiny: Callable[..., Path]) -> None:
+    for row in kitchen.rows:
+        row["completion"] += "y" * 60
+    kitchen.path.with_name("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kitchen.rows))
+    plan = kitchen.plan | {"model": str(tiny("gpt2", layers=2, positions=48)), "grid": {}, "seeds": [0]}
+    kitchen.path.write_text(json.dumps(plan))
+    said: list[str] = []
+    found = sweep.run_sweep(kitchen.path, kitchen.out, progress=said.append)
+    assert said.count("4 of 4 rows are cut: the model has 48 positions") == 3
+    assert np.isfinite(found.test.mean("seed 0", "far"))
+
+
 def test_the_choice_is_by_validation_and_failed_settings_are_out() -> None:
     def line(lr: float, seed: int, **values: Any) -> dict[str, Any]:
         return {"combination": {"lr": lr}, "seed": seed, **values}

@@ -449,6 +449,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(
             np.testing.assert_array_equal(again.scores(n), mask.scores(n))
 
 
+def test_rows_longer_than_the_models_positions_are_cut(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "base", "gpt2", layers=2, positions=48)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    rows = [{"prompt": "what", "completion": f"it is {i} " + "y" * 60} for i in range(8)]
+    models: list[dict[str, Any]] = []
+    for number, expert in enumerate(("a", "b")):
+        shutil.copytree(tmp_path / "base", tmp_path / expert)
+        tensors = load_file(file := tmp_path / expert / "model.safetensors")
+        noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(number))
+        save_file(tensors | {name: tensors[name] + 0.01 * noise}, file, metadata={"format": "pt"})
+        models.append({"model": str(tmp_path / expert), "mask": {"learn": {"data": "-"}}})
+    recipe = {"merge_method": "select", "base_model": str(tmp_path / "base"), "models": models}
+    notes: list[str] = []
+    data = {str(m["model"]): rows for m in models}
+    learn_merge(recipe, data=data, steps=1, teacher="expert", note=notes.append)
+    assert notes[:4] == [f"{n} of {n} rows are cut: the model has 48 positions" for n in (6, 2, 6, 2)]
+
+
 def test_a_run_is_not_continued_over_other_models(kitchen: Callable[..., Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(kitchen(), tmp_path / "kitchen"))
     name = "model.layers.2.mlp.up_proj.weight"

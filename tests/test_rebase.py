@@ -222,6 +222,18 @@ def test_the_command_takes_guards(kitchen: Path, tmp_path: Path, capsys: pytest.
     assert Mask.load(out).info.training.get("guards", {}).keys() == found["guards"].keys()
 
 
+def test_rows_longer_than_the_models_positions_are_cut(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny("gpt2", layers=2, positions=48)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    shape = Checkpoint.open(model).entry(name).shape
+    Mask.from_bools({name: np.random.default_rng(0).random(shape) < 0.9}).save(tmp_path / "old.mask")
+    rows = [{"prompt": "what", "completion": f"it is {i} " + "y" * 60} for i in range(8)]
+    notes: list[str] = []
+    given = (tmp_path / "old.mask", model, rows)
+    rebase_mask(*given, guards={"other": rows}, steps=1, shares=[1.0], note=notes.append)
+    assert notes[:4] == ["4 of 4 rows are cut: the model has 48 positions"] * 4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -42,7 +42,7 @@ from mftmerge.mask import Mask, Parent
 from mftmerge.matching import delta_base, match, require_base_tensors
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
-from mftmerge.train.inputs import held_out, is_tokenised, tokens_of
+from mftmerge.train.inputs import held_out, is_tokenised, tokens_of, within_positions
 from mftmerge.train.targets import freeze_others
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,12 @@ class _Fit:
         dtype = chosen_dtype(self.path, s.dtype)
         model = load_causal_lm(self.path, dtype=dtype, trust_remote_code=s.trust_remote_code or None)
         placed(model)
+
+        def readable(pair: tuple[list[Tokens], list[Tokens]]) -> tuple[list[Tokens], list[Tokens]]:
+            return within_positions(pair[0], model, self.say), within_positions(pair[1], model, self.say)
+
+        train, valid = readable((train, valid))
+        guarding = {name: readable(pair) for name, pair in guarding.items()}
         holders = Holders(model, self.checkpoint.names)
         targets = holders.targets(self.names)
         freeze_others(model, targets)

@@ -16,6 +16,7 @@ import yaml
 from accelerate.utils import patch_environment
 
 from mftmerge import data as rows_of
+from mftmerge.data import Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.pairing import paired
 from mftmerge.files import protect, write_text
@@ -186,7 +187,14 @@ class _Run:
             needed = memory.estimate(self.merging, changed, self.domains, self.settings)
             require(needed, str(recipe.path), self.settings.of_loop(), layers=False)
         self.model, self.parts, self.holders = load(self.merging, self.settings, shard=shard)
+        for domain in self.domains:
+            domain.train, domain.valid = self._readable(domain.train), self._readable(domain.valid)
         self.sharded = shard
+
+    def _readable(self, rows: list[Tokens]) -> list[Tokens]:
+        """The rows within the model's positions; those that an expert is to answer last, as they are."""
+        answered, asked = ([r for r in rows if bool(r["labels"]) == has] for has in (True, False))
+        return [*(inputs.within_positions(answered, self.model, self.say) if answered else ()), *asked]
 
     def identity(self) -> dict[str, Any]:
         """All that decides the masks, for a run that is to be continued."""

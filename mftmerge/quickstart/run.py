@@ -154,10 +154,12 @@ class _Run:
     def tokens(self, domain: str, split: str) -> list[Tokens]:
         """Tokenised rows, known to the cache."""
         from mftmerge.data import load_rows, tokenize
+        from mftmerge.train.inputs import within_positions
 
         if (domain, split) not in self._tokens:
             rows = load_rows(self.root / "data" / f"{domain}-{split}.jsonl")
-            self._tokens[domain, split] = tokenize(rows, self._loaded[1], self.plan.max_length)
+            read = tokenize(rows, self._loaded[1], self.plan.max_length)
+            self._tokens[domain, split] = within_positions(read, self.model, self.say)
             self.prefix.add(self._tokens[domain, split])
         return self._tokens[domain, split]
 

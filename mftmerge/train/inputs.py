@@ -137,15 +137,20 @@ def read_rows(
         read = source
         if not is_tokenised(source):
             read = rows_of.tokenize(source, tokenizer, settings.max_length, skip_bad=settings.skip_bad_rows)
-        kept, longer = fitted(read, model)
-        if longer:
-            say(f"{longer} of {len(read)} rows are cut: the model has {positions(model)} positions")
-        return kept
+        return within_positions(read, model, say)
 
     rows = tokens(data)
     if eval_data is not None:
         return rows, tokens(eval_data)[: settings.eval_rows]
     return held_out(rows, min(settings.eval_rows, int(len(rows) * settings.eval_share)), settings.seed)
+
+
+def within_positions(rows: Sequence[Tokens], model: PreTrainedModel, say: Callable[[str], None]) -> list[Tokens]:
+    """Tokenised rows as the model can read them, see `loss.fitted`. say: is told where some are cut for that."""
+    kept, longer = fitted(rows, model)
+    if longer:
+        say(f"{longer} of {len(rows)} rows are cut: the model has {positions(model)} positions")
+    return kept
 
 
 def held_out(

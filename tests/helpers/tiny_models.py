@@ -9,7 +9,7 @@ from typing import Any
 from mftmerge.quickstart.tiny import random_checkpoint, tiny_tokenizer
 
 
-def tiny_config(architecture: str, vocab_size: int, hidden: int = 64, layers: int = 4) -> Any:
+def tiny_config(architecture: str, vocab_size: int, hidden: int = 64, layers: int = 4, positions: int = 1024) -> Any:
     """Configuration of a small model: llama, qwen2, qwen3, gemma3, mixtral (fused experts) or gpt2 (Conv1D)."""
     import transformers as tf
 
@@ -20,7 +20,7 @@ def tiny_config(architecture: str, vocab_size: int, hidden: int = 64, layers: in
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": positions,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -41,7 +41,7 @@ def tiny_config(architecture: str, vocab_size: int, hidden: int = 64, layers: in
             n_embd=hidden,
             n_layer=layers,
             n_head=4,
-            n_positions=1024,
+            n_positions=positions,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -57,6 +57,7 @@ def tiny_checkpoint(
     dtype: str = "float32",
     hidden: int = 64,
     layers: int = 4,
+    positions: int = 1024,
     corpus: Iterable[str] = (),
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -65,5 +66,5 @@ def tiny_checkpoint(
     dtype: name of a torch dtype for the stored weights. A small `max_shard_size` gives a sharded checkpoint.
     """
     tokenizer = tiny_tokenizer(corpus)
-    config = tiny_config(architecture, len(tokenizer), hidden, layers)
+    config = tiny_config(architecture, len(tokenizer), hidden, layers, positions)
     return random_checkpoint(Path(path), config, tokenizer, seed=seed, dtype=dtype, max_shard_size=max_shard_size)
