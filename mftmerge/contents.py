@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mftmerge.checkpoint import resolve
 from mftmerge.files import COMPANION_FOLDERS, COMPANIONS, checksum
 
 # What a model is loaded from. Its card and licence are companions too, and decide nothing.
@@ -39,4 +40,13 @@ class Contents:
             for folder in (directory, *(directory / name for name in COMPANION_FOLDERS)):
                 for path in sorted({p for pattern in READ for p in folder.glob(pattern) if p.is_file()}):
                     found[f"{number}/{path.relative_to(directory)}"] = self.of_file(path)
+        return found
+
+    def of_inputs(self, base: str | Path | None, start: str | Path | None = None) -> dict[str, object]:
+        """Of what settings name: the model that weights are dropped to, and the mask whose scores are gone on from."""
+        found: dict[str, object] = {}
+        if base is not None:
+            found["base"] = self.of_model([resolve(base)])
+        if start is not None and Path(start).is_file():  # what is wrong with it, training says
+            found["start"] = self.of_file(start)
         return found

@@ -146,12 +146,9 @@ class _Run:
         """
         from mftmerge.loading import parts
 
-        settings = _training(self.job)
-        models = [self.job.model, *([] if settings.base is None else [settings.base])]
-        found: list[object] = [[m, self.contents.of_model(p for p in parts(m) if p is not None)] for m in models]
-        if settings.start is not None and Path(settings.start).is_file():  # what is wrong with it, training says
-            found.append(self.contents.of_file(settings.start))
-        return found
+        settings, model = _training(self.job), self.job.model
+        own = self.contents.of_model(p for p in parts(model) if p is not None)
+        return [model, own, self.contents.of_inputs(settings.base, settings.start)]
 
     def all(self) -> GridResult:
         from mftmerge.evaluate.files import evaluate_files

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from mftmerge.checkpoint import model_beside
+from mftmerge.contents import Contents
 from mftmerge.errors import BadInput
 from mftmerge.files import beside
 from mftmerge.settings import Seed, Settings
@@ -72,7 +73,8 @@ def load_plan(path: str | Path) -> SweepPlan:
 
 
 def plan_runs(plan: SweepPlan, identity: str = "", validation_rows: int = 1) -> list[Run]:
-    """All runs, seeds innermost. identity: digest of model and data, part of each run's id.
+    """All runs, seeds innermost. identity: digest of model and data, part of each run's id; so is, where it is given,
+    what the files hold that the settings name.
 
     Raises BadInput for settings that training does not know and for those that a sweep does not vary.
     """
@@ -82,11 +84,13 @@ def plan_runs(plan: SweepPlan, identity: str = "", validation_rows: int = 1) -> 
     unknown = sorted({*plan.settings} & {"seed", "weights", "eval_rows", "eval_share"})
     if unknown:
         raise BadInput(f"settings: {unknown[0]} follows from the sweep's data and seeds; leave it out")
-    runs = []
+    runs, contents = [], Contents()
     for values in itertools.product(*plan.grid.values()):
         combination = dict(zip(plan.grid, values, strict=True))
         for seed in plan.seeds:
             settings = TrainSettings.make({**plan.settings, **combination, "seed": seed, "eval_rows": validation_rows})
-            text = json.dumps([identity, settings.model_dump()], sort_keys=True)
+            inputs = contents.of_inputs(settings.base, settings.start) if identity else {}
+            # Where nothing is named the ids are those of earlier versions: what is done stays done.
+            text = json.dumps([identity, settings.model_dump(), *([inputs] if inputs else [])], sort_keys=True)
             runs.append(Run(hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), combination, settings))
     return runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import scaled
 
 from mftmerge import data
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import generation
+from mftmerge.evaluate.grid import grid
 from mftmerge.evaluate.journal import Journal
+from mftmerge.mask import Mask
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -221,3 +225,23 @@ def test_rows_that_cannot_be_marked_are_named(tiny: Callable[..., Path]) -> None
         generation.Marker(rows, tokenizer, run_tests=True)
     with pytest.raises(BadInput, match="row 1: tests must be"):
         generation.questions([rows[0] | {"tests": [1]}], tokenizer)
+
+
+def test_answers_over_another_base_are_not_those_on_record(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model, tokenizer = load(tiny("llama"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    mask = Mask.from_bools({name: np.zeros(model.get_parameter(name).shape, bool)})
+    rows = [{"prompt": f"what is {i}", "completion": f"{i}"} for i in range(2)]
+    tokens, path = data.tokenize(rows, tokenizer, 64), tmp_path / "a.answers"
+
+    def keys(base: Path, **options: Any) -> set[str]:
+        marker = generation.Marker(rows, tokenizer, exact="text", **{"max_new_tokens": 2} | options)
+        grid(model, {"m": mask}, {"d": tokens}, scorers={"d": marker}, base=base, journal=path)
+        return {json.loads(line)["key"] for line in path.read_text().splitlines()}
+
+    base = scaled(tiny("llama"), tmp_path / "base", 2)
+    assert len(keys(base)) == 2
+    assert len(keys(base)) == 2
+    assert len(keys(scaled(tiny("llama"), base, 3))) == 3, "of the model itself they are"
+    rows[1]["prompt"] += " in words"  # tokenised rows may end before it
+    assert len(keys(base)) == 5

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import scaled
 
 from mftmerge import choose_combination
 from mftmerge.cli import main
@@ -135,6 +136,32 @@ def test_the_journal_of_another_search_is_refused(trained: SimpleNamespace, tmp_
         with pytest.raises(BadInput, match="remove it"):
             searched(trained, tmp_path / "out.mask")
         assert journal.read_text() == text
+
+
+def test_a_search_over_another_base_is_another_one(
+    trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def journal(path: Path, identity: Any) -> None:
+        seen.append(json.dumps(identity))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(choosing, "SearchJournal", journal)
+    for factor in (0.0, 0.0, 0.001):
+        base = scaled(trained.path, tmp_path / "base", factor)
+        with pytest.raises(KeyboardInterrupt):
+            choose_combination(
+                trained.path,
+                trained.paths,
+                trained.data,
+                tmp_path / "out.mask",
+                candidates=FEW,
+                dtype="float32",
+                base=str(base),
+                searching=SearchSettings(search=1),
+            )
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_without_scores_votes_are_searched(trained: SimpleNamespace) -> None:

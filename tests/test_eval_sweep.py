@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import scaled
 
 from mftmerge import sweep
 from mftmerge.cli import main
 from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.sweepplan import load_plan
+from mftmerge.sweepplan import SweepPlan, load_plan, plan_runs
 
 
 def run(*arguments: object) -> int:
@@ -102,6 +103,21 @@ def test_a_stopped_sweep_continues_and_more_seeds_are_added(
     kitchen.path.write_text(json.dumps(kitchen.plan | {"test": {"near": "rows.jsonl[13:16]"}}))
     with pytest.raises(BadInput, match="another model or other rows"):
         sweep.run_sweep(load_plan(kitchen.path), kitchen.out)
+
+
+def test_runs_over_another_base_or_start_are_other_runs(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    def ids(**settings: object) -> set[str]:
+        plan = SweepPlan(model="m", train="t", validation="v", test={"x": "y"}, settings=settings, seeds=[0, 1])
+        return {run.id for run in plan_runs(plan, "identity")}
+
+    base, start = scaled(tiny("llama"), tmp_path / "base", 1), tmp_path / "start.mask"
+    start.write_bytes(b"one")
+    before = [ids(base=str(base)), ids(start=str(start)), ids()]
+    assert [ids(base=str(base)), ids(start=str(start)), ids()] == before
+    scaled(tiny("llama"), base, 2)
+    start.write_bytes(b"two")
+    assert not before[0] & ids(base=str(base))
+    assert not before[1] & ids(start=str(start))
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftmerge import notebook, plots
+from mftmerge.contents import Contents
 from mftmerge.data import Tokens, load_rows
 from mftmerge.errors import BadInput, shown
 from mftmerge.evaluate import files, prediction
@@ -268,8 +269,11 @@ def _searched(
 ) -> Choice:
     """The choice among what was tried and what a search proposes beside it."""
     own = {d: masks[d] for d in choice.judged}
-    facts = {"settings": settings.model_dump(), "masks": [m.digest for m in masks.values()]}
-    facts |= {"domains": choice.grid.domains, "weights": choice.grid.models[BASE]["weights"], "base": measuring["base"]}
+    facts: dict[str, Any] = {"settings": settings.model_dump(), "masks": [m.digest for m in masks.values()]}
+    facts |= {"domains": choice.grid.domains, "weights": choice.grid.models[BASE]["weights"]}
+    contents = Contents()
+    facts["dropped"] = [grids.dropped_facts(m, measuring["base"], contents) for m in masks.values()]
+    facts["answers"] = {d: [s.exact, s.facts, [q.reference for q in s.asked]] for d, s in measuring["scorers"].items()}
     record = SearchJournal(journal, facts)
     table, notes = choice.grid, list(choice.notes)
     cache = grids.shared_layers(model, masks, tokens)

@@ -264,6 +264,11 @@ class Marker:
         return [str(text) for text in self.tokenizer.batch_decode(self.ids, skip_special_tokens=True)]
 
     @property
+    def facts(self) -> list[object]:
+        """What decides the answers beside the model: their length, and the prompts."""
+        return [self.max_new_tokens, [question.prompt for question in self.asked]]
+
+    @property
     def drafts(self) -> list[Tokens]:
         """The prompts with the answers that were written last, as rows: what the next model will be checked on."""
         pairs = zip(self.asked, self.ids or [], strict=bool(self.ids))

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mftmerge.contents import Contents
 from mftmerge.data import Tokens, digest
 from mftmerge.errors import BadInput
-from mftmerge.evaluate.generation import Marker, Marks
+from mftmerge.evaluate.generation import Marker, Marks, ends
 from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.pairing import Values
 from mftmerge.evaluate.results import LOSS, GridResult
 from mftmerge.live import attach
 from mftmerge.loss import row_losses
 from mftmerge.mask import Mask
+from mftmerge.matching import delta_base
 from mftmerge.naming import decoder_layers
 from mftmerge.prefix import PrefixCache
 from mftmerge.progress import Progress, Step
@@ -79,6 +81,7 @@ def grid(
     )
     once = model.device.type == "cpu" if prefix is None else prefix
     cache = shared_layers(model, masks, domains) if once and masks else None
+    contents = Contents()
     counted = _counter(f"evaluating {name}", len(result.models) * sum(map(len, domains.values())), progress)
     with _switches(model, masks, base) as use, cache.use() if cache else contextlib.nullcontext():
         for row in result.models:
@@ -90,8 +93,11 @@ def grid(
                         continue
                     result.cells[row, domain, LOSS] = row_losses(model, rows, batch_tokens=batch_tokens, told=told)
                     if scorer := (scorers or {}).get(domain):
-                        identity = [result.models[row], result.domains[domain]["digest"], base, scorer.max_new_tokens]
-                        answers = Journal(journal, identity) if journal else None
+                        answers = None
+                        if journal:
+                            to = dropped_facts(masks[row], base, contents) if row in masks else {}
+                            stops = ends(model, scorer.tokenizer)
+                            answers = Journal(journal, [result.models[row], to, stops, scorer.facts])
                         _keep_marks(result, row, domain, scorer(model, answers))
                         if cache:
                             cache.add(scorer.drafts)
@@ -170,6 +176,11 @@ def mask_facts(mask: Mask) -> dict[str, Any]:
     """A mask's digest and density, and where it says it came from."""
     facts = {"mask": mask.digest, "density": mask.density(), "operation": mask.info.operation}
     return facts | ({"on": "delta", "delta_base": mask.info.delta_base} if mask.info.on == "delta" else {})
+
+
+def dropped_facts(mask: Mask, base: str | Path | None, contents: Contents) -> dict[str, object]:
+    """What identifies the values that dropped weights take, where these are not 0: digests of the model's files."""
+    return contents.of_inputs(delta_base(mask, base, None))
 
 
 def versions() -> dict[str, str]:

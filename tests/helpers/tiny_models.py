@@ -68,3 +68,15 @@ def tiny_checkpoint(
     tokenizer = tiny_tokenizer(corpus)
     config = tiny_config(architecture, len(tokenizer), hidden, layers, positions)
     return random_checkpoint(Path(path), config, tokenizer, seed=seed, dtype=dtype, max_shard_size=max_shard_size)
+
+
+def scaled(model: str | Path, path: str | Path, factor: float) -> Path:
+    """Write a checkpoint to `path`, over what is there: another one's with all weights times a factor."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    path = Path(shutil.copytree(model, path, dirs_exist_ok=True))
+    tensors = load_file(Path(model) / "model.safetensors")
+    save_file({n: t * factor for n, t in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
