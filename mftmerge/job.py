@@ -18,7 +18,8 @@ from pydantic import Field
 from mftmerge.checkpoint import model_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import worded
-from mftmerge.files import beside, locked, write_text
+from mftmerge.files import beside, write_text
+from mftmerge.locks import locked
 from mftmerge.progress import Progress
 from mftmerge.settings import Settings
 

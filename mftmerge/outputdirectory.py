@@ -22,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import checksum, lock, sync_directory
+from mftmerge.files import checksum, sync_directory
+from mftmerge.locks import lock
 
 MANIFEST = ".mftmerge-progress.json"
 OWNER = ".mftmerge-owner"

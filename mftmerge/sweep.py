@@ -24,9 +24,10 @@ from mftmerge.evaluate import grid as grids
 from mftmerge.evaluate import pairing
 from mftmerge.evaluate.generation import Marker
 from mftmerge.evaluate.results import GridResult, finite, in_markdown, markdown_table, rich_table, write_whole
-from mftmerge.files import locked, protect, writing
+from mftmerge.files import protect, writing
 from mftmerge.jobs import RunnerSettings, run_jobs
 from mftmerge.loading import load_model
+from mftmerge.locks import locked
 from mftmerge.mask import Mask
 from mftmerge.prefix import PrefixCache
 from mftmerge.settings import in_words

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mftmerge import files
+from mftmerge import files, locks
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
 from mftmerge.combine import combine_files
@@ -106,13 +106,13 @@ def test_temporary_names_are_nobody_elses(tmp_path: Path) -> None:
 
 def test_one_run_an_output(tmp_path: Path) -> None:
     out = tmp_path / "job"
-    with files.locked(out):
-        with pytest.raises(MftmergeError, match="another run is writing it"), files.locked(out):
+    with locks.locked(out):
+        with pytest.raises(MftmergeError, match="another run is writing it"), locks.locked(out):
             pass
-        code = f"from mftmerge import files\nwith files.locked({str(out)!r}): pass"
+        code = f"from mftmerge import locks\nwith locks.locked({str(out)!r}): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another run" in done.stderr
-    with files.locked(out):
+    with locks.locked(out):
         pass
     assert not list(out.iterdir())
 
@@ -124,18 +124,18 @@ def test_a_lock_where_there_is_no_flock(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fcntl, "flock", no)
     out, owner = tmp_path, tmp_path / ".owner"
-    with files.locked(out):
+    with locks.locked(out):
         assert owner.exists()
-        with pytest.raises(MftmergeError, match="another run"), files.locked(out):
+        with pytest.raises(MftmergeError, match="another run"), locks.locked(out):
             pass
     assert not list(out.iterdir())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     owner.write_text(f"{platform.node()} {gone.pid}")  # a run that was killed
-    with files.locked(out):
+    with locks.locked(out):
         pass
     owner.write_text("another-machine 1")
-    with pytest.raises(MftmergeError, match="another-machine") as caught, files.locked(out):
+    with pytest.raises(MftmergeError, match="another-machine") as caught, locks.locked(out):
         pass
     assert str(owner) in str(caught.value)
 
@@ -151,10 +151,10 @@ def test_a_lock_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         return opened(path, flags, *more)
 
     monkeypatch.setattr(os, "open", no)
-    with files.locked(tmp_path), pytest.raises(MftmergeError, match="another run"), files.locked(tmp_path):
+    with locks.locked(tmp_path), pytest.raises(MftmergeError, match="another run"), locks.locked(tmp_path):
         pass
     (tmp_path / ".lock").unlink(missing_ok=True)
-    with pytest.raises(MftmergeError, match="Permission denied"), files.locked(tmp_path):
+    with pytest.raises(MftmergeError, match="Permission denied"), locks.locked(tmp_path):
         pass
 
 
@@ -163,7 +163,7 @@ def test_other_trouble_with_a_lock_is_said_as_it_is(tmp_path: Path, monkeypatch:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", no)
-    with pytest.raises(MftmergeError, match="Input/output error"), files.locked(tmp_path / "a"):
+    with pytest.raises(MftmergeError, match="Input/output error"), locks.locked(tmp_path / "a"):
         pass
 
 

@@ -293,9 +293,8 @@ def _searched(
         if why:
             notes.append(f"the search is not guided by predictions: {why}")
         rows = {d: tokens[d] for d in own}
-        predict = (
-            partial(prediction.predict, model, own, rows, progress=progress) if settings.guided and not why else None
-        )
+        guided = settings.guided and not why
+        predict = partial(prediction.predict, model, own, rows, progress=progress) if guided else None
         scores = all(m.has_scores for m in masks.values())
         made = search(masks, measure, settings, scores=scores, predict=predict, progress=progress)
         every = {**choice.candidates, **made}

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mftmerge import __version__
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.results import GridResult
-from mftmerge.files import locked, protect, write_text
+from mftmerge.files import protect, write_text
+from mftmerge.locks import locked
 from mftmerge.progress import Progress
 from mftmerge.quickstart.domains import arithmetic_splits, python_splits, write_domains
 from mftmerge.quickstart.page import AVERAGE, COMBINATIONS, DOMAINS, MERGED, page

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import lock, protect, refuse_existing, writing
+from mftmerge.files import protect, refuse_existing, writing
+from mftmerge.locks import lock
 from mftmerge.train.loop import last_checkpoint
 from mftmerge.train.sharding import is_main
 from mftmerge.train.stops import Interrupted
