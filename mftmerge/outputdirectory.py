@@ -1,4 +1,4 @@
-"""An output directory that appears whole or not at all, and takes the place of a checkpoint without losing the rest.
+"""An output directory that appears whole or not at all, and takes the place of an old one without losing the rest.
 
 The directory is filled beside its place under a temporary name, synced, and renamed. Finished files are listed with
 their checksums, so that a run that was killed can be continued. Names beside OUT: `.OUT.partial` is being written,
@@ -25,6 +25,9 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import checksum, sync_directory
 from mftmerge.locks import lock
 
+EXPORT = (
+    "mftmerge_export.json"  # in an export: the names of its files, which are all that is deleted when it is replaced
+)
 MANIFEST = ".mftmerge-progress.json"
 OWNER = ".mftmerge-owner"
 # What a checkpoint directory consists of. Anything else in it belongs to the user, and stays when it is replaced.
@@ -35,6 +38,20 @@ OWN = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken", "chat_template.jinja"),
     *("chat_template.json", "README.md", "mftmerge_recipe.yml", "mergekit_config.yml", MANIFEST, OWNER),
 )
+
+
+def list_export(folder: Path) -> None:
+    """Write into an export, complete but for this, the list of its files, by which the next one may replace it."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() and p.name != OWNER)
+    (folder / EXPORT).write_text(json.dumps({"files": [*names, EXPORT]}, indent=1) + "\n", encoding="utf-8")
+
+
+def listed(folder: Path) -> set[str]:
+    """The files that an export in `folder` has by its own list; none where there is no export."""
+    try:
+        return {str(n) for n in json.loads((folder / EXPORT).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 class OutputDirectory:
@@ -116,6 +133,7 @@ class OutputDirectory:
             sync_directory(self.out.parent)
             return
         written = {str(p.relative_to(self.path)) for p in self.path.rglob("*") if not p.is_dir() or p.is_symlink()}
+        written |= listed(self.out)
         record = self.out.parent / f".{self.out.name}.written"
         # Before the exchange: whoever finishes it after a kill has to know which of the old files are replaced.
         record.write_text(json.dumps(sorted(written)), encoding="utf-8")
@@ -192,25 +210,34 @@ def _swap(a: Path, b: Path) -> bool:
 def settle(old: Path, out: Path, written: Set[str], inside: str = "") -> None:
     """Empty a replaced directory: its checkpoint's own files are deleted, everything else moves to `out`.
 
-    written: relative names that the new output has itself, whose old versions go; any other file that would meet one of
-    its name stays where it is. inside: the subdirectory that this call is about.
+    written: relative names whose old versions go, those that the new output has and those of an old export's list; any
+    other file that would meet one of its name stays where it is. inside: the subdirectory that this call is about.
     """
-    own = OWN if inside else (*OWN, *_shards(old))
-    for entry in list(os.scandir(old)):
+    own = () if listed(old) else (*OWN, *_shards(old))
+    # An export's list goes last: it tells whoever finishes this after a kill that nothing but what it names may go.
+    for entry in sorted(os.scandir(old), key=lambda e: e.name == EXPORT):
         name = f"{inside}{entry.name}"
         source, target = Path(entry.path), out / entry.name
         with suppress(OSError):  # gone: another run repairs the same leftover; busy, forbidden: it stays
             if entry.is_dir(follow_symlinks=False):
-                if target.is_dir() and not target.is_symlink():
+                replaced = any(n.startswith(f"{name}/") for n in written)
+                if replaced or (target.is_dir() and not target.is_symlink()):
                     settle(source, target, written, f"{name}/")
                 elif not os.path.lexists(target):
-                    os.rename(source, target)
+                    _move(source, target)
             elif name in written or (not inside and any(fnmatch(name, p) for p in own)):
                 source.unlink()
             elif not os.path.lexists(target):
-                os.rename(source, target)
+                _move(source, target)
     with suppress(OSError):
         old.rmdir()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename into a directory that need not be there yet, but never through a link."""
+    if not target.parent.is_symlink():
+        target.parent.mkdir(exist_ok=True)
+        os.rename(source, target)
 
 
 def _shards(directory: Path) -> list[str]:
@@ -245,7 +272,7 @@ def _unused(path: Path) -> Path:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise BadInput unless `out` may become a checkpoint directory."""
+    """Raise BadInput unless `out` may become a new directory: it is free, or a checkpoint or export to be replaced."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise BadInput(f"{out}: exists and is not a directory; choose another output")
     if out.exists() and _is_working_directory(out):  # the shell would be left in a directory that is gone
@@ -256,8 +283,8 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise BadInput(f"{out}: already exists; give --overwrite to replace it")
-    if not (out / "config.json").exists() and not any(out.glob("*.safetensors")):
-        raise BadInput(f"{out}: is no checkpoint directory, so it is not overwritten; choose another output")
+    if not (out / "config.json").exists() and not any(out.glob("*.safetensors")) and not listed(out):
+        raise BadInput(f"{out}: is no checkpoint directory or export, so it is not overwritten; choose another output")
 
 
 def _is_working_directory(path: Path) -> bool:

@@ -264,3 +264,65 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, mount: str) ->
         ["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "is a mount point" in done.stderr
+
+
+EXPORTED = {
+    "config.yml": "old",
+    "mftmerge_recipe.yml": "old",
+    "README.md": "old",
+    "checkpoints/a/model.safetensors": "old weights",
+    "checkpoints/a/config.json": "old",
+    "checkpoints/both/config.json": "old",
+}
+PUT_THERE = {  # by the user; the names are those of a checkpoint, whose own files would go
+    "config.json": "mine",
+    "model.safetensors": "my merge",
+    "merged/model.safetensors": "mine",
+    "checkpoints/a/notes.txt": "mine",
+    "checkpoints/mine/model.safetensors": "mine",
+}
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_an_export_is_replaced_and_only_what_it_lists_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
+) -> None:
+    if not swap:
+        monkeypatch.setattr(outputdirectory, "_swap", lambda a, b: False)
+    out = tmp_path / "out"
+    fill(out, EXPORTED)
+    with pytest.raises(BadInput, match="no checkpoint directory or export"):
+        check_target(out, overwrite=True)
+    outputdirectory.list_export(out)
+    fill(out, PUT_THERE)
+    new = {"config.yml": "new", "checkpoints/both/config.json": "new"}
+    with OutputDirectory(out, lambda: "export", overwrite=True) as output:
+        fill(output.path, new)
+        outputdirectory.list_export(output.path)
+        output.commit()
+    found = content(out)
+    assert outputdirectory.listed(out) == {*new, outputdirectory.EXPORT}
+    found.pop(outputdirectory.EXPORT)
+    assert found == new | PUT_THERE
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_while_an_export_is_replaced_loses_nothing(tmp_path: Path) -> None:
+    after = 0
+    while True:
+        out = tmp_path / str(after) / "out"
+        fill(out, EXPORTED)
+        outputdirectory.list_export(out)
+        fill(out, PUT_THERE)
+        new = {"config.yml": "new", outputdirectory.EXPORT: '{"files": ["config.yml", "mftmerge_export.json"]}'}
+        code = KILLED.format(tests=str(Path(__file__).parent), swap=True, after=after, out=str(out), new=new)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        finished = process.returncode == 0
+        assert finished or process.returncode == -signal.SIGKILL, process.stderr
+        with OutputDirectory(out, lambda: "export", overwrite=True) as output:
+            fill(output.path, new)
+            output.commit()
+        assert content(out) == new | PUT_THERE, after
+        if finished:
+            break
+        after += 1
