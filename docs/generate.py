@@ -28,7 +28,7 @@ from mftmerge.operations import OPERATIONS, Everywhere, options
 from mftmerge.operations import meaning as option_meaning
 from mftmerge.recipe import schema
 from mftmerge.recipe.catalogue import ABOUT, METHODS, REQUIRED, Method, Parameter, meaning
-from mftmerge.recipe.export import PUSH_DOWN, stock_form
+from mftmerge.recipe.stockform import PUSH_DOWN, stock_form
 from mftmerge.serve.settings import ServeSettings
 from mftmerge.settings import Settings
 from mftmerge.train.settings import TrainSettings

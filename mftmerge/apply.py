@@ -133,6 +133,18 @@ def companion_files(checkpoint: Checkpoint, include: Sequence[str] = ()) -> Iter
                 yield name
 
 
+def copy_companions(model: Path, out: Path) -> None:
+    """Copy a model's configuration, tokenizer, templates and licence, whatever kind of weights it has, beside others.
+
+    What is in `out` already stays.
+    """
+    source = Checkpoint(model, (), has_index=False)
+    for name in companion_files(source):
+        if not (out / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.file(name), out / name)
+
+
 def _plan(mask: Mask | str | Path, model: str | Path, settings: ApplySettings) -> _Plan:
     """Everything that can be checked without reading a weight."""
     if not isinstance(mask, Mask):

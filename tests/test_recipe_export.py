@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.tiny_models import tiny_checkpoint
 from recipe_kitchen import add_adapter, make_kitchen
 
-from mftmerge.errors import MftmergeError
+from mftmerge.errors import BadInput, MftmergeError
+from mftmerge.mask import Mask, MaskInfo
+from mftmerge.matching import over_delta
 from mftmerge.recipe.build import build
 from mftmerge.recipe.export import ExportReport, export
 from mftmerge.recipe.verify import compare, run_stock
@@ -106,6 +109,118 @@ MORE = {
           - {model: models/code, parameters: {weight: 0.7}}
         mask: masks/instruct.mask
     """,
+    "adapter_of_base.yml": """
+        merge_method: task_arithmetic
+        base_model: models/base+models/adapter
+        models:
+          - {model: models/math, mask: {file: masks/math.mask, on: delta}, parameters: {weight: 0.5}}
+          - {model: models/code, parameters: {weight: 0.5}}
+    """,
+    "adapter_of_stage.yml": """
+        name: first
+        merge_method: linear
+        models: [{model: models/base}, {model: models/code}]
+        parameters: {weight: 1}
+        ---
+        merge_method: linear
+        models: [{model: first+models/adapter, mask: masks/code.mask}, {model: models/math}]
+        parameters: {weight: 1}
+    """,
+    "stage_as_base.yml": """
+        name: first
+        merge_method: linear
+        models: [{model: models/math}, {model: models/code}]
+        parameters: {weight: 1}
+        ---
+        merge_method: task_arithmetic
+        base_model: {model: first, mask: masks/code.mask}
+        models:
+          - {model: models/instruct, mask: {file: masks/math.mask, on: delta}, parameters: {weight: 0.5}}
+          - {model: models/math, mask: {file: masks/math.mask, on: delta, base: first}, parameters: {weight: 0.5}}
+    """,
+    "stage_as_base_of_consensus.yml": """
+        name: mean
+        merge_method: linear
+        models: [{model: models/base}, {model: models/code}]
+        parameters: {weight: 1}
+        ---
+        merge_method: consensus
+        base_model: mean
+        models:
+          - {model: mean, mask: {file: masks/math.mask, on: delta, base: models/math}}
+          - {model: models/instruct}
+    """,
+    "same_mask_on_two_bases.yml": """
+        name: first
+        merge_method: task_arithmetic
+        base_model: models/base
+        masks: {m: masks/math.mask}
+        models:
+          - {model: models/math, mask: {file: masks/math.mask, on: delta}, parameters: {weight: 1}}
+          - {model: models/code, mask: m, parameters: {weight: 1}}
+        ---
+        name: last
+        merge_method: task_arithmetic
+        base_model: models/code
+        masks: {m: masks/code.mask}
+        models:
+          - {model: models/math, mask: {file: masks/math.mask, on: delta}, parameters: {weight: 1}}
+          - {model: models/code, mask: m, parameters: {weight: 1}}
+          - {model: first, parameters: {weight: 1}}
+    """,
+    "pickled.yml": """
+        merge_method: task_arithmetic
+        base_model: models/pickled
+        models:
+          - {model: models/math, mask: {file: masks/math.mask, on: delta}, parameters: {weight: 1}}
+          - {model: models/pickled, mask: masks/code.mask, parameters: {weight: 1}}
+        mask: masks/instruct.mask
+    """,
+    "weights_though_made_over_a_delta.yml": """
+        merge_method: linear
+        models: [{model: models/math, mask: {file: masks/delta.mask, on: weights}}, {model: models/code}]
+        parameters: {weight: 1}
+    """,
+    "base_of_another_type.yml": """
+        merge_method: task_arithmetic
+        base_model: models/base
+        models: [{model: models/wide, parameters: {weight: 0.6}}]
+        mask: {file: masks/math.mask, on: delta}
+        out_dtype: float32
+    """,
+    "arithmetic_narrower_than_result.yml": """
+        merge_method: task_arithmetic
+        base_model: models/wide
+        models: [{model: models/math, parameters: {weight: 0.6}}]
+        mask: {file: masks/math.mask, on: delta}
+        dtype: bfloat16
+        out_dtype: float32
+    """,
+    "fused_consensus.yml": """
+        merge_method: consensus
+        base_model: models/experts-0
+        models: [{model: models/experts-1}, {model: models/experts-2}]
+    """,
+    "fused_result.yml": """
+        merge_method: passthrough
+        models: [{model: models/experts-1}]
+        mask: masks/fused.mask
+    """,
+    "named_as_a_method.yml": """
+        name: linear
+        merge_method: linear
+        models: [{model: models/math}, {model: models/code}]
+        parameters: {weight: 1}
+        ---
+        merge_method: linear
+        models: [{model: linear, mask: masks/math.mask}]
+        parameters: {weight: 1}
+    """,
+    "path_with_a_space.yml": """
+        merge_method: linear
+        models: [{model: models/with space, parameters: {weight: 1}}]
+        mask: masks/math.mask
+    """,
 }
 
 
@@ -113,10 +228,30 @@ MORE = {
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_kitchen(tmp_path_factory.mktemp("kitchen"))
     add_adapter(folder)
+    pickle_weights(folder / "models/code", folder / "models/pickled")
+    mask = Mask.load(folder / "masks/math.mask")
+    info = MaskInfo(**over_delta(folder / "models/base", mask.names))
+    Mask.from_bools({n: mask.kept(n) for n in mask.names}, info).save(folder / "masks/delta.mask")
+    tiny_checkpoint(folder / "models/wide", dtype="float32", seed=5)
+    for i in range(3):
+        tiny_checkpoint(folder / f"models/experts-{i}", "mixtral", dtype="bfloat16", seed=i, layers=1)
+    fused = np.random.default_rng(0).random((4, 64, 160)) < 0.5
+    Mask.from_bools({"model.layers.0.mlp.experts.down_proj": fused}).save(folder / "masks/fused.mask")
+    shutil.copytree(folder / "models/math", folder / "models/with space")
     for name, text in MORE.items():
         lines = [line.removeprefix("        ") for line in text.strip("\n").splitlines()]
         (folder / name).write_text("\n".join(lines) + "\n")
     return folder
+
+
+def pickle_weights(model: Path, out: Path) -> None:
+    """A copy of a model whose weights are pickled, as older ones are."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(model, out)
+    torch.save(load_file(out / "model.safetensors"), out / "pytorch_model.bin")
+    (out / "model.safetensors").unlink()
 
 
 def recipe_path(kitchen: Path, name: str) -> Path:
@@ -163,6 +298,12 @@ def test_forms(exported: dict[str, tuple[ExportReport, Path]]) -> None:
     assert (documents["delta_on_three.yml"], checkpoints["delta_on_three.yml"]) == (3, 2)
     assert (documents["emr.yml"], checkpoints["emr.yml"]) == (1, 1)
     assert "no method that computes emr" in exported["emr.yml"][0].forms[0]
+    assert (documents["adapter_of_base.yml"], checkpoints["adapter_of_base.yml"]) == (1, 1)
+    assert (documents["adapter_of_stage.yml"], checkpoints["adapter_of_stage.yml"]) == (1, 1)  # and no unused stage
+    assert (documents["stage_as_base.yml"], checkpoints["stage_as_base.yml"]) == (3, 3)
+    assert (documents["fused_consensus.yml"], checkpoints["fused_consensus.yml"]) == (1, 1)
+    assert "rename it" in exported["named_as_a_method.yml"][0].forms[0]
+    assert "with a space, " in exported["path_with_a_space.yml"][0].forms[0]
 
 
 def test_verify(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +315,44 @@ def test_verify(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert str(tmp_path / "out/checkpoints") in config
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
     json.dumps(yaml.safe_load_all(config), default=list)
+
+
+def test_a_place_with_a_space_and_letters_beyond_ascii(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit-multi cannot run paths with spaces: what would be two merges is one of the result."""
+    monkeypatch.chdir(kitchen)
+    report = export(RECIPES / "vote_mask_on_merge.yml", tmp_path / "Übung 1", verify=True)
+    assert report.verification is not None
+    assert report.command.startswith("mergekit-yaml ")
+    assert "space" in report.forms[0]
+    (document,) = yaml.safe_load_all(report.config.read_text(encoding="utf-8"))
+    assert document["models"][0]["model"]["model"]["path"] == str(tmp_path / "Übung 1/checkpoints/result")
+
+
+def test_overwrite_replaces_an_export_and_keeps_what_others_put_there(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(kitchen)
+    out = tmp_path / "out"
+    export(RECIPES / "mask_one_expert.yml", out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="overwrite=True"):
+        export(RECIPES / "mask_one_expert.yml", out)
+    export(kitchen / "fused_result.yml", out, overwrite=True)
+    assert len(list(out.glob("checkpoints/*"))) == 1
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_error_of_the_work_names_the_recipe(kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(kitchen)
+
+    def full(*_: object, **__: object) -> None:
+        raise MftmergeError("no room")
+
+    monkeypatch.setattr("mftmerge.recipe.stocktranslation.apply_mask", full)
+    with pytest.raises(MftmergeError, match=r"mask_one_expert\.yml: no room"):
+        export(RECIPES / "mask_one_expert.yml", tmp_path / "out")
 
 
 def test_compare_sees_one_weight(kitchen: Path, tmp_path: Path) -> None:

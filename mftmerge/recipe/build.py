@@ -142,16 +142,16 @@ def refuse_own_input(recipe: Recipe, out: Path) -> None:
     found: list[object] = [recipe.path]
     for document in recipe.documents:
         used = [text for _, r in references(document) for text in (r.path, r.lora) if text]
-        used += [text for text in _texts(document.model_dump()) if text.endswith(".mask")]
+        used += [text for text in texts(document.model_dump()) if text.endswith(".mask")]
         found += [local(text, recipe.folder) for text in used]
     protect(out, found)
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts(value: object) -> Iterator[str]:
     """All texts in plain values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from (t for part in value.values() for t in _texts(part))
+        yield from (t for part in value.values() for t in texts(part))
     elif isinstance(value, list | tuple):
-        yield from (t for part in value for t in _texts(part))
+        yield from (t for part in value for t in texts(part))

@@ -14,36 +14,23 @@ from typing import Any
 
 import yaml
 
-from mftmerge.apply import apply_mask, companion_files
+from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.dtypes import BY_CODE
+from mftmerge.errors import MftmergeError
 from mftmerge.mask import Mask
-from mftmerge.outputdirectory import OutputDirectory
-from mftmerge.recipe.build import build_into, needed, refuse_own_input
+from mftmerge.outputdirectory import OutputDirectory, list_export
+from mftmerge.recipe.build import build_into, needed, refuse_own_input, texts
 from mftmerge.recipe.card import slug
-from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.kmask import complement_everywhere, write_kmask
 from mftmerge.recipe.load import Recipe, load_recipe
-from mftmerge.recipe.locate import absolute, model_directory
-from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
+from mftmerge.recipe.locate import model_directory
+from mftmerge.recipe.schema import Document, MaskUse, ModelInput, Reference
 from mftmerge.recipe.settings import BuildSettings, MergeSettings
-from mftmerge.recipe.translate import Translation
+from mftmerge.recipe.stockform import StockForms, as_passthrough
+from mftmerge.recipe.stocktranslation import StockTranslation
 from mftmerge.recipe.verify import Verification, command_line, verify_export
-
-BAKED = ("localize_and_stitch", "select", "emr")  # methods of ours that no stock method computes
-PUSH_DOWN = ("task_arithmetic", "ties", "dare_ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties")
-
-
-def stock_form(method: str) -> str:
-    """What a merge method becomes in an export, for the reference."""
-    if not METHODS[method].ours:
-        return "the method itself"
-    if method in BAKED or METHODS[method].function:
-        return "the result itself, passed through"
-    return {
-        "masked": "`passthrough` of a masked checkpoint: equal bits",
-        "consensus": "its mask computed, then `task_arithmetic` over localised checkpoints: equal values",
-    }[method]
+from mftmerge.recipe.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -80,9 +67,13 @@ def export(
     refuse_own_input(recipe, out)
     with OutputDirectory(out, lambda: "export", overwrite=overwrite) as output:
         exporter = Exporter(recipe, output.path, out, notify or (lambda _: None))
-        exporter.run()
-        verification = verify_export(recipe, output.path, out, exporter.seed) if verify else None
-        shutil.rmtree(output.path / ".work", ignore_errors=True)
+        try:
+            exporter.run()
+        except MftmergeError as e:
+            raise e if str(recipe.path) in str(e) else type(e)(f"{recipe.path}: {e}") from e
+        verification = exporter.verify() if verify else None
+        shutil.rmtree(exporter.work, ignore_errors=True)
+        list_export(output.path)
         nbytes = sum(p.stat().st_size for p in output.path.rglob("*") if p.is_file())
         output.commit()
     command = command_line(out, exporter.staged)
@@ -100,10 +91,15 @@ class Exporter:
     notify: Callable[[str], None]
     forms: list[str] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
-    made: dict[tuple[str, str], str] = field(default_factory=dict)
+    made: dict[tuple[str, ...], Reference] = field(default_factory=dict)
     entries: dict[str, list[Any]] = field(default_factory=dict)
     donors: dict[str, Path] = field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.work = self.here / ".work"
+        self.stock = StockForms(self.recipe)
+        self.weights = Weights(self.recipe, self.work, self.seed, self.notify)
 
     @property
     def staged(self) -> bool:
@@ -112,36 +108,74 @@ class Exporter:
 
     def run(self) -> None:
         """Write everything."""
-        baked = {id(d) for d in self.recipe.documents if self.why_baked(d)}
-        for document in needed(self.recipe.documents, alone=lambda d: id(d) in baked):
-            self.add(document)
-        text = yaml.safe_dump_all(self.documents, sort_keys=False)
+        for document, reason in self.plan():
+            if reason is None:
+                self.add(document)
+            else:
+                self.add_result(document, reason)
+        self.leave_out_unused()
         header = "".join(f"# {line}\n" for line in ["Exported by mftmerge; stock mergekit runs it:", self.command()])
-        (self.here / "config.yml").write_text(header + text)
-        (self.here / "mftmerge_recipe.yml").write_text(self.recipe.text)
+        (self.here / "config.yml").write_text(header + self.configuration(self.final), encoding="utf-8")
+        (self.here / "mftmerge_recipe.yml").write_text(self.recipe.text, encoding="utf-8")
         forms = "".join(f"- {form}\n" for form in self.forms) or "- the recipe has no masks: paths made absolute\n"
         (self.here / "README.md").write_text(
-            f"# {self.final.name}\n\nA recipe for stock mergekit:\n\n```sh\n{self.command()}\n```\n\n{forms}"
+            f"# {self.final.name}\n\nA recipe for stock mergekit:\n\n```sh\n{self.command()}\n```\n\n{forms}",
+            encoding="utf-8",
         )
+
+    def configuration(self, place: Path) -> str:
+        """The configuration for an export that is at `place`."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: placed(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [placed(v) for v in value]
+            inside = isinstance(value, str) and Path(value).is_relative_to(self.final)
+            return str(place / Path(value).relative_to(self.final)) if inside else value
+
+        return yaml.safe_dump_all(placed(self.documents), sort_keys=False, allow_unicode=True)
 
     def command(self) -> str:
         return command_line(self.final, self.staged)
 
+    def verify(self) -> Verification:
+        """Run stock mergekit on what is written, and compare with a build."""
+        return verify_export(self.recipe, self.configuration(self.here), self.staged, self.work, self.seed)
+
+    def leave_out_unused(self) -> None:
+        """Take out merges that no later one reads: those that only checkpoints of the export were made from."""
+        kept, read = self.documents[-1:], set(texts(self.documents[-1]))
+        for document in reversed(self.documents[:-1]):
+            name = document["name"]
+            if any(text == name or text.startswith(f"{name}+") for text in read):
+                kept.insert(0, document)
+                read |= set(texts(document))
+        kept[-1].pop("name", None)  # mergekit-multi puts what has a name among the stages, not where it is asked to
+        self.documents = kept
+
+    def plan(self) -> list[tuple[Document, str | None]]:
+        """The documents to export, each with the reason why it is exported as its result, if it is."""
+        stock = self.stock
+        reasons = {id(d): stock.why_result(d) for d in self.recipe.documents}
+        documents = needed(self.recipe.documents, alone=lambda d: reasons[id(d)] is not None)
+        last = documents[-1]
+        second = last.mask is not None and reasons[id(last)] is None and not stock.pushes_down(last)
+        if (len(documents) > 1 or second) and (reason := stock.why_not_staged(documents, self.final)):
+            return [(last, reason)]
+        return [(d, reasons[id(d)]) for d in documents]
+
     def add(self, document: Document) -> None:
         """Append the stock documents of one document."""
-        reason = self.why_baked(document)
-        if reason:
-            self.bake(document, reason)
-            return
         self.remember(document)
         mask = document.mask
+        pushes_down = self.stock.pushes_down(document)
         if document.merge_method == "masked":
-            document = self.as_passthrough(document)
+            document = as_passthrough(document)
         elif document.merge_method == "consensus":
             document = self.as_task_arithmetic(document)
-        pushed = None if mask is None else self.pushed_down(document.model_copy(update={"mask": mask}))
-        if pushed is not None:
-            document, mask = pushed, None
+        if pushes_down:
+            document, mask = self.pushed_down(document), None
         final_name = document.name
         stock = StockTranslation(self, document).data()
         if document.merge_method == "passthrough":  # a base served only for `on: delta`; stock would count it as input
@@ -180,24 +214,7 @@ class Exporter:
         inside = Path(path).is_relative_to(self.final)
         return self.here / Path(path).relative_to(self.final) if inside else Path(path)
 
-    def why_baked(self, document: Document) -> str | None:
-        """Why a document has no exact stock form; None when it has one."""
-        if document.merge_method in BAKED or METHODS[document.merge_method].function:
-            return f"stock mergekit has no method that computes {document.merge_method}"
-        if document.merge_method == "consensus" and not document.models:
-            return "consensus over slices has no stock form"
-        if not document.mask or (document.models and len(document.models) == 1):
-            return None
-        if document.tokenizer or document.tokenizer_source:
-            return "the shapes that the output mask needs depend on the merged tokenizer"
-        if document.modules:
-            return "an output mask over several modules has no stock form"
-        types = {e.dtype for e in self.recipe.tensors(document)}
-        if types - {"F16"} and types - {"F32", "BF16", "F64"}:
-            return f"its tensors are of types {', '.join(sorted(types))}, for which no one K-mask is exact"
-        return None
-
-    def bake(self, document: Document, reason: str) -> None:
+    def add_result(self, document: Document, reason: str) -> None:
         """Export a document's result itself."""
         here, final = self.folder(document.name or "result")
         here.mkdir()
@@ -206,33 +223,16 @@ class Exporter:
         for name in ("mergekit_config.yml", "mftmerge_recipe.yml"):
             (here / name).unlink(missing_ok=True)
         named = {"name": document.name} if document.name else {}
-        self.documents.append(named | {"merge_method": "passthrough", "models": [{"model": final}]})
+        place = Reference(path=final).to_mergekit()
+        self.documents.append(named | {"merge_method": "passthrough", "models": [{"model": place}]})
         self.entries[document.name or ""], self.donors[document.name or ""] = list(Checkpoint.open(here)), here
         self.forms.append(f"{document.name or 'result'}: exported as its result and passed through, because {reason}")
-
-    def as_passthrough(self, document: Document) -> Document:
-        """`masked` as stock passthrough of its one model; its mask becomes the model's."""
-        parameters = dict(document.parameters or {})
-        given = parameters.pop("mask", None)
-        models = []
-        for item in document.models or ():
-            own = dict(item.parameters or {})
-            text = own.pop("mask", given)
-            own.pop("missing", None)
-            mask = item.mask
-            if mask is None and text is not None:
-                mask = MaskUse(file=text, on="delta" if document.base_model else "weights")
-            base = document.base_model
-            if base is None or (item.model, item.mask) != (base.model, base.mask):
-                models.append(item.model_copy(update={"mask": mask, "parameters": own or None}))
-        changes: dict[str, object] = {"merge_method": "passthrough", "parameters": None}
-        return document.model_copy(update=changes | ({"models": tuple(models)} if models else {}))
 
     def as_task_arithmetic(self, document: Document) -> Document:
         """`consensus` as stock task arithmetic over models that hold their own values where the consensus keeps."""
         from mftmerge.recipe.methods import recorded_consensus
 
-        scratch = self.here / ".work" / self.fresh("consensus")
+        scratch = self.work / self.fresh("consensus")
         scratch.mkdir(parents=True)
         self.notify("computing the consensus mask")
         with recorded_consensus() as kept:
@@ -265,33 +265,21 @@ class Exporter:
     def once_masked(self, item: ModelInput, document: Document, use: MaskUse) -> ModelInput:
         """The input with one more mask, applied after its own."""
         if item.mask is not None:
-            path = StockTranslation(self, document).input(item)
-            item = item.model_copy(update={"model": Reference.model_validate(path), "mask": None})
+            item = item.model_copy(update={"model": StockTranslation(self, document).checkpoint(item)})
         return item.model_copy(update={"mask": use})
 
-    def pushed_down(self, document: Document) -> Document | None:
-        """The document with its result's mask put on its inputs, where that is exact and no larger; else None."""
-        mask = document.mask
-        stages = {d.name for d in self.recipe.documents if d.name}
-        items = document.models or ()
-        if mask is None or not items or any(i.model.path in stages for i in items):
-            return None
+    def pushed_down(self, document: Document) -> Document:
+        """The document with its result's mask put on its inputs."""
+        mask, items = document.mask, document.models or ()
+        assert mask is not None
         label = self.recipe.masks(document).label(mask)
-        if document.merge_method == "passthrough" and not document.sets("scale") and not items[0].model.lora:
-            models: tuple[ModelInput, ...] = (self.once_masked(items[0], document, mask),)
+        if document.merge_method == "passthrough":
             self.forms.append(f"output mask {label}: applied to the one model (1 checkpoint, bit-exact)")
-        elif (
-            document.merge_method in PUSH_DOWN
-            and mask.on == "delta"
-            and mask.base is None
-            and len(items) <= 2
-            and not any(document.sets(k) for k in ("density", "rescale"))
-        ):
-            base = document.base_model and (document.base_model.model, document.base_model.mask)
-            models = tuple(i if (i.model, i.mask) == base else self.once_masked(i, document, mask) for i in items)
-            self.forms.append(f"output mask {label} on the delta: each model localised, the same for this method")
         else:
-            return None
+            self.forms.append(f"output mask {label} on the delta: each model localised, the same for this method")
+        base = document.base_model and (document.base_model.model, document.base_model.mask)
+        kept = None if document.merge_method == "passthrough" else base
+        models = tuple(i if (i.model, i.mask) == kept else self.once_masked(i, document, mask) for i in items)
         return document.model_copy(update={"models": models, "mask": None})
 
     def masked_stage(self, stage: str, mask: MaskUse, document: Document, name: str | None) -> str:
@@ -305,7 +293,7 @@ class Exporter:
         write_kmask(evaluated, entries, self.donors[stage], here, "float16" if is_half else None)
         kept: dict[str, Any] = {
             "merge_method": "task_arithmetic",
-            "base_model": final,
+            "base_model": Reference(path=final).to_mergekit(),
             "models": [{"model": stage, "parameters": {"weight": 1.0}}],
             "parameters": {"normalize": False, "lambda": 1.0},
         } | ({"dtype": "float32", "out_dtype": "float16"} if is_half else {})
@@ -316,10 +304,10 @@ class Exporter:
             return name or ""
         kept_name = self.fresh(f"{stage}-kept")
         self.documents.append({"name": kept_name} | kept)
-        base = BaseInput(model=mask.base) if mask.base else document.base_model
+        base = translation.delta_base(mask)
         assert base is not None
         rest_here, rest = self.folder(f"base-where-dropped-{slug(label)}")
-        source = self.now(Reference.model_validate(translation.input(base)).path)
+        source = translation.directory(base)
         apply_mask(complement_everywhere(evaluated, entries), source, rest_here, check_base=False)
         one = {"weight": 1.0}
         dtype = BY_CODE[entries[0].dtype].name
@@ -327,7 +315,10 @@ class Exporter:
             ({"name": name} if name else {})
             | {
                 "merge_method": "linear",
-                "models": [{"model": kept_name, "parameters": one}, {"model": rest, "parameters": one}],
+                "models": [
+                    {"model": kept_name, "parameters": one},
+                    {"model": Reference(path=rest).to_mergekit(), "parameters": one},
+                ],
                 "parameters": {"normalize": False},
                 "dtype": dtype,
             }
@@ -335,56 +326,3 @@ class Exporter:
         self.forms.append(f"mask {label} on the delta of {stage}: kept part by a K-mask, plus the base where dropped")
         self.entries[name or ""], self.donors[name or ""] = entries, self.donors[stage]
         return name or ""
-
-
-class StockTranslation(Translation):
-    """A document in stock terms: masked inputs become checkpoints in the export, or merges of their own."""
-
-    def __init__(self, exporter: Exporter, document: Document) -> None:
-        super().__init__(document, exporter.recipe.masks(document))
-        self.exporter = exporter
-        self.stages = {d.name: Path(d.name) for d in exporter.recipe.documents if d.name}
-
-    def absolute(self, reference: Reference) -> Reference:
-        if str(self.exporter.final) in reference.path:
-            return reference
-        return absolute(reference, self.folder, self.stages)
-
-    def input(self, item: ModelInput | BaseInput) -> Any:
-        reference = self.absolute(item.model)
-        if item.mask is None:
-            return reference.to_mergekit()
-        key = (str(reference), item.mask.model_dump_json())
-        if key not in self.exporter.made:
-            make = self._stage if reference.path in self.stages else self._checkpoint
-            self.exporter.made[key] = make(reference, item.mask)
-        return self.exporter.made[key]
-
-    def _stage(self, reference: Reference, mask: MaskUse) -> str:
-        name = self.exporter.fresh(f"{reference.path}-masked")
-        return self.exporter.masked_stage(reference.path, mask, self.document, name)
-
-    def _checkpoint(self, reference: Reference, mask: MaskUse) -> str:
-        exporter, label = self.exporter, self.book.label(mask)
-        model = exporter.now(reference.path)
-        here, final = exporter.folder(f"{slug(Path(reference.path).name)}-{slug(label)}")
-        base: Path | None = None
-        if mask.on == "delta":
-            item = BaseInput(model=mask.base) if mask.base else self.document.base_model
-            assert item is not None
-            base = exporter.now(Reference.model_validate(self.input(item)).path)
-        exporter.notify(f"masking {reference}")
-        merged = _merged_adapter(reference, exporter.here / ".work") if reference.lora else model
-        apply_mask(self.book.evaluate(mask), merged, here, base=base, check_base=False)
-        for name in companion_files(Checkpoint.open(model)) if reference.lora else ():
-            if not name.endswith(".index.json") and not (here / name).exists():
-                shutil.copyfile(model / name, here / name)
-        what = "its dropped weights from the base" if base else "its dropped weights 0"
-        exporter.forms.append(f"{reference} with {label}: a checkpoint with {what} (bit-exact)")
-        return final
-
-
-def _merged_adapter(reference: Reference, cache: Path) -> Path:
-    from mergekit.common import ModelReference
-
-    return Path(ModelReference.model_validate(reference.to_mergekit()).merged(cache_dir=str(cache)).model.path)

@@ -9,14 +9,13 @@ kept -0 becomes +0. K has one set bit, so that bfloat16 stores it exactly, whate
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mftmerge.apply import companion_files
-from mftmerge.checkpoint import Checkpoint, TensorEntry, safe_file
+from mftmerge.apply import copy_companions
+from mftmerge.checkpoint import TensorEntry
 from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.mask import Mask
 from mftmerge.names import layer_of
@@ -38,11 +37,7 @@ def write_kmask(mask: Mask, entries: Sequence[TensorEntry], donor: Path, out: Pa
             else:
                 values = np.zeros(entry.shape, np.uint16)
             writer.add(entry.name, "BF16", entry.shape, values.reshape(-1).view(np.uint8).data)
-    source = Checkpoint.open(donor)
-    for name in companion_files(source):
-        if not name.endswith(".index.json"):
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(safe_file(source.path, name), out / name)
+    copy_companions(donor, out)
     config = json.loads((out / "config.json").read_text())
     layers = {i for e in entries if (i := layer_of(e.name)) is not None}
     for key in LAYER_KEYS:

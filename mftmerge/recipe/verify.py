@@ -90,14 +90,14 @@ def compare(ours: Path, theirs: Path) -> Verification:
     return Verification(len(a.names), weights, bits)
 
 
-def verify_export(recipe: Recipe, here: Path, final: Path, seed: int) -> Verification:
-    """Run stock mergekit on the export in `here` (whose configuration says `final`), build, and compare."""
-    text = (here / "config.yml").read_text()
-    with tempfile.TemporaryDirectory(dir=here, prefix=".work-") as scratch:
-        work = Path(scratch)
+def verify_export(recipe: Recipe, configuration: str, staged: bool, scratch: Path, seed: int) -> Verification:
+    """Run stock mergekit on an export's configuration (of several documents: `staged`), build, and compare."""
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        work = Path(folder)
         config = work / "config.yml"
-        config.write_text(text.replace(str(final), str(here)))
-        run_stock([(config, "\n---\n" in text, work / "theirs")], work, seed)
+        config.write_text(configuration, encoding="utf-8")
+        run_stock([(config, staged, work / "theirs")], work, seed)
         (work / "ours").mkdir()
         build_into(recipe, work / "ours", name="ours", settings=BuildSettings(seed=seed))
         return compare(work / "ours", work / "theirs")
