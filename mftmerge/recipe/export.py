@@ -218,7 +218,7 @@ class Exporter:
         """Export a document's result itself."""
         here, final = self.folder(document.name or "result")
         here.mkdir()
-        self.notify(f"building {document.name or 'the result'}")
+        self.notify(f"building {document.name or 'the result'}, because {reason}")
         build_into(self.recipe, here, name=here.name, result=document, settings=BuildSettings(seed=self.seed))
         for name in ("mergekit_config.yml", "mftmerge_recipe.yml"):
             (here / name).unlink(missing_ok=True)
