@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from recipe_kitchen import assert_equal, tensors, written
+from safetensors.torch import load_file, save_file
 
 from mftmerge.apply import apply_mask
 from mftmerge.checkpoint import Checkpoint
@@ -189,6 +191,99 @@ def test_masks_on_results_of_other_shapes(kitchen: Path, tmp_path: Path) -> None
     stack = f"merge_method: passthrough\nslices:\n{rows}mask: deep.mask\n"
     build(written(stack, tmp_path / "r.yml"), tmp_path / "stack")
     assert not tensors(tmp_path / "stack")["model.layers.5.mlp.up_proj.weight"].any()
+
+
+def test_dropped_weights_of_a_result_return_to_values_of_their_shape(kitchen: Path, tmp_path: Path) -> None:
+    """A base whose tensor has as many weights in another shape, more rows, or too few layers has no values for them."""
+    up, deep = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 5))
+    head = "lm_head.weight"
+    Mask.from_bools({up: np.eye(160, 64) > 0}).save(tmp_path / "up.mask")
+    Mask.from_bools({deep: np.eye(160, 64) > 0}).save(tmp_path / "deep.mask")
+    rows = Checkpoint.open(kitchen / "models/math").entry(head).shape[0]
+    Mask.from_bools({head: np.eye(rows, 64) > 0}).save(tmp_path / "head.mask")
+    turned, longer = tmp_path / "turned", tmp_path / "longer"
+    for folder, name, shape in ((turned, up, (64, 160)), (longer, head, (rows + 8, 64))):
+        shutil.copytree(kitchen / "models/math", folder)
+        changed = load_file(folder / "model.safetensors") | {name: torch.zeros(shape, dtype=torch.bfloat16)}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+    math = f"{kitchen}/models/math"
+    one = f"merge_method: passthrough\nmodels: [{{model: {math}}}]\n"
+    parts = ", ".join(f"{{sources: [{{model: {math}, layer_range: {r}}}]}}" for r in ([0, 3], [1, 4]))
+    for text, mask, base, said in (
+        (one, "up", turned, f"{up} is (160, 64) in the result, (64, 160) in base {turned}"),
+        (one, "head", longer, f"{head} is ({rows}, 64) in the result, ({rows + 8}, 64) in base {longer}"),
+        (f"merge_method: passthrough\nslices: [{parts}]\n", "deep", math, f"{deep} is (160, 64) in the result, not in"),
+    ):
+        found = fault(f"{text}mask:\n  file: {mask}.mask\n  on: delta\n  base: {base}\n", tmp_path)
+        assert f"r.yml: line 6: mask {mask}.mask: {said}" in found
+    Mask.from_bools({head: np.ones((272, 64), bool)}).save(tmp_path / "padded.mask")
+    padded = f"merge_method: linear\nbase_model: {math}\nmodels: [{{model: {math}}}]\nparameters: {{weight: 1}}\n"
+    padded += "tokenizer: {source: base, pad_to_multiple_of: 16}\nmask: {file: padded.mask, on: delta}\n"
+    said = f"line 6: mask padded.mask: {head} is (272, 64) in the result, ({rows}, 64) in base {math}"
+    assert said in fault(padded, tmp_path)
+
+
+def test_dropped_weights_of_a_result_return_to_a_tied_head(kitchen: Path, tmp_path: Path) -> None:
+    shutil.copytree(kitchen / "models/base", tmp_path / "tied")
+    stored = load_file(tmp_path / "tied/model.safetensors")
+    stored.pop("lm_head.weight")
+    save_file(stored, tmp_path / "tied/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "tied/config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "tied/config.json").write_text(json.dumps(config))
+    kept = np.random.default_rng(0).random(tuple(stored["model.embed_tokens.weight"].shape)) < 0.5
+    Mask.from_bools({"lm_head.weight": kept}).save(tmp_path / "head.mask")
+    text = f"merge_method: passthrough\nmodels: [{{model: {kitchen}/models/math}}]\n"
+    build(written(f"{text}mask: {{file: head.mask, on: delta, base: tied}}\n", tmp_path / "r.yml"), tmp_path / "out")
+    own, tied = tensors(kitchen / "models/math")["lm_head.weight"], tensors(tmp_path / "tied")
+    expected = np.where(kept, own, tied["model.embed_tokens.weight"])
+    assert np.array_equal(tensors(tmp_path / "out")["lm_head.weight"], expected)
+
+
+def test_dropped_weights_of_a_result_return_to_fused_experts(tiny: Tiny, tmp_path: Path) -> None:
+    a, b = tiny("mixtral", seed=1), tiny("mixtral", seed=2)
+    for model in (a, b):
+        build(
+            written(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n", tmp_path / "r.yml"),
+            tmp_path / model.parent.name,
+        )
+    fused = Checkpoint.open(tmp_path / b.parent.name)
+    name = next(n for n in fused.names if "experts.gate_up" in n)
+    assert name not in Checkpoint.open(b)
+    kept = np.random.default_rng(0).random(fused.entry(name).shape) < 0.5
+    Mask.from_bools({name: kept}).save(tmp_path / "e.mask")
+    text = f"merge_method: passthrough\nmodels: [{{model: {a}}}]\nmask: {{file: e.mask, on: delta, base: {b}}}\n"
+    build(written(text, tmp_path / "r.yml"), tmp_path / "out")
+    expected = np.where(kept, tensors(tmp_path / a.parent.name)[name], tensors(fused.path)[name])
+    assert np.array_equal(tensors(tmp_path / "out")[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        ("mask: absent.mask", "mask absent.mask: no mask file 'absent.mask'"),
+        ("mask: {op: vote, of: [M, absent.mask]}", "no mask file 'absent.mask'"),
+        ("mask: {op: vote, of: [M, M], threshold: 5}", "threshold 5 is above the number of masks, 2"),
+        ("mask: {file: absent.mask, on: delta, base: MATH}", "no mask file 'absent.mask'"),
+        ("mask: x\nmasks: {x: {op: union, of: [x]}}", "mask x: masks: x -> x refers to itself"),
+    ],
+)
+def test_a_faulty_mask_on_the_result_hides_no_other_problem(
+    mask: str, said: str, kitchen: Path, tmp_path: Path
+) -> None:
+    mask = mask.replace("MATH", f"{kitchen}/models/math").replace("M,", f"{kitchen}/masks/math.mask,")
+    mask = mask.replace("M]", f"{kitchen}/masks/math.mask]")
+    text = f"merge_method: linear\nmodels:\n- {{model: {kitchen}/models/math, mask: missing.mask}}\n"
+    found = fault(f"{text}parameters: {{weight: 1}}\n{mask}\n", tmp_path)
+    assert "line 3: mask missing.mask: no mask file 'missing.mask'" in found
+    assert said in found.partition("line 5: ")[2]
+
+
+@pytest.mark.parametrize("method", ["select", "localize_and_stitch"])
+def test_a_faulty_mask_that_a_method_takes_hides_no_other_problem(method: str, kitchen: Path, tmp_path: Path) -> None:
+    models = "".join(f"- {{model: {kitchen}/models/{m}, mask: {m}-absent.mask}}\n" for m in ("math", "code"))
+    found = fault(f"merge_method: {method}\nbase_model: {kitchen}/models/base\nmodels:\n{models}", tmp_path)
+    assert "line 4: mask math-absent.mask: no mask file" in found
+    assert "line 5: mask code-absent.mask: no mask file" in found
 
 
 def test_masks_on_stages_are_checked_before_anything_is_built(kitchen: Path, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Evaluation:
     def save(self, job: Job, write: Write) -> int:
         """Hand an output tensor on in its final dtype, masked; gives its bytes."""
         task, name, dtype = job.task, job.task.tensor_name, dtype_from_name(job.task.dtype)
-        mask = self.mask.over(name) if self.mask else None
+        assert isinstance(task.tensor_task, ExecuteMergeMethodTask)
+        mask = self.mask.over(task.tensor_task.output_weight) if self.mask else None
         whole = not self._in_pieces(task.tensor_task)
         with self.room.taken(job.size) if whole else nullcontext(), drawing.numbers(job):
             at = count = 0

@@ -43,6 +43,7 @@ class FileChecks:
         self.warnings: list[tuple[Location, str]] = []
         self.models_sound = True  # whether the merge can be planned, known after `problems`
         self._checkpoints: dict[str, Checkpoint | None] = {}
+        self._unsound: set[Location] = set()  # masks that cannot be evaluated or used; known after `problems`
 
     def problems(self) -> Iterator[tuple[Location, str]]:
         """Everything wrong with the files, with its place; fills `warnings`."""
@@ -89,7 +90,10 @@ class FileChecks:
             uses += [((*where, "mask"), item.mask) for where, item in self.document.inputs() if item.mask]
         shapes = {e.name: e.shape for e in result.tensors}
         for where, use in uses:
-            yield from ((where, text) for text in self._misfit(use, shapes))
+            if where not in self._unsound:
+                found = [(where, text) for text in self._misfit(use, shapes)]
+                found += [((*where, "base"), text) for text in self._off_base(use, result) if where == ("mask",)]
+                yield from found[:1]
 
     def _misfit(self, use: MaskUse, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         """What of a mask on the result's tensors does not fit them: the first one."""
@@ -105,6 +109,25 @@ class FileChecks:
             if shapes[name] != tuple(mask.shape(name)):
                 yield f"mask {label}: {name} is {tuple(mask.shape(name))}, {shapes[name]} in the result"
                 return
+
+    def returned(self) -> frozenset[str]:
+        """Tensors of the result whose dropped weights return to another model, as far as its mask is sound."""
+        use = self.document.mask
+        if use is None or use.on == "weights" or ("mask",) in self._unsound:
+            return frozenset()
+        return frozenset(self.book.evaluate(use).names)
+
+    def _off_base(self, use: MaskUse, result: Result) -> Iterator[str]:
+        """What a mask on the result covers and the model has not, or not so, to which its dropped weights return."""
+        base = use.base or (self.document.base_model and self.document.base_model.model)
+        for entry in result.tensors:
+            shape = result.base.get(entry.name, entry.shape)
+            if shape != entry.shape:
+                there = f"{shape} in" if shape else "not in"
+                text = (
+                    f"mask {self.book.label(use)}: {entry.name} is {entry.shape} in the result, {there} base {base}, "
+                )
+                yield text + "to which its dropped weights return; give base: a model that has it so"
 
     def _slices(self) -> Iterator[tuple[Location, str]]:
         """Layer ranges past a model's end, and models of another width."""
@@ -195,6 +218,7 @@ class FileChecks:
                 if use.on == "delta" and base and (foundation := self.checkpoint(base)) is not None:
                     require_base_tensors(names, model, foundation, f"base {base}")
         except BadInput as e:
+            self._unsound.add(where)
             yield where, f"mask {label}: {e}"
             return
         on_input = where != ("mask",) and not METHODS[self.document.merge_method].mask_as_parameter

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from pydantic import PrivateAttr
 
 from mftmerge import bits
+from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.catalogue import METHODS
@@ -53,12 +55,16 @@ class OutputMask:
     mask: Mask
     base: ModelReference | None
 
-    def over(self, name: str) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
-        """What masks a tensor, if the mask covers it: a function of pieces, flat, each with its place (times 8)."""
+    def over(self, weight: WeightInfo) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
+        """What masks a tensor, if the mask covers it: a function of pieces, flat, each with its place (times 8).
+
+        Raises BadInput where the base has no value for each of its weights.
+        """
+        name = weight.name
         if name not in self.mask:
             return None
         packed = self.mask.packed(name)
-        other = LoaderCache().get(self.base).get_tensor(name).reshape(-1) if self.base else None
+        other = self._in_base(weight).reshape(-1) if self.base else None
 
         def masked(at: int, piece: torch.Tensor) -> torch.Tensor:
             kept = torch.from_numpy(bits.unpack(packed[at // 8 :], piece.numel()))
@@ -67,6 +73,30 @@ class OutputMask:
             return select_torch(kept, piece, narrowed, name)
 
         return masked
+
+    def _in_base(self, weight: WeightInfo) -> torch.Tensor:
+        """The base's tensor, of the mask's shape: flat pieces of another one would be other weights."""
+        assert self.base is not None
+        found, shape = named_as(weight, self.base).execute(), tuple(self.mask.shape(weight.name))
+        if found is None or tuple(found.shape) != shape:
+            there = "nothing" if found is None else str(tuple(found.shape))
+            raise BadInput(f"{weight.name} is {shape} in the mask, {there} in the base of its delta")
+        return found
+
+
+def named_as(weight: WeightInfo, model: ModelReference, device: str | None = None) -> LoadTensor:
+    """Reads what a model has as a tensor of the result, None where it has none.
+
+    mergekit reads its inputs so: a tied head is the embeddings, and experts that are stored one by one are fused.
+    """
+    return LoadTensor(
+        model=model,
+        tensor=weight.name,
+        device=device,
+        optional=True,
+        aliases=weight.aliases,
+        tied_names=weight.tied_names,
+    )
 
 
 class OrderedConfiguration(MergeConfiguration):
@@ -107,6 +137,14 @@ class Inputs(Translation):
         as_parameter = METHODS[self.document.merge_method].mask_as_parameter and isinstance(item, ModelInput)
         return None if as_parameter else item.mask
 
+    def delta_base(self, use: MaskUse) -> ModelReference | None:
+        """The model to which a delta mask returns dropped weights: `base:`, else the (masked) base model."""
+        if use.on == "weights":
+            return None
+        base = BaseInput(model=use.base) if use.base else self.document.base_model
+        assert base is not None  # checked when the recipe was read
+        return ModelReference.model_validate(self.input(base))
+
 
 class MaskedInputs(Inputs):
     """Inputs for a build. A masked input is a reference of its own: a view directory, which links to the model's, and
@@ -135,7 +173,7 @@ class MaskedInputs(Inputs):
     def output_mask(self) -> OutputMask | None:
         """The result's mask, when the document has one."""
         use = self.document.mask
-        return OutputMask(self.book.evaluate(use), self._delta_base(use)) if use else None
+        return OutputMask(self.book.evaluate(use), self.delta_base(use)) if use else None
 
     def model(self, item: ModelInput) -> dict[str, Any]:
         found = super().model(item)
@@ -165,18 +203,10 @@ class MaskedInputs(Inputs):
                         (path / file.name).unlink(missing_ok=True)
                         (path / file.name).symlink_to(file.resolve())
             mask = self.book.evaluate(use)
-            names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self._delta_base(use)
+            names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self.delta_base(use)
             view = ModelReference.model_validate(str(path))
             self._loaders[view] = lambda: MaskedLoader(
                 merged.lazy_loader(lazy_unpickle=self.lazy_unpickle), mask, names, base
             )
             self.views[key] = str(path)
         return self.views[key]
-
-    def _delta_base(self, use: MaskUse) -> ModelReference | None:
-        """The model to which a delta mask returns dropped weights: `base:`, else the (masked) base model."""
-        if use.on == "weights":
-            return None
-        base = BaseInput(model=use.base) if use.base else self.document.base_model
-        assert base is not None  # checked when the recipe was read
-        return ModelReference.model_validate(self.input(base))

@@ -90,7 +90,7 @@ def check_files(documents: Checked, books: Sequence[MaskBook], sound: bool, sett
                 from mftmerge.recipe.result import plan_result  # it imports mergekit, which takes seconds
 
                 work, known = Path(scratch) / str(i), {n: p for n, p in stages.items() if p}
-                result, stand_in = plan_result(document, book, known, work, settings.of_mergekit())
+                result, stand_in = plan_result(document, book, known, work, settings.of_mergekit(), checks.returned())
                 places = {where for where, _ in found}
                 found += [(where, text) for where, text in checks.of_result(result) if where not in places]
                 if document.name and not found:

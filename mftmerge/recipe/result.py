@@ -11,7 +11,7 @@ import io
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from mftmerge.names import layer_of
 from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups
 from mftmerge.recipe.headers import Header, header, hole
-from mftmerge.recipe.inputs import Inputs, OrderedConfiguration
+from mftmerge.recipe.inputs import Inputs, OrderedConfiguration, named_as
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.locate import MaskBook
 from mftmerge.recipe.methods import register
@@ -52,9 +52,13 @@ COMPUTED = re.compile(
 
 @dataclass
 class Result:
-    """What a document will give. lost: of each input (place, tensors that reach no output); problems: (place, text)."""
+    """What a document will give. lost: of each input (place, tensors that reach no output); problems: (place, text).
+
+    base: shapes of tensors in the model to which the result's mask returns dropped weights; None where it has none.
+    """
 
     tensors: tuple[TensorEntry, ...] = ()
+    base: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     lost: list[tuple[Location, str, list[str]]] = field(default_factory=list)
     problems: list[tuple[Location, str]] = field(default_factory=list)
 
@@ -91,6 +95,7 @@ class HeaderInputs(Inputs):
         self._made: dict[tuple[str, str], object] = {}
         for where, item in document.parts():
             self.items.setdefault(ModelReference.model_validate(self.input(item)), (where, item))
+        self.result_base = self.delta_base(document.mask) if document.mask else None
 
     def input(self, item: ModelInput | BaseInput) -> Any:
         reference, mask = self.absolute(item.model), self.mask_of(item)
@@ -114,12 +119,17 @@ class HeaderInputs(Inputs):
 
 
 def plan_result(
-    document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path, options: Mapping[str, object]
+    document: Document,
+    book: MaskBook,
+    stages: Mapping[str, Path],
+    work: Path,
+    options: Mapping[str, object],
+    returned: Collection[str] = (),
 ) -> tuple[Result, Callable[[Path], None]]:
     """The result of one document, and a function that writes a directory which stands for it in later documents.
 
-    stages: such directories by name. work: a scratch directory. options: mergekit's, by name. The function may be
-    called unless there are problems.
+    stages: such directories by name. work: a scratch directory. options: mergekit's, by name. returned: tensors of the
+    result to look for in the base of its mask. The function may be called unless there are problems.
     """
     register()
     remember()
@@ -131,7 +141,7 @@ def plan_result(
         configuration = inputs.configuration()
         try:
             with reading(chosen, inputs.loaders):
-                return result, _plan(result, inputs, configuration, chosen)
+                return result, _plan(result, inputs, configuration, chosen, returned)
         except (RuntimeError, ValueError, TypeError, KeyError, OSError, NotImplementedError) as e:
             if isinstance(e, BadInput):
                 raise
@@ -153,7 +163,11 @@ def explained(error: Exception, document: Document) -> tuple[Location, str]:
 
 
 def _plan(
-    result: Result, inputs: HeaderInputs, configuration: OrderedConfiguration, options: MergeOptions
+    result: Result,
+    inputs: HeaderInputs,
+    configuration: OrderedConfiguration,
+    options: MergeOptions,
+    returned: Collection[str],
 ) -> Callable[[Path], None]:
     architecture = get_architecture_info(configuration, options)
     try:
@@ -174,6 +188,9 @@ def _plan(
     result.problems += faults.problems()
     result.tensors = tuple(entries)
     result.lost = _lost(inputs, {e.name for e in entries})
+    if inputs.result_base is not None:
+        named = [t for t in saves if t.tensor_name in returned]
+        result.base = {t.tensor_name: _shape_in(inputs.result_base, t) for t in named}
 
     def stand_in(folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -270,6 +287,13 @@ def _entry(
         inputs.given[kind] = _given(task, found, dtype)
     code = of_torch(dtype_from_name(save.dtype) or inputs.given[kind]).code
     return TensorEntry(save.tensor_name, code, tuple(shape), Path(), 0, 0)
+
+
+def _shape_in(model: ModelReference, save: SaveTensor) -> tuple[int, ...] | None:
+    """The shape that an output tensor has in a model; None where the model has none of that name."""
+    assert isinstance(save.tensor_task, ExecuteMergeMethodTask)
+    found = named_as(save.tensor_task.output_weight, model, "meta").execute()
+    return None if found is None else tuple(found.shape)
 
 
 def _given(
