@@ -21,6 +21,7 @@ from mftmerge.checkpointwriter import CheckpointWriter
 from mftmerge.errors import MftmergeError
 from mftmerge.recipe import evaluation, merge, settings
 from mftmerge.recipe.build import build
+from mftmerge.recipe.catalogue import AT_DENSITY_1, BY_ELEMENT
 from mftmerge.recipe.load import load_recipe
 from mftmerge.recipe.settings import BuildSettings
 
@@ -137,6 +138,46 @@ def test_any_number_of_models(count: int, method: str, tmp_path: Path, kitchen: 
     config |= {} if method == "linear" else {"base_model": str(kitchen / "models/base")}
     (tmp_path / "r.yml").write_text(yaml.safe_dump(config))
     build(tmp_path / "r.yml", tmp_path / "ours")
+    assert_equal(tensors(tmp_path / "ours"), tensors(stock(config, tmp_path / "theirs")))
+
+
+MIXTURES = [  # of the base and two models; promoted together they are float32, of some a narrower dtype is common
+    ("bfloat16", "bfloat16", "float32"),
+    ("bfloat16", "float32", "bfloat16"),
+    ("float16", "float16", "bfloat16"),
+    ("bfloat16", "float16", "bfloat16"),
+    ("float32", "bfloat16", "float16"),
+]
+
+
+@pytest.fixture(scope="module")
+def models_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models, each in three dtypes."""
+    folder = tmp_path_factory.mktemp("dtypes")
+    for dtype, (seed, name) in itertools.product(("bfloat16", "float16", "float32"), enumerate("abc")):
+        tiny_checkpoint(folder / dtype / name, dtype=dtype, seed=seed, layers=1)
+    return folder
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids="-".join)
+@pytest.mark.parametrize(
+    "method", [*AT_DENSITY_1, *(m for m in BY_ELEMENT if m not in ("passthrough", "nearswap")), "slerp", "nearswap"]
+)
+def test_inputs_of_several_dtypes(
+    method: str, mixture: tuple[str, ...], models_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `dtype:` all inputs of a tensor are promoted together, also where they are sorted or drawn one by one."""
+    monkeypatch.setattr(evaluation, "PIECE", 1024)
+    base, *others = (str(models_in / dtype / name) for dtype, name in zip(mixture, "abc", strict=True))
+    each: dict[str, object] = {"weight": 0.6, "density": 0.7} if method in AT_DENSITY_1 else {}
+    each |= {"epsilon": 0.1} if method.startswith("della") else {}
+    each |= {"weight": 0.4} if method in ("linear", "task_arithmetic") else {}
+    models = [{"model": m, "parameters": each} for m in (others[1:] if method in ("slerp", "nearswap") else others)]
+    config = {"merge_method": method, "models": models}
+    config |= {} if method == "linear" else {"base_model": base}
+    config |= {"parameters": {"t": 0.3}} if method in ("slerp", "nearswap") else {}
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(config))
+    build(tmp_path / "r.yml", tmp_path / "ours", seed=5, num_threads=2)
     assert_equal(tensors(tmp_path / "ours"), tensors(stock(config, tmp_path / "theirs")))
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -108,11 +108,15 @@ class Evaluation:
             # buffers of whole numbers, or what mergekit is to refuse
             yield self.value(task).reshape(-1)
             return
-        math = {model: dtype_from_name(loads[f"{model}:{w.name}"].dtype) for model, w in gather.weight_info.items()}
+        asked = {model: dtype_from_name(loads[f"{model}:{w.name}"].dtype) for model, w in gather.weight_info.items()}
+        loaded = {model: asked[model] or t.dtype for model, t in whole.items()}
+        # mergekit promotes what is merged together to one dtype, before anything is sorted or drawn. Of some of the
+        # models it would find another than of all.
+        common = dtype_from_name(task.dtype) or reduce(torch.promote_types, loaded.values())
         flat = {model: t.reshape(-1) for model, t in whole.items()}
 
         def merged(tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor:
-            found = task.execute(tensors={m: t.to(math[m] or t.dtype) for m, t in tensors.items()})
+            found = task.execute(tensors={m: t.to(loaded[m]).to(common) for m, t in tensors.items()})
             if found is None:
                 raise MftmergeError(f"mergekit gave no value for {task.output_weight.name}")
             return found
@@ -126,7 +130,7 @@ class Evaluation:
         one = next(iter(whole.values()))
         size = one.numel()
         if arc.in_pieces(task) and len(flat) == 2 and size:
-            yield from arc.merged(task, flat, {m: math[m] or t.dtype for m, t in flat.items()})
+            yield from arc.merged(task, flat, loaded)
             return
         parts = [slice(start, start + PIECE) for start in range(0, max(1, size), PIECE)]
         answers: Callable[[slice], AbstractContextManager[Any]] = nullcontext
