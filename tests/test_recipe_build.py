@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,41 @@ def test_one_model_twice_with_two_masks(tmp_path: Path) -> None:
     votes = sum(Mask.load(f"masks/{m}.mask").kept(name).astype(np.float32) for m in ("math", "code"))
     original = (model[name].astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(built[name].view(np.float32), original * votes)
+
+
+@pytest.mark.parametrize("folder", ["math@exp", "math+code", "a@b@c+d"])
+def test_signs_of_revisions_and_adapters_in_paths(folder: str, kitchen: Path, tmp_path: Path) -> None:
+    """mergekit would cut such paths, of models and of our own views, and could find another model at what is left."""
+    text = "merge_method: linear\nmodels:\n- {model: code, mask: math.mask}\n- {model: instruct}\n"
+    text += "parameters: {weight: 1}\nmask: {file: code.mask, on: delta, base: math}\n"
+    for name in ("plain", folder):
+        (tmp_path / name).mkdir()
+        for model in ("math", "code", "instruct"):
+            shutil.copytree(kitchen / "models" / model, tmp_path / name / model)
+        for mask in ("math", "code"):
+            shutil.copy(kitchen / "masks" / f"{mask}.mask", tmp_path / name)
+        written(text, tmp_path / name / "r.yml")
+    shutil.copytree(kitchen / "models/math", tmp_path / "math")
+    build(tmp_path / "plain/r.yml", tmp_path / "expected")
+    build(tmp_path / folder / "r.yml", tmp_path / f"out-{folder}")
+    assert_equal(tensors(tmp_path / f"out-{folder}"), tensors(tmp_path / "expected"))
+
+
+def test_a_directory_that_looks_like_a_revision(kitchen: Path, tmp_path: Path) -> None:
+    for name in ("ll", "ll@exp", "ll+exp"):
+        model = "math" if name == "ll" else "code"
+        shutil.copytree(kitchen / "models" / model, tmp_path / name)
+    for name in ("ll@exp", "ll+exp"):
+        text = f"merge_method: passthrough\nmodels: [{{model: {name}}}]\n"
+        with pytest.raises(BadInput, match=rf"line 2: .*write \{{path: '{re.escape(name)}'\}}"):
+            build(written(text, tmp_path / "r.yml"), tmp_path / "out")
+        text = text.replace(name, f"{{path: {name}}}") + f"base_model: {{path: {name}}}\n"
+        build(written(text, tmp_path / "r.yml"), tmp_path / "out", overwrite=True)
+        assert_equal(tensors(tmp_path / "out"), tensors(kitchen / "models/code"))
+    stage = "merge_method: passthrough\nmodels: [{model: ll}]\n"
+    text = f"name: ll@2\n{stage}---\n{stage.replace('ll', 'll@2')}"
+    with pytest.raises(BadInput, match="line 1: name: 'll@2' could not be named"):
+        build(written(text, tmp_path / "r.yml"), tmp_path / "out2")
 
 
 def test_existing_output_is_kept_on_failure(tmp_path: Path) -> None:

@@ -355,6 +355,30 @@ def test_an_error_of_the_work_names_the_recipe(kitchen: Path, tmp_path: Path, mo
         export(RECIPES / "mask_one_expert.yml", tmp_path / "out")
 
 
+def test_signs_of_revisions_and_adapters_in_paths(
+    kitchen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration of one merge names such a model by its parts; several merges, which stock mergekit makes text of
+    parts for, are exported as their result."""
+    folder = tmp_path / "math@exp+1"
+    shutil.copytree(kitchen / "models", folder / "models")
+    shutil.copytree(kitchen / "models/code", tmp_path / "math")
+    (folder / "r.yml").write_text("merge_method: passthrough\nmodels: [{model: models/math}]\n")
+    report = export(folder / "r.yml", tmp_path / "out", verify=True)
+    assert report.verification is not None
+    (folder / "two.yml").write_text(
+        "name: one\nmerge_method: passthrough\nmodels:\n- {model: models/math}\n---\n"
+        "merge_method: passthrough\nmodels: [{model: one}]\n"
+    )
+    staged = export(folder / "two.yml", tmp_path / "two", verify=True)
+    assert staged.verification is not None
+    assert staged.command.startswith("mergekit-yaml ")
+    assert "math@exp+1" in staged.forms[0]
+    monkeypatch.chdir(kitchen)
+    for name, recipe in (("v@2", "mask_one_expert.yml"), ("math+code", "vote_mask_on_merge.yml")):
+        assert export(RECIPES / recipe, tmp_path / name, verify=True).verification is not None
+
+
 def test_compare_sees_one_weight(kitchen: Path, tmp_path: Path) -> None:
     shutil.copytree(kitchen / "models/math", tmp_path / "a")
     shutil.copytree(kitchen / "models/math", tmp_path / "b")

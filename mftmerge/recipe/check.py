@@ -13,6 +13,7 @@ from mftmerge.errors import BadInput
 from mftmerge.operations import Everywhere, Operation
 from mftmerge.recipe.catalogue import METHODS, REQUIRED, Kind, Method, lookup, suggestion
 from mftmerge.recipe.lines import Lines, Location, Problem
+from mftmerge.recipe.reference import is_cut
 from mftmerge.recipe.schema import Document, MaskExpression, MaskUse, ModelInput, Module, OutputSlice, Reference
 
 Checked = list[tuple[Document, Lines]]
@@ -73,6 +74,9 @@ def _check_names(documents: Checked) -> Iterator[Problem]:
         seen[document.name] = i
         if document.name and ("/" in document.name or document.name.startswith(".")):
             yield Problem(lines.at(("name",)), f"name: {document.name!r} is not a plain name")
+        elif document.name and is_cut(document.name):
+            text = f"name: {document.name!r} could not be named as a model, where @ begins a revision and + an adapter"
+            yield Problem(lines.at(("name",)), text)
         for where, reference in references(document):
             if reference.path in names and reference.path not in order[:i]:
                 message = f"{reference.path!r} is built by a later document; put that document first"

@@ -15,7 +15,7 @@ from mftmerge.recipe.catalogue import METHODS
 from mftmerge.recipe.check import groups, references
 from mftmerge.recipe.kmask import LAYER_KEYS
 from mftmerge.recipe.lines import Location
-from mftmerge.recipe.locate import WEIGHTS, MaskBook, model_directory
+from mftmerge.recipe.locate import WEIGHTS, MaskBook, local, model_directory
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference, SliceInput
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ class FileChecks:
 
     def _directories(self, reference: Reference) -> None:
         if reference.path not in self.stages:
+            self._refuse_cut(reference)
             found = model_directory(reference.path, self.folder, reference.revision)
             if (found / "adapter_config.json").is_file() and not (found / "config.json").is_file():
                 raise BadInput(f"{reference.path!r} is an adapter, not a model; write BASE+{reference.path}")
@@ -179,6 +180,18 @@ class FileChecks:
                 raise BadInput(f"{reference.lora!r} has no adapter_config.json; it is not a LoRA adapter")
             for part in adapter.glob("adapter_*"):
                 refuse_pointer(part)
+
+    def _refuse_cut(self, reference: Reference) -> None:
+        """Raise BadInput where a text that names a directory here is read as a revision or with an adapter.
+
+        Of directories there are no revisions; a model and an adapter that are both here are meant.
+        """
+        folder, path, lora = self.folder, reference.path, reference.lora
+        wholes = [f"{path}@{reference.revision}"] if reference.revision else []
+        wholes += [str(reference)] if lora and not (local(path, folder) and local(lora, folder)) else []
+        if whole := next((w for w in wholes if local(w, folder)), None):
+            text = f"{whole!r} is a directory, but in a model's text @ begins a revision and + an adapter; "
+            raise BadInput(f"{text}write {{path: {whole!r}}} for the directory")
 
     def _open(self, reference: Reference) -> None:
         """Read the headers of a model that is there. Raises BadInput for an unsound checkpoint."""

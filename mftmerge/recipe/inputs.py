@@ -163,7 +163,7 @@ class MaskedInputs(Inputs):
             "trust_remote_code": options.trust_remote_code,
         }
         self.lazy_unpickle = options.lazy_unpickle
-        self.views: dict[tuple[str, str], str] = {}
+        self.views: dict[tuple[str, str], Any] = {}  # mergekit's references
         self._loaders: dict[ModelReference, Callable[[], LazyTensorLoader]] = {}
 
     def loaders(self) -> dict[ModelReference, LazyTensorLoader]:
@@ -187,8 +187,8 @@ class MaskedInputs(Inputs):
         reference, mask = self.absolute(item.model), self.mask_of(item)
         return self._view(reference, mask) if mask else reference.to_mergekit()
 
-    def _view(self, reference: Reference, use: MaskUse) -> str:
-        """The view directory of a masked model, made once for each model and mask."""
+    def _view(self, reference: Reference, use: MaskUse) -> Any:
+        """mergekit's reference to the view directory of a masked model, made once for each model and mask."""
         key = (str(reference), use.model_dump_json())
         if key not in self.views:
             original = ModelReference.model_validate(reference.to_mergekit())
@@ -204,9 +204,9 @@ class MaskedInputs(Inputs):
                         (path / file.name).symlink_to(file.resolve())
             mask = self.book.evaluate(use)
             names, base = match(mask, opened(Path(merged.model.path), self.work), str(reference)), self.delta_base(use)
-            view = ModelReference.model_validate(str(path))
-            self._loaders[view] = lambda: MaskedLoader(
+            found = Reference(path=str(path), override_architecture=reference.override_architecture).to_mergekit()
+            self._loaders[ModelReference.model_validate(found)] = lambda: MaskedLoader(
                 merged.lazy_loader(lazy_unpickle=self.lazy_unpickle), mask, names, base
             )
-            self.views[key] = str(path)
+            self.views[key] = found
         return self.views[key]

@@ -49,8 +49,10 @@ class Reference(Strict):
         return text + (f"+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "") if self.lora else "")
 
     def to_mergekit(self) -> Any:
-        """The reference as mergekit's YAML writes it."""
-        if self.override_architecture is None and " " not in str(self) and '"' not in str(self):
+        """The reference as mergekit's YAML writes it: text, or its parts where it would cut the text elsewhere."""
+        parts = [part for part in (self.path, self.revision, self.lora, self.lora_revision) if part]
+        # mergekit itself writes parts where there are spaces or quotes
+        if self.override_architecture is None and not any(is_cut(p) or " " in p or '"' in p for p in parts):
             return str(self)
         lora = {"path": self.lora, "revision": self.lora_revision} if self.lora else None
         return {
@@ -58,6 +60,11 @@ class Reference(Strict):
             "lora": lora,
             "override_architecture": self.override_architecture,
         }
+
+
+def is_cut(path: str) -> bool:
+    """Whether mergekit, given this path as text, takes the end of it for a revision (`@`) or an adapter (`+`)."""
+    return "@" in path or "+" in path
 
 
 def _path_and_revision(value: object) -> tuple[str | None, str | None]:
