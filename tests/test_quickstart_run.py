@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mftmerge.cli import main
 from mftmerge.errors import BadInput
@@ -15,8 +17,9 @@ from mftmerge.evaluate.results import GridResult
 from mftmerge.mask import Mask
 from mftmerge.progress import Step
 from mftmerge.quickstart.page import COMBINATIONS, DOMAINS
-from mftmerge.quickstart.plan import Plan, tiny_plan
-from mftmerge.quickstart.run import quickstart
+from mftmerge.quickstart.plan import LEARNT, RECIPE, Plan, tiny_plan
+from mftmerge.quickstart.run import _Run, quickstart
+from mftmerge.recipe.schema import Document
 
 ROWS = {
     "base",
@@ -112,6 +115,16 @@ def test_a_broken_record_is_bad_input(tmp_path: Path) -> None:
 def test_an_absent_model_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no-such"):
         quickstart(tmp_path / "q", Plan(str(tmp_path / "no-such-model")))
+
+
+@pytest.mark.parametrize("name", ["math@2", "math+code", "math"])
+def test_recipes_name_a_model_with_any_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with ExitStack() as stack:
+        run = _Run(tmp_path / "q", Plan(str(tmp_path / name)), None, lambda _: None, stack)
+        for text in (RECIPE, LEARNT):
+            document = Document.model_validate(yaml.safe_load(run.recipe("r.yml", text).read_text()))
+            assert str(tmp_path / name) in [item.model.path for _, item in document.parts()]
 
 
 @pytest.mark.real_model

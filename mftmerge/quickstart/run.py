@@ -24,6 +24,7 @@ from mftmerge.progress import Progress
 from mftmerge.quickstart.domains import arithmetic_splits, python_splits, write_domains
 from mftmerge.quickstart.page import AVERAGE, COMBINATIONS, DOMAINS, MERGED, page
 from mftmerge.quickstart.plan import LEARNT, RECIPE, Plan
+from mftmerge.recipe.reference import is_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,7 +253,9 @@ class _Run:
     def recipe(self, name: str, text: str) -> Path:
         """A recipe's file, with the name of the base in it."""
         path, model = self.root / name, self.model_path()
-        write_text(path, text.format(model="model" if model == self.root / "model" else model))
+        base = "model" if model == self.root / "model" else str(model)
+        # Where mergekit's text would be cut, a mapping says it; JSON is YAML.
+        write_text(path, text.format(model=json.dumps({"path": base}) if is_cut(base) else base))
         return path
 
     def evaluate(self) -> None:
