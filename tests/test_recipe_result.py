@@ -286,6 +286,32 @@ def test_a_faulty_mask_that_a_method_takes_hides_no_other_problem(method: str, k
     assert "line 5: mask code-absent.mask: no mask file" in found
 
 
+def test_masks_that_parameters_name(kitchen: Path, tmp_path: Path) -> None:
+    """They are looked up beside the recipe, and checked before anything is built, as those under `mask:`."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    Mask.from_bools({name: np.eye(160, 64) > 0}).save(tmp_path / "own.mask")
+    Mask.from_bools({name: np.eye(64, 160) > 0}).save(tmp_path / "turned.mask")
+    (tmp_path / "broken.mask").write_bytes(b"no mask")
+    math, base = f"{kitchen}/models/math", f"{kitchen}/models/base"
+    masked = f"merge_method: masked\nmodels: [{{model: {math}}}]\nparameters:\n  mask: FILE\n"
+    selected = f"merge_method: select\nbase_model: {base}\nmodels:\n- model: {math}\n  parameters:\n"
+    selected += "    mask: [{filter: up_proj, value: FILE}, {value: own.mask}]\n"
+    for text, line, method in ((masked, 4, "masked"), (selected, 6, "select")):
+        for file, said in (
+            ("absent.mask", "mask absent.mask: no mask file"),
+            ("broken.mask", "mask broken.mask: "),
+            ("turned.mask", f"mask turned.mask: {name} is (64, 160), (160, 64) in the result"),
+        ):
+            assert f"line {line}: {said}" in fault(text.replace("FILE", file), tmp_path)
+        build(written(text.replace("FILE", "own.mask"), tmp_path / "r.yml"), tmp_path / f"parameter-{method}")
+    plain = f"merge_method: masked\nmodels: [{{model: {math}, mask: own.mask}}]\n"
+    build(written(plain, tmp_path / "r.yml"), tmp_path / "plain-masked")
+    plain = f"merge_method: select\nbase_model: {base}\nmodels: [{{model: {math}, mask: own.mask}}]\n"
+    build(written(plain, tmp_path / "r.yml"), tmp_path / "plain-select")
+    for method in ("masked", "select"):
+        assert_equal(tensors(tmp_path / f"parameter-{method}"), tensors(tmp_path / f"plain-{method}"))
+
+
 def test_masks_on_stages_are_checked_before_anything_is_built(kitchen: Path, tmp_path: Path) -> None:
     Mask.from_bools({"model.layers.7.mlp.up_proj.weight": np.zeros((160, 64), bool)}).save(tmp_path / "m.mask")
     text = (

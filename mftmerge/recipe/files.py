@@ -12,7 +12,7 @@ from mftmerge.errors import BadInput
 from mftmerge.files import refuse_pointer, refuse_pointers
 from mftmerge.matching import match, require_base_tensors
 from mftmerge.recipe.catalogue import METHODS
-from mftmerge.recipe.check import groups, references
+from mftmerge.recipe.check import groups, mask_parameters, references
 from mftmerge.recipe.kmask import LAYER_KEYS
 from mftmerge.recipe.lines import Location
 from mftmerge.recipe.locate import WEIGHTS, MaskBook, local, model_directory
@@ -64,6 +64,13 @@ class FileChecks:
                 yield from self._mask((*where, "mask"), item.mask, self.checkpoint(item.model), str(item.model))
         if self.document.mask:
             yield from self._mask(("mask",), self.document.mask, None, "the result")
+        for where, file in mask_parameters(self.document):
+            try:
+                self.book.file(file)
+                self.book.evaluate(MaskUse(file=file))
+            except BadInput as e:
+                self._unsound.add(where)
+                yield where, f"mask {file}: {e}"
         for where, inputs, _ in groups(self.document):
             if where[-1] == "models":
                 yield from self._same_shapes(where, inputs)
@@ -88,6 +95,7 @@ class FileChecks:
         uses: list[tuple[Location, MaskUse]] = [(("mask",), self.document.mask)] if self.document.mask else []
         if METHODS[self.document.merge_method].mask_as_parameter:
             uses += [((*where, "mask"), item.mask) for where, item in self.document.inputs() if item.mask]
+        uses += [(where, MaskUse(file=file)) for where, file in mask_parameters(self.document)]
         shapes = {e.name: e.shape for e in result.tensors}
         for where, use in uses:
             if where not in self._unsound:

@@ -21,6 +21,7 @@ from mftmerge.errors import BadInput
 from mftmerge.mask import Mask
 from mftmerge.matching import match
 from mftmerge.recipe.catalogue import METHODS
+from mftmerge.recipe.check import mask_parameters
 from mftmerge.recipe.headers import opened
 from mftmerge.recipe.locate import MaskBook, absolute
 from mftmerge.recipe.schema import BaseInput, Document, MaskUse, ModelInput, Reference
@@ -146,6 +147,15 @@ class Inputs(Translation):
         return ModelReference.model_validate(self.input(base))
 
 
+def _named(value: Any, files: Mapping[str, str], key: str = "") -> Any:
+    """Plain values in which the texts under `mask` that are in `files`, also in rules and gradients, are replaced."""
+    if isinstance(value, dict):
+        return {k: _named(v, files, key if k == "value" else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_named(v, files, key) for v in value]
+    return files.get(value, value) if key == "mask" and isinstance(value, str) else value
+
+
 class MaskedInputs(Inputs):
     """Inputs for a build. A masked input is a reference of its own: a view directory, which links to the model's, and
     for which there is a loader that masks. So one model can come in several times, masked apart.
@@ -174,6 +184,12 @@ class MaskedInputs(Inputs):
         """The result's mask, when the document has one."""
         use = self.document.mask
         return OutputMask(self.book.evaluate(use), self.delta_base(use)) if use else None
+
+    def data(self) -> dict[str, Any]:
+        """The configuration as plain values, in which parameters that are masks name files where they are."""
+        found = super().data()
+        files = {text: str(self.book.file(text)) for _, text in mask_parameters(self.document)}
+        return dict(_named(found, files)) if files else found
 
     def model(self, item: ModelInput) -> dict[str, Any]:
         found = super().model(item)
