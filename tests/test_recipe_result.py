@@ -286,6 +286,13 @@ def test_a_faulty_mask_that_a_method_takes_hides_no_other_problem(method: str, k
     assert "line 5: mask code-absent.mask: no mask file" in found
 
 
+def test_an_unknown_method_hides_no_fault_of_a_mask(kitchen: Path, tmp_path: Path) -> None:
+    one = f"{{model: {kitchen}/models/math, mask: {kitchen}/masks/math.mask}}"
+    found = fault(f"merge_method: linaer\nmodels:\n- {one}\nmask: absent.mask\n", tmp_path)
+    assert "line 1: unknown merge method 'linaer'; did you mean 'linear'?" in found
+    assert "line 4: mask absent.mask: no mask file" in found
+
+
 def test_masks_that_parameters_name(kitchen: Path, tmp_path: Path) -> None:
     """They are looked up beside the recipe, and checked before anything is built, as those under `mask:`."""
     name = "model.layers.0.mlp.up_proj.weight"

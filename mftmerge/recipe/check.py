@@ -140,8 +140,8 @@ def _settings(document: Document) -> Iterator[tuple[Location, str, Mapping[str, 
 
 def mask_parameters(document: Document) -> Iterator[tuple[Location, str]]:
     """Every mask file that a parameter names, with its place; of methods of ours, which know masks."""
-    method = METHODS[document.merge_method]
-    if not method.ours or method.function or "mask" not in method.parameters:
+    method = METHODS.get(document.merge_method)
+    if method is None or not method.ours or method.function or "mask" not in method.parameters:
         return
     for where, _, settings, _ in _settings(document):
         yield from (((*where, "mask"), v) for v in _scalars(settings.get("mask")) if isinstance(v, str))

@@ -43,6 +43,8 @@ class FileChecks:
         self.warnings: list[tuple[Location, str]] = []
         self.models_sound = True  # whether the merge can be planned, known after `problems`
         self._checkpoints: dict[str, Checkpoint | None] = {}
+        method = METHODS.get(document.merge_method)  # there may be none of that name, which is said elsewhere
+        self._as_parameter = method is not None and method.mask_as_parameter
         self._unsound: set[Location] = set()  # masks that cannot be evaluated or used; known after `problems`
 
     def problems(self) -> Iterator[tuple[Location, str]]:
@@ -93,7 +95,7 @@ class FileChecks:
         if result.problems:
             return
         uses: list[tuple[Location, MaskUse]] = [(("mask",), self.document.mask)] if self.document.mask else []
-        if METHODS[self.document.merge_method].mask_as_parameter:
+        if self._as_parameter:
             uses += [((*where, "mask"), item.mask) for where, item in self.document.inputs() if item.mask]
         uses += [(where, MaskUse(file=file)) for where, file in mask_parameters(self.document)]
         shapes = {e.name: e.shape for e in result.tensors}
@@ -228,7 +230,7 @@ class FileChecks:
             mask = self.book.evaluate(use)
             # A method that takes masks as a parameter decides itself what becomes of dropped weights, of the result's
             # tensors: these masks are compared with them (`of_result`).
-            applied = where == ("mask",) or not METHODS[self.document.merge_method].mask_as_parameter
+            applied = where == ("mask",) or not self._as_parameter
             if mask.info.on == "delta" and use.on == "weights" and "on" not in use.model_fields_set and applied:
                 other = mask.info.delta_base or "another model"
                 raise BadInput(f"keeps changes from {other}: write on: delta, or on: weights to set what it drops to 0")
@@ -242,7 +244,7 @@ class FileChecks:
             self._unsound.add(where)
             yield where, f"mask {label}: {e}"
             return
-        on_input = where != ("mask",) and not METHODS[self.document.merge_method].mask_as_parameter
+        on_input = where != ("mask",) and not self._as_parameter
         if use.on == "weights" and self.document.merge_method in TASK_VECTOR_METHODS and on_input:
             message = f"mask {label} sets weights of {whose} to 0, so that its task vector is minus the base there; "
             self.warnings.append((where, message + "{file: ..., on: delta} returns them to the base instead"))
