@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,21 @@ def test_delta_on_merge_is_the_two_steps(tmp_path: Path) -> None:
     mask = combine("union", [math, combine("intersection", [code, instruct])])
     apply.apply_mask(mask, stock(config, tmp_path / "merged"), tmp_path / "applied", base="models/base")
     assert_equal(tensors(tmp_path / "built"), tensors(tmp_path / "applied"))
+
+
+@pytest.mark.parametrize("masked", ["the result", "an input"])
+def test_an_adapter_of_a_delta_base_is_merged_once(masked: str, kitchen: Path, tmp_path: Path) -> None:
+    """Threads that ask for it at the same time would read what one of them is still writing."""
+    use = {"file": "masks/code.mask", "on": "delta", "base": "models/base+models/adapter"}
+    merge: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": "models/math"}]}
+    (merge if masked == "the result" else merge["models"][0])["mask"] = use
+    plain = {"merge_method": "passthrough", "models": [{"model": use["base"]}]}
+    build(written(plain, tmp_path / "plain.yml"), tmp_path / "base")
+    for name in ("one", "two"):  # in one process, which remembers what it has loaded
+        build(written(merge, tmp_path / "r.yml"), tmp_path / name, num_threads=4)
+        applied, code = tmp_path / f"{name} applied", Mask.load("masks/code.mask")
+        apply.apply_mask(code, "models/math", applied, base=tmp_path / "base", check_base=False)
+        assert_equal(tensors(tmp_path / name), tensors(applied))
 
 
 def test_slices_keep_each_input_s_own_names(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ class Inputs(Translation):
     def __init__(self, document: Document, book: MaskBook, stages: Mapping[str, Path], work: Path) -> None:
         super().__init__(document, book)
         self.stages, self.work = dict(stages), work
+        self.delta_bases: list[ModelReference] = []  # what `delta_base` gave so far
 
     def configuration(self) -> OrderedConfiguration:
         """The document as mergekit's configuration."""
@@ -144,7 +145,9 @@ class Inputs(Translation):
             return None
         base = BaseInput(model=use.base) if use.base else self.document.base_model
         assert base is not None  # checked when the recipe was read
-        return ModelReference.model_validate(self.input(base))
+        found = ModelReference.model_validate(self.input(base))
+        self.delta_bases.append(found)
+        return found
 
 
 def _named(value: Any, files: Mapping[str, str], key: str = "") -> Any:

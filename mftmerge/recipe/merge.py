@@ -123,9 +123,11 @@ def _merge(configuration: OrderedConfiguration, options: MergeOptions, inputs: M
         _seed(options.random_seed)
     architecture = get_architecture_info(configuration, options)
     config = result_config(configuration, architecture, options.trust_remote_code)
-    for model in configuration.referenced_models():  # an absent one is found before anything is written
-        LoaderCache().get(model)
     mask, out = inputs.output_mask(), output.folder
+    # An absent one is found before anything is written, and an adapter is merged before threads ask for it: the second
+    # one would read what the first one is still writing.
+    for model in [*configuration.referenced_models(), *inputs.delta_bases]:
+        LoaderCache().get(model)
     planner = MergePlanner(configuration, architecture, options=options, out_model_config=config)
     targets = planner.plan_to_disk(out_path=str(out))
     evaluation = Evaluation(mask, torch.device(options.device or "cpu"))
