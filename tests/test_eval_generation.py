@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import scaled
+import transformers
 
 from mftmerge import data
 from mftmerge.errors import BadInput
@@ -18,6 +20,7 @@ from mftmerge.evaluate import generation
 from mftmerge.evaluate.grid import grid
 from mftmerge.evaluate.journal import Journal
 from mftmerge.mask import Mask
+from mftmerge.quickstart.tiny import random_checkpoint, tiny_tokenizer
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -68,6 +71,26 @@ def test_batched_answers_equal_one_at_a_time(tiny: Callable[..., Path], architec
     ):
         assert generation.generate(model, tokenizer, prompts, drafts=drafts, **options) == found
     assert len({tuple(ids) for ids in found}) > 1
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "Gemma3Text"])
+def test_a_shared_start_leaves_a_sliding_window_as_wide_as_it_is(kind: str, tmp_path: Path) -> None:
+    """Rows of other lengths behind it: what pads the short ones takes up no place in the window."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, **heads, sliding_window=16, initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    model, tokenizer = load(random_checkpoint(tmp_path / "m", config, tokenizer))
+    numbers = random.Random(1)
+    start, *rests = [[numbers.randrange(3, 250) for _ in range(n)] for n in (24, 2, 3, 8, 12, 15, 30)]
+    prompts = [[*start, *rest] for rest in rests]
+    expected = [greedy(model, tokenizer, p, 12) for p in prompts]
+    found = generation.generate(model, tokenizer, prompts, max_new_tokens=12)
+    assert [without_end(ids, tokenizer) for ids in found] == expected
+    drafts = [[*ids[:3], 7] for ids in expected]
+    assert generation.generate(model, tokenizer, prompts, max_new_tokens=12, drafts=drafts) == found
 
 
 def test_a_right_draft_costs_one_pass_and_a_batch_shrinks(tiny: Callable[..., Path]) -> None:

@@ -124,23 +124,16 @@ def _write(
 ) -> None:
     """Write a batch's answers until all have ended, or until it must be split: then some have not, and come again."""
     texts = [[*prompts[i], *answers[i]] for i in batch]
-    start = shared_start(texts)[: min(map(len, texts)) - 1] if len(texts) > 1 else []
-    cache = None
-    if start:
-        wanted = torch.zeros(1, len(start), dtype=torch.bool, device=model.device)
-        with logits_at(model, wanted.index_fill(1, torch.tensor([len(start) - 1], device=model.device), True)):
-            cache = model(input_ids=torch.tensor([start], device=model.device), use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(texts))
-    # On the left, so that the last column holds every row's last token: (rows, longest rest).
-    width = max(map(len, texts)) - len(start)
+    width, start = max(map(len, texts)), shared_start(texts)[: min(map(len, texts)) - 1] if len(texts) > 1 else []
+    # On the left, so that the last column holds every row's last token: (rows, longest text).
     ids = torch.full((len(texts), width), limits.pad)
-    seen = torch.zeros(len(texts), len(start) + width, dtype=torch.long)
-    seen[:, : len(start)] = 1
+    seen = torch.zeros(len(texts), width, dtype=torch.long)
     for row, text in enumerate(texts):
-        rest = text[len(start) :]
-        ids[row, width - len(rest) :] = torch.tensor(rest)
-        seen[row, -len(rest) :] = 1
+        ids[row, width - len(text) :] = torch.tensor(text)
+        seen[row, width - len(text) :] = 1
     ids, seen = ids.to(model.device), seen.to(model.device)
+    cache = _shared(model, start, [width - len(text) for text in texts]) if start else None
+    ids = ids[:, len(start) :]
     here = list(batch)
     while True:
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -169,6 +162,38 @@ def _write(
             best, seen, here = best[at], seen[at], [here[row] for row in live]
         ids = best[:, None]
         seen = torch.cat([seen, torch.ones_like(ids)], 1)
+
+
+def _shared(model: PreTrainedModel, start: Ids, pads: Sequence[int]) -> DynamicCache:
+    """The keys and values of the first `len(start)` columns of rows that begin with so many pads and then with `start`.
+
+    A row's pads push the end of `start` out of these columns: those tokens run again, where pads would run otherwise.
+    With the pads behind `start` instead, nothing would run twice, but they would take up places in a sliding window,
+    which counts columns.
+    """
+    length = len(start)
+    ids = torch.tensor([start], device=model.device)
+    # All keys are kept, where the model's own kind of cache would drop those that have left the window already.
+    cache = DynamicCache()
+    with logits_at(model, torch.arange(length, device=model.device)[None] == length - 1):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def moved(x: Tensor) -> Tensor:
+        """(1, heads, length, size) -> (rows, heads, length, size), a row's behind its pads."""
+        rows = x.new_empty(len(pads), *x.shape[1:])
+        for row, pad in zip(rows, pads, strict=True):
+            row[:, :pad] = 0
+            row[:, pad:] = x[0, :, : max(0, length - pad)]
+        return rows
+
+    windows = DynamicCache(config=model.config)
+    for number, layer in enumerate(cast("list[DynamicLayer]", cache.layers)):
+        if layer.keys is None or layer.values is None:
+            continue  # it shares those of another layer
+        layer.keys, layer.values = moved(layer.keys), moved(layer.values)
+        if any(windows.is_sliding):
+            windows.update(layer.keys, layer.values, number)
+    return windows if any(windows.is_sliding) else cache
 
 
 def _write_with_transformers(
