@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded = TypeVar("Loaded")
+LEAK = 1e-4  # of a token's own weight in what is said there: what the next one's is in no encoder, and rounding may be
 
 
 def parts(reference: str | Path) -> tuple[Path, Path | None]:
@@ -44,7 +45,8 @@ def load_causal_lm(
     trust_remote_code: whether Python code that comes with the checkpoint may run; otherwise a model that needs it is
     refused, and nobody is asked. None: as MFTMERGE_TRUST_REMOTE_CODE=1 in the environment says, else not.
     Raises BadInput where the directory is no sound checkpoint, where its configuration is none that transformers
-    knows, and where the files lack weights, which transformers would fill with random numbers.
+    knows, where the files lack weights, which transformers would fill with random numbers, and where the model sees the
+    tokens that it is to predict.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,7 +62,49 @@ def load_causal_lm(
     model, report = _guarded(path, "as a causal language model", load)
     if missing := sorted(report["missing_keys"]):
         raise BadInput(f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); is the model of another kind?")
+    if _looks_ahead(model):
+        raise BadInput(
+            f"{path}: no causal language model: {type(model).__name__} with this configuration sees the tokens that it "
+            "is to predict, as encoders do; give a model that writes text from left to right"
+        )
     return model if adapter is None else _merged(model, adapter)
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what the model says at a token depends on the token after it.
+
+    transformers loads encoders as causal models too (BERT and its kin, XLNet), and a decoder's configuration may switch
+    its causal mask off. Most classes say themselves what they are; the others are tried: the gradient of the first of
+    two tokens' logits by the second one's embedding is zero in a causal model, exactly, in any precision.
+    """
+    import torch
+
+    attention = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    config = model.config.get_text_config()
+    if attention == {True} and getattr(config, "is_causal", True):
+        return False
+    embedded: list[torch.Tensor] = []
+
+    def remember(_: torch.nn.Module, __: object, out: torch.Tensor) -> torch.Tensor:
+        embedded.append(out.detach().requires_grad_())
+        return embedded[0].clone()  # which may be written into
+
+    try:
+        hook = model.get_input_embeddings().register_forward_hook(remember)
+        try:
+            with torch.enable_grad():
+                first = config.vocab_size // 3  # away from both ends, where special tokens are
+                ids = torch.tensor([[first, first + 1]], device=model.device)
+                said = model(input_ids=ids, use_cache=False).logits[0, 0].float().square().sum()
+                (slope,) = torch.autograd.grad(said, embedded[0])
+        finally:
+            hook.remove()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever the model's own code raises: what cannot be tried is not refused
+        return False
+    own, following = slope.reshape(2, -1).float().abs().amax(1).tolist()  # (1, 2, hidden), XLNet's (2, 1, hidden)
+    return bool(following > LEAK * own)
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.decoder_classes import build
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from mftmerge import loading
 from mftmerge.errors import BadInput
@@ -63,6 +65,34 @@ def test_what_transformers_cannot_load_is_one_line(tiny: Callable[..., Path], tm
     (path / "config.json").write_text("[]")
     with pytest.raises(BadInput, match="not a JSON object"):
         load_causal_lm(path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "electra", "megatron-bert", "big_bird", "xlm", "xlnet"])
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers loads it as a causal model; some of these say what they are, the others are tried."""
+    build(kind).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="no causal language model") as caught:
+        load_causal_lm(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "git", "blt", "prophetnet"])
+def test_models_that_do_not_say_that_they_are_causal_are_taken(kind: str, tmp_path: Path) -> None:
+    build(kind).save_pretrained(tmp_path)
+    assert load_causal_lm(tmp_path).config.model_type == kind
+
+
+def test_the_configuration_decides_which_way_a_model_looks(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """An encoder's class with a causal mask, and a decoder's without."""
+    bert = build("bert").config
+    bert.is_decoder = True
+    AutoModelForCausalLM.from_config(bert).save_pretrained(tmp_path / "bert")
+    load_causal_lm(tmp_path / "bert")
+    shutil.copytree(tiny("llama"), tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    with pytest.raises(BadInput, match="LlamaForCausalLM with this configuration sees"):
+        load_causal_lm(tmp_path / "llama")
 
 
 @pytest.mark.parametrize(
