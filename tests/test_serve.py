@@ -35,6 +35,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from mftmerge.serve.engine import Job  # noqa: E402
+from mftmerge.serve.sampling import Chosen, Sampling, choose  # noqa: E402
 from mftmerge.serve.service import Service  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -438,6 +439,30 @@ def test_a_prompt_that_is_read_is_work(model: Path, monkeypatch: pytest.MonkeyPa
     engine.close()
     assert seen == [(False, (1, 0))]
     assert engine.idle
+
+
+def test_what_fails_for_one_answer_is_no_others_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step: temperatures that float32 has not ask for the likeliest token, and an error stays where it is."""
+    engine, seen = Service(str(model), ServeSettings()).engine, {}
+    failing = Sampling(temperature=0.5)
+
+    def chosen(logits: torch.Tensor, sampling: Sampling, *more: Any) -> Chosen:
+        if sampling is failing:
+            raise RuntimeError("no numbers")
+        return choose(logits, sampling, *more)
+
+    monkeypatch.setattr("mftmerge.serve.engine.choose", chosen)
+    wanted = {t: Sampling(temperature=t, logit_bias={2: -100}) for t in (0, 1e-46, 5e-324, 1e-37, 0.7)}
+    jobs = [Job(None, [5, 6, 7], 8, seen.setdefault(id(s), []).append, s) for s in (*wanted.values(), failing)]
+    engine.submit(jobs)
+    engine.start()
+    engine.close(60)
+    assert [event.error for event in seen.pop(id(failing))] == [
+        "the answer could not be written (RuntimeError: no numbers)"
+    ]
+    assert all(events[-1].reason == "length" for events in seen.values())
+    texts = ["".join(event.text for event in seen[id(s)]) for s in wanted.values()]
+    assert texts[:4] == texts[:1] * 4
 
 
 def test_masks_for_another_model_and_taken_ports_stop_the_start(

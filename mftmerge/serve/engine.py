@@ -227,8 +227,7 @@ class Engine:
                 if self._running:
                     self._step(rows)
             except Exception as e:  # out of memory, for instance: those answers are lost, the server is not
-                reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-                self._fail(f"the answer could not be written ({reason})", joining)
+                self._fail(_unwritten(e), joining)
 
     def _ready(self, command: _Command) -> bool:
         used = {row.job.mask for row in (*self._running, *self._waiting)}
@@ -295,14 +294,23 @@ class Engine:
         return output.logits[:, -1].float().cpu()
 
     def _choose(self, logits: torch.Tensor, first: int) -> None:
-        """Tokens for the running rows from number `first` on; those that end leave."""
+        """Tokens for the running rows from number `first` on; those that end leave.
+
+        What goes wrong with one row's token (probabilities that are no numbers) costs that answer alone.
+        """
         best = logits.argmax(-1).tolist()
         ended: list[_Row] = []
+        failed: list[tuple[_Row, Exception]] = []
         for row, scores, token in zip(self._running[first:], logits, best, strict=True):
             sampling = row.job.sampling
-            chosen = Chosen(token) if sampling.plain else choose(scores, sampling, row.generator, row.written)
-            if row.take(chosen, self.ends):
-                ended.append(row)
+            try:
+                chosen = Chosen(token) if sampling.plain else choose(scores, sampling, row.generator, row.written)
+                if row.take(chosen, self.ends):
+                    ended.append(row)
+            except Exception as e:
+                failed.append((row, e))
+        for row, error in failed:
+            self._fail(_unwritten(error), [row])
         with self._change:
             self._keep([row for row in self._running if row not in ended])
 
@@ -321,6 +329,11 @@ class Engine:
             self._reading = []
         for row in rows:
             row.job.emit(Event(row.index, error=message))
+
+
+def _unwritten(error: Exception) -> str:
+    """What is said of an answer that an error has ended."""
+    return f"the answer could not be written ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
 
 
 def _require_cached_layers(model: PreTrainedModel) -> None:

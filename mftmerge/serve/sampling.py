@@ -65,7 +65,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator,
 
 
 def _drawn(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    likely = (logits / sampling.temperature).softmax(-1)
+    # From the largest one, and divided by a number that float32 has: the smallest temperatures ask for the likeliest.
+    temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+    likely = ((logits - logits.max()) / temperature).softmax(-1)
     if sampling.top_p >= 1:
         return int(likely.multinomial(1, generator=generator))
     values, tokens = likely.sort(descending=True)
