@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tiny_models import scaled
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from mftmerge import data
 from mftmerge.errors import BadInput
@@ -176,6 +177,26 @@ def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[...,
     assert generation.questions(rows[:1], tokenizer)[0].prompt == tokenizer("two and two")["input_ids"]
     with pytest.raises(BadInput, match="row 1: a row of plain text"):
         generation.questions([{"text": "x"}], tokenizer)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_row_without_a_question_is_refused_tokenised_too(begins: bool, tiny: Callable[..., Path]) -> None:
+    """As training's validation has it; a token that the tokenizer begins every text with is no question."""
+    _, tokenizer = load(tiny("llama"))
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    text = data.tokenize([{"text": "hello"}], tokenizer, 50)
+    assert text[0]["input_ids"][0] == (1 if begins else tokenizer("h", add_special_tokens=False)["input_ids"][0])
+    with pytest.raises(BadInput, match="row 1: nothing stands before its answer"):
+        generation.questions(text, tokenizer)
+    tokenizer.chat_template = None
+    asked = [{"prompt": "a", "completion": "b"}]
+    assert generation.questions(data.tokenize(asked, tokenizer, 50), tokenizer) == generation.questions(
+        asked, tokenizer
+    )
+    if not begins:  # else a model can begin there
+        with pytest.raises(BadInput, match="row 2: nothing stands before"):
+            generation.questions([*asked, {"prompt": "", "completion": "b"}], tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,24 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
     """The prompt before each row's last answer, as the chat template (or plain joining) gives it in training.
 
     rows: as read, or as `data.tokenize` made them (then without tests).
-    Raises BadInput for rows of plain `text`, which have no question, and rows that do not end with the assistant.
+    Raises BadInput for rows of plain `text` and empty prompts, which are no question, and rows that do not end with
+    the assistant.
     """
     return [question(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
 
 
 def question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Question:
     """The question of one row, as `questions` gives it. where: the row's place, for messages."""
+    found = _question(row, tokenizer, where)
+    if not found.prompt:
+        raise BadInput(
+            f"{where}: nothing stands before its answer, so there is no question (is it plain text?); "
+            "give prompt/completion or messages"
+        )
+    return found
+
+
+def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Question:
     if "input_ids" in row:
         return _of_tokens(row, tokenizer)
     if "messages" in row:
@@ -85,13 +96,19 @@ def question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Questi
 
 
 def _of_tokens(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> Question:
-    """The question of a tokenised row: what stands before its last answer, which is its last labelled stretch."""
+    """The question of a tokenised row: what stands before its last answer, which is its last labelled stretch.
+
+    Empty where that is only what the tokenizer begins every text with.
+    """
     ids, labels = row["input_ids"], row["labels"]
     end = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
     start = end
     while start and labels[start - 1] != IGNORE:
         start -= 1
-    return Question(list(ids[: max(1, start)]), str(tokenizer.decode(ids[start:end], skip_special_tokens=True)))
+    prompt = list(ids[:start])
+    if prompt == list(tokenizer("")["input_ids"])[:start]:
+        prompt = []
+    return Question(prompt, str(tokenizer.decode(ids[start:end], skip_special_tokens=True)))
 
 
 def _tests(row: Row, where: str) -> str | None:
