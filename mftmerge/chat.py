@@ -288,6 +288,22 @@ def _with_arguments(message: Message, form: Callable[[object], object], empty: o
     return {**message, "tool_calls": calls}
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """What a model reads before it answers a text, which may be no token at all.
+
+    special: with what the tokenizer begins a text with; what some end every text with is left out, for the answer
+    follows. Raises BadInput for a text that is none.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput("the text holds half a character (a lone surrogate), or bytes that are not UTF-8") from None
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
 def coded(tokenizer: PreTrainedTokenizerBase, text: str, **more: object) -> tuple[list[int], list[Span]]:
     """A text's token ids, and where in it each stands. Raises BadInput for a tokenizer that cannot say that."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Loaded = TypeVar("Loaded")
+# For `generate`: the likeliest token each time, whatever the model's own generation settings are.
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 LEAK = 1e-4  # of a token's own weight in what is said there: what the next one's is in no encoder, and rounding may be
 
 
@@ -133,6 +140,13 @@ def load_model(
         return placed(model, device).eval(), tokenizer
     except (RuntimeError, ValueError, AssertionError) as e:  # the last one: torch was built without CUDA
         raise BadInput(f"--device {device}: {' '.join(str(e).split())[:200]}") from None
+
+
+def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return sorted(e for e in ends if e is not None)
 
 
 def placed(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:

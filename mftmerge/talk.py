@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from mftmerge.chat import Chat
+from mftmerge.chat import Chat, prompt_ids
 from mftmerge.errors import BadInput
 from mftmerge.live import attach
+from mftmerge.loading import GREEDY, ends
+from mftmerge.loss import positions
 from mftmerge.mask import Mask
 
 BASE = "base"
@@ -52,7 +55,11 @@ class Talk:
         self.said = {name: [] for name in self.names}
 
     def answers(self, prompt: str) -> Iterator[tuple[str, str]]:
-        """(mask, next piece of its answer), one mask after the other, as the words come; greedy decoding."""
+        """(mask, next piece of its answer), one mask after the other, as the words come; greedy decoding.
+
+        An answer ends where `eval` and `serve` end it, and at the last of the model's positions. Raises BadInput for a
+        prompt that is empty, no text, or longer than the model's positions.
+        """
         for name in self.shown:
             chat = [*self.said[name], {"role": "user", "content": prompt}]
             whole = ""
@@ -62,7 +69,12 @@ class Talk:
             self.said[name] = [*chat, {"role": "assistant", "content": whole.strip()}]
 
     def _stream(self, name: str, chat: list[dict[str, str]]) -> Iterator[str]:
-        tokens = self._tokens(chat).to(self.model.device)
+        ids = self._ids(chat)
+        room = positions(self.model)
+        most = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
+        if most < 1:
+            raise BadInput(f"{len(ids)} tokens fill the model's {room} positions; ask for less, or begin anew (/new)")
+        tokens = torch.tensor([ids], device=self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         if self.switcher is not None:
             self.switcher.switch(None if name == BASE else name)
@@ -72,9 +84,11 @@ class Talk:
         def work() -> None:
             try:
                 generate(
-                    **tokens,
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=most,
+                    **GREEDY,
+                    eos_token_id=ends(self.model, self.tokenizer) or None,
                     streamer=streamer,
                     pad_token_id=self.tokenizer.eos_token_id,
                 )
@@ -89,9 +103,13 @@ class Talk:
         if failed:
             raise failed[0]
 
-    def _tokens(self, chat: list[dict[str, str]]) -> BatchEncoding:
+    def _ids(self, chat: list[dict[str, str]]) -> list[int]:
+        """What the model reads. Raises BadInput where that is nothing, or no text."""
         if self.tokenizer.chat_template is None:  # no chat model: the words alone
             text = "\n".join(message["content"] for message in chat)
-            return self.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        text = Chat(self.tokenizer, "the prompt").prompt(chat)
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+            ids = prompt_ids(self.tokenizer, text, special=True)
+        else:
+            ids = prompt_ids(self.tokenizer, Chat(self.tokenizer, "the prompt").prompt(chat), special=False)
+        if not ids:
+            raise BadInput("the prompt is empty; say something")
+        return ids

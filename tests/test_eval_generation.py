@@ -22,6 +22,7 @@ from mftmerge.evaluate.grid import grid
 from mftmerge.evaluate.journal import Journal
 from mftmerge.mask import Mask
 from mftmerge.quickstart.tiny import random_checkpoint, tiny_tokenizer
+from mftmerge.talk import Talk
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -177,6 +178,47 @@ def test_questions_are_the_unlabelled_start_of_training_rows(tiny: Callable[...,
     assert generation.questions(rows[:1], tokenizer)[0].prompt == tokenizer("two and two")["input_ids"]
     with pytest.raises(BadInput, match="row 1: a row of plain text"):
         generation.questions([{"text": "x"}], tokenizer)
+
+
+def said(talk: Talk, prompt: str) -> str:
+    return "".join(piece for _, piece in talk.answers(prompt))
+
+
+def test_chat_answers_as_eval_does(tiny: Callable[..., Path]) -> None:
+    """It ends at the tokenizer's end too, which the model's own settings do not name, and has none of their habits."""
+    model, tokenizer = load(tiny("llama"))
+    (question,) = generation.questions([{"prompt": "two and two", "completion": "4"}], tokenizer)
+    (long,) = generation.generate(model, tokenizer, [question.prompt], max_new_tokens=12)
+    tokenizer.eos_token_id = long[5]
+    model.generation_config.repetition_penalty = 3.0
+    (ids,) = generation.generate(model, tokenizer, [question.prompt], max_new_tokens=12)
+    assert len(ids) < len(long)
+    assert said(Talk(model, tokenizer, {}, max_new_tokens=12), "two and two") == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
+
+
+def test_chat_ends_at_the_last_position_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    words = tiny_tokenizer()
+    sizes = {"vocab_size": len(words), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    model, tokenizer = load(random_checkpoint(tmp_path / "m", config, words))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    talk = Talk(model, tokenizer, {}, max_new_tokens=60)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert said(talk, "hello")
+    (question,) = generation.questions([{"prompt": "hello", "completion": "a"}], tokenizer)
+    assert len(calls) == 48 - len(question.prompt)
+    with pytest.raises(BadInput, match=r"the model's 48 positions; .*/new"):
+        said(talk, "go on")
+    talk.forget()
+    with pytest.raises(BadInput, match="not UTF-8"):
+        said(talk, "h\udce9llo")
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="prompt is empty"):
+        said(talk, "")
+    assert said(talk, "hello")  # what was refused is not remembered
 
 
 @pytest.mark.parametrize("begins", [False, True])

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mftmerge.data import IGNORE
+from mftmerge.loading import GREEDY
 from mftmerge.loss import LOGITS, length_batches, logits_at, padded
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _write_with_transformers(
         ids[row, width - len(text) :] = torch.tensor(text)
         seen[row, width - len(text) :] = 1
     settings = GenerationConfig(
-        **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+        **GREEDY,
         max_new_tokens=limits.new_tokens,
         eos_token_id=sorted(limits.ends) or None,
         pad_token_id=limits.pad,

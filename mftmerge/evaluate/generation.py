@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mftmerge.chat import Chat
+from mftmerge.chat import Chat, prompt_ids
 from mftmerge.data import IGNORE, Row, Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate import decoding, sandbox, sql
 from mftmerge.evaluate.journal import Journal
 from mftmerge.evaluate.pairing import Values
-from mftmerge.loss import evaluating
+from mftmerge.loading import ends
+from mftmerge.loss import evaluating, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,9 +81,7 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Quest
     else:
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         if not getattr(tokenizer, "chat_template", None):
-            ids = list(tokenizer(row["prompt"])["input_ids"])
-            if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-                ids.pop()
+            ids = prompt_ids(tokenizer, row["prompt"], special=True)
             return Question(ids, row["completion"], _tests(row, where), row.get("tables"))
     if turns[-1]["role"] != "assistant":
         raise BadInput(f"{where}: the last message is not the assistant's, so there is no answer to compare with")
@@ -91,7 +90,7 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Quest
     if not isinstance(answer, str):  # parts, or calls of tools alone: what the template makes of them
         found = _of_tokens(chat.tokens(turns, len(turns) - 1), tokenizer)
         return Question(found.prompt, found.reference, tests, tables)
-    ids = list(tokenizer(chat.prompt(turns[:-1]), add_special_tokens=False)["input_ids"])
+    ids = prompt_ids(tokenizer, chat.prompt(turns[:-1]), special=False)
     return Question(ids, answer, tests, tables)
 
 
@@ -135,7 +134,7 @@ def generate(
     Sampling and repetition penalties of the model's own generation settings do not count.
     Raises BadInput where an answer might not fit into the model's positions.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model)
     longest = max(map(len, prompts), default=0)
     if room and longest + max_new_tokens > room:
         raise BadInput(
@@ -146,13 +145,6 @@ def generate(
     limits = decoding.Limits(ends(model, tokenizer), max_new_tokens, pad, batch_tokens)
     with evaluating(model):
         return decoding.greedy(model, prompts, limits, drafts=drafts, done=done)
-
-
-def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return sorted(e for e in ends if e is not None)
 
 
 def number(text: str) -> str | None:

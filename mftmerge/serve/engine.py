@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.evaluate.generation import ends
 from mftmerge.live import Switcher
+from mftmerge.loading import ends
 from mftmerge.rowmasks import RowMasks
 from mftmerge.serve.rowcache import RowCache
 from mftmerge.serve.sampling import Chosen, Sampling, choose

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from mftmerge.chat import prompt_ids
 from mftmerge.errors import BadInput
 from mftmerge.serve.sampling import Sampling
 
@@ -169,7 +170,7 @@ def _chat(messages: Iterable[Message], tokenizer: PreTrainedTokenizerBase) -> li
         text = tokenizer.apply_chat_template([m.turn for m in messages], tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as e:
         raise BadInput(f"messages: the model's chat template refuses them ({' '.join(str(e).split())[:200]})") from None
-    return _encoded(str(text), tokenizer, special=False)
+    return prompt_ids(tokenizer, str(text), special=False)
 
 
 def _listed(prompt: Any) -> list[Any]:
@@ -180,20 +181,9 @@ def _listed(prompt: Any) -> list[Any]:
 
 
 def _text(prompt: str | list[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
-    ids = prompt if isinstance(prompt, list) else _encoded(prompt, tokenizer, special=True)
+    ids = prompt if isinstance(prompt, list) else prompt_ids(tokenizer, prompt, special=True)
     if not ids:
         raise BadInput("prompt: is empty")
     if max(ids) >= vocabulary:
         raise BadInput(f"prompt: there is no token {max(ids)}")
-    return ids
-
-
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadInput("the text holds half a character (a lone surrogate)") from None
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids.pop()
     return ids
