@@ -76,7 +76,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "git", "blt", "prophetnet"])
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba", "git", "blt"])
 def test_models_that_do_not_say_that_they_are_causal_are_taken(kind: str, tmp_path: Path) -> None:
     build(kind).save_pretrained(tmp_path)
     assert load_causal_lm(tmp_path).config.model_type == kind
