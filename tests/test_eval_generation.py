@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import scaled
 import transformers
+from helpers.tiny_models import scaled
 from tokenizers.processors import TemplateProcessing
 
 from mftmerge import data
