@@ -50,7 +50,7 @@ class Part:
         return f"fft-{self.domain}-s{self.seed}{self.state}"
 
 
-BY_ANSWERS = (MASK, WEIGHTS, LORA, *HIGHER, *RATES, "delta mask, keep 0.5")
+BY_ANSWERS = (MASK, WEIGHTS, LORA, *HIGHER, *RATES, "mask, keep 0.95", "delta mask, keep 0.5")
 PARTS = [
     *(
         Part(f"wikisql-seed{n}", "wikisql", BY_ANSWERS, n, answers=("validation", "test"), tested=TESTED)
