@@ -197,8 +197,11 @@ def _hard_link(path: Path, out: Path) -> Path | None:
 
 
 def beside(folder: Path, source: str) -> str:
-    """A path, or a range of a file such as `rows.jsonl[0:100]`, that a file in this folder names, if it is there."""
-    return str(folder / source) if (folder / source.partition("[")[0]).exists() else source
+    """What a file in this folder names, in it if it is there: a path, a range (`rows.jsonl[0:100]`), or a pattern."""
+    near = str(folder / source)
+    plain, bracket, _ = source.partition("[")
+    there = os.path.exists(near) or (bracket and (folder / plain).is_file()) or glob.glob(near, recursive=True)
+    return near if there else source
 
 
 def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from pydantic import Field
 
-from mftmerge.checkpoint import model_beside
+from mftmerge.checkpoint import model_beside, settings_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import worded
 from mftmerge.files import beside, write_text
@@ -84,8 +84,8 @@ def load_job(path: str | Path) -> Job:
         name: Domain(train=near(d.train), validation=near(d.validation), test=near(d.test))
         for name, d in job.domains.items()
     }
-    model = model_beside(path.parent, job.model)
-    return job.model_copy(update={"model": model, "domains": domains, "out": str(path.parent / job.out)})
+    placed = {"model": model_beside(path.parent, job.model), "train": settings_beside(path.parent, job.train)}
+    return job.model_copy(update=placed | {"domains": domains, "out": str(path.parent / job.out)})
 
 
 def run_job(

@@ -7,6 +7,7 @@ taken as the answer, and a row that can be read in two ways is refused with the 
 - pairs of texts (`PAIRS`), with what the question is about (`input`, `context`), `system`, earlier turns (`history`);
 - the `chosen` side of preferences: a text, a turn or a conversation, with or without the question before it, and
   hh-rlhf's transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...");
+- rows of KTO (`prompt`, `completion`, `label`), where the label is true;
 - `text`, where nothing beside it says that only a part of it is the answer.
 """
 
@@ -62,6 +63,8 @@ def known_shape(row: Row, where: str, named: Collection[str] = ()) -> Row:
     if "messages" in has:
         return _only(has, "messages") | {"messages": _spoken(has["messages"], where)}
     if "prompt" in has and "completion" in has:
+        if has.get("label") is False:
+            raise BadInput(f"{where}: label is false, so that its completion is one to avoid; remove the row")
         return _only(has, "prompt", "completion")
     carried = {k: has[k] for k in CARRIED if k in has}
     if isinstance(has.get("chosen"), str | Sequence | Mapping):

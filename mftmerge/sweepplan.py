@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mftmerge.checkpoint import model_beside
+from mftmerge.checkpoint import model_beside, settings_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import BadInput
 from mftmerge.files import beside
@@ -49,7 +49,8 @@ class Run:
 
 
 def load_plan(path: str | Path) -> SweepPlan:
-    """Read a sweep file; relative data paths and model directories are relative to it.
+    """Read a sweep file; relative data paths and model directories are relative to it,
+    those of `base` and `start` too.
 
     Raises BadInput for unknown or missing entries and for settings that training does not know.
     """
@@ -63,6 +64,7 @@ def load_plan(path: str | Path) -> SweepPlan:
         "model": model_beside(path.parent, plan.model),
         "train": near(plan.train),
         "validation": near(plan.validation),
+        "settings": settings_beside(path.parent, plan.settings),
     }
     plan = plan.model_copy(update=placed | {"test": {name: near(s) for name, s in plan.test.items()}})
     try:

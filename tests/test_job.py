@@ -137,6 +137,34 @@ def test_a_plus_in_a_models_name(tmp_path: Path) -> None:
             assert load(tmp_path / "file.yml").model == expected
 
 
+def test_what_files_name_is_beside_them(tmp_path: Path) -> None:
+    """From another directory too: patterns, ranges, names with brackets, and the files that settings name."""
+    for name in ("fft", "rows"):
+        (tmp_path / name).mkdir()
+    for name in ("rows/a.jsonl", "odd[1].jsonl", "start.mask"):
+        (tmp_path / name).write_text("")
+    rows = "train: 'rows/*.jsonl', validation: 'rows/a.jsonl[0:2]', test: 'odd[1].jsonl'"
+    (tmp_path / "job.yml").write_text(
+        f"model: org/a\ndomains: {{x: {{{rows}}}}}\ntrain: {{base: fft, start: start.mask, steps: 3}}\n"
+    )
+    job = load_job(tmp_path / "job.yml")
+    place = str(tmp_path)
+    assert job.train == {"base": f"{place}/fft", "start": f"{place}/start.mask", "steps": 3}
+    found = job.domains["x"].model_dump()
+    assert found == {
+        "train": f"{place}/rows/*.jsonl",
+        "validation": f"{place}/rows/a.jsonl[0:2]",
+        "test": f"{place}/odd[1].jsonl",
+    }
+    (tmp_path / "sweep.yml").write_text(
+        "model: org/a\ntrain: 'rows/*.jsonl'\nvalidation: absent.jsonl\ntest: {x: 'odd[1].jsonl'}\n"
+        "settings: {base: fft, start: absent.mask}\n"
+    )
+    plan = load_plan(tmp_path / "sweep.yml")
+    assert plan.settings == {"base": f"{place}/fft", "start": "absent.mask"}
+    assert (plan.train, plan.validation) == (f"{place}/rows/*.jsonl", "absent.jsonl")
+
+
 def test_a_job_is_checked_before_anything_is_loaded(place: Path) -> None:
     (place / "math-test.jsonl").write_text((place / "math.jsonl").read_text())
     with pytest.raises(mftmerge.BadInput, match="math"):

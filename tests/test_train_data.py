@@ -182,6 +182,7 @@ def test_columns_decide_where_a_row_can_be_read_in_several_ways(tokenizer: Any) 
         ),
         ({"question": "one?", "choices": ["a", "b"], "answer": "a"}, "choices would not be read"),
         ({"instruction": "one?", "output": "two.", "history": "zero"}, "history must be a list of pairs"),
+        ({"prompt": "one?", "completion": "two.", "label": False}, "label is false"),
     ],
 )
 def test_rows_that_can_be_read_in_two_ways_are_refused(row: dict[str, Any], message: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mftmerge import rowshapes
 from mftmerge.data import IGNORE, Tokens
 from mftmerge.errors import BadInput
 from mftmerge.evaluate.generation import generate, questions
@@ -117,7 +118,7 @@ def is_question(row: Mapping[str, object]) -> bool:
     """Whether a row has a prompt and no answer."""
     if isinstance(turns := row.get("messages"), list) and turns and isinstance(turns[-1], Mapping):
         return turns[-1].get("role") == "user"
-    return "prompt" in row and not {"completion", "messages", "text", "chosen"} & row.keys()
+    return "prompt" in row and not {*rowshapes.ANSWERS, "messages", "text", "chosen"} & row.keys()
 
 
 def _with_answer(row: Mapping[str, Any]) -> dict[str, object]:
