@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from mftmerge.dtypes import BY_CODE, Dtype, to_float32
 from mftmerge.errors import BadInput, MftmergeError
-from mftmerge.files import COMPANIONS, beside, once, read_at, refuse_pointer
+from mftmerge.files import COMPANIONS, once, read_at, refuse_pointer
 from mftmerge.select import Integers
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -242,30 +242,6 @@ def resolve(reference: str | Path) -> Path:
     except Exception as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise BadInput(f"{text}: neither a local directory nor a reachable hub model ({reason})") from None
-
-
-def settings_beside(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of training that a file in this folder gives, in which `base` and `start` are there if they are."""
-    found = dict(settings)
-    for key, near in (("base", model_beside), ("start", beside)):
-        if isinstance(found.get(key), str):
-            found[key] = near(folder, found[key])
-    return found
-
-
-def model_beside(folder: Path, reference: str) -> str:
-    """The model that a file in this folder names: a directory beside it where that is there, else as it is written.
-
-    reference: directory or hub id; `model+adapter` only where no directory has the whole as its name.
-    """
-
-    def near(text: str) -> str:
-        return str(folder / text) if text and (folder / text).exists() else text
-
-    model, plus, adapter = reference.rpartition("+")
-    if not plus or (folder / reference).exists() or Path(reference).expanduser().exists():
-        return near(reference)
-    return f"{near(model)}+{near(adapter)}"
 
 
 def read_config(directory: Path, *, follow_links: bool = False) -> dict[str, Any]:

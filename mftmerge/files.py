@@ -196,14 +196,6 @@ def _hard_link(path: Path, out: Path) -> Path | None:
     return next((p for key, p in inodes(out).items() if key in theirs), None) if theirs else None
 
 
-def beside(folder: Path, source: str) -> str:
-    """What a file in this folder names, in it if it is there: a path, a range (`rows.jsonl[0:100]`), or a pattern."""
-    near = str(folder / source)
-    plain, bracket, _ = source.partition("[")
-    there = os.path.exists(near) or (bracket and (folder / plain).is_file()) or glob.glob(near, recursive=True)
-    return near if there else source
-
-
 def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     """A JSON object, for `json.loads(object_pairs_hook=once)`. Raises BadInput for a key that stands twice in it."""
     found = dict(pairs)

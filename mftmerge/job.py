@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from pydantic import Field
 
-from mftmerge.checkpoint import model_beside, settings_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import worded
-from mftmerge.files import beside, write_text
+from mftmerge.files import write_text
 from mftmerge.locks import locked
+from mftmerge.nearby import beside, model_beside, settings_beside
 from mftmerge.progress import Progress
 from mftmerge.settings import Settings
 

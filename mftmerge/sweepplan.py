@@ -11,10 +11,9 @@ from typing import Any
 
 from pydantic import Field
 
-from mftmerge.checkpoint import model_beside, settings_beside
 from mftmerge.contents import Contents
 from mftmerge.errors import BadInput
-from mftmerge.files import beside
+from mftmerge.nearby import beside, model_beside, settings_beside
 from mftmerge.settings import Seed, Settings
 from mftmerge.train.settings import TrainSettings
 
