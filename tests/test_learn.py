@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM
 from mftmerge.checkpoint import Checkpoint
 from mftmerge.cli.main import main
 from mftmerge.errors import BadInput
-from mftmerge.learn.domains import ANSWERS, DIVERGENCE, disagreement
+from mftmerge.learn.domains import ANSWERS, DIVERGENCE, answer, disagreement
 from mftmerge.learn.merging import ranks
 from mftmerge.learn.run import LearnResult, _checked, _Run, learn_merge
 from mftmerge.learn.settings import LearnSettings
+from mftmerge.loading import load_model
 from mftmerge.mask import Mask
 from mftmerge.recipe.build import build
 from mftmerge.recipe.export import export
@@ -239,6 +240,12 @@ def test_masks_and_recipe_are_written_and_say_where_they_are_from(kitchen: Calla
             assert mask.info.delta_fingerprints[n] == base.fingerprint(n)
             np.testing.assert_array_equal(mask.kept(n), mask.scores(n) > 0)
     assert result.domains.keys() == {"count", "letters", "say"}
+
+
+def test_questions_that_pass_the_models_positions_are_said(kitchen: Callable[..., Path]) -> None:
+    model, tokenizer = load_model(kitchen() / "base")
+    with pytest.raises(BadInput, match="lower answer_tokens"):
+        answer(model, tokenizer, [{"input_ids": [5, 6], "labels": []}], LearnSettings.make({"answer_tokens": 100_000}))
 
 
 def test_rows_decide_how_long_and_from_whom_it_is_learnt() -> None:

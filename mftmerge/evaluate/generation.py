@@ -128,10 +128,12 @@ def generate(
     batch_tokens: int = 8192,
     drafts: Sequence[Sequence[int]] | None = None,
     done: Callable[[int, list[int]], None] | None = None,
+    option: str = "--max-new-tokens",
 ) -> list[list[int]]:
     """Greedy answers, token ids with the end token, one list a prompt, in order; see `decoding.greedy`.
 
-    Sampling and repetition penalties of the model's own generation settings do not count.
+    Sampling and repetition penalties of the model's own generation settings do not count. option: what max_new_tokens
+    is called where it was given.
     Raises BadInput where an answer might not fit into the model's positions.
     """
     room = positions(model)
@@ -139,7 +141,7 @@ def generate(
     if room and longest + max_new_tokens > room:
         raise BadInput(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones pass the model's {room} positions; "
-            "lower --max-new-tokens or drop the longest rows"
+            f"lower {option} or drop the longest rows"
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     limits = decoding.Limits(ends(model, tokenizer), max_new_tokens, pad, batch_tokens)

@@ -135,7 +135,9 @@ def answer(
     """Let the model, which holds an expert's weights, write the answers of rows that have none, in place. Greedy."""
     bare = [i for i, row in enumerate(rows) if not row["labels"]]
     prompts = [rows[i]["input_ids"] for i in bare]
-    for i, said in zip(bare, generate(model, tokenizer, prompts, max_new_tokens=settings.answer_tokens), strict=True):
+    length = settings.answer_tokens
+    answers = generate(model, tokenizer, prompts, max_new_tokens=length, option="--answer-tokens")
+    for i, said in zip(bare, answers, strict=True):
         ids = [*rows[i]["input_ids"], *said]
         labels = [*[IGNORE] * len(rows[i]["input_ids"]), *said]
         rows[i] = {"input_ids": ids[: settings.max_length], "labels": labels[: settings.max_length]}
