@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,10 +139,14 @@ def copy_companions(model: Path, out: Path) -> None:
     What is in `out` already stays.
     """
     source = Checkpoint(model, (), has_index=False)
-    for name in companion_files(source):
-        if not (out / name).exists():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.file(name), out / name)
+    copy_files(source, [name for name in companion_files(source) if not (out / name).exists()], out)
+
+
+def copy_files(source: Checkpoint, names: Iterable[str], out: Path) -> None:
+    """Copy files of a checkpoint, by their names in it, to the same names in another directory."""
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source.file(name), out / name)
 
 
 def _plan(mask: Mask | str | Path, model: str | Path, settings: ApplySettings) -> _Plan:
@@ -274,9 +278,8 @@ def _report(
 
 def _write_companions(plan: _Plan, directory: Path, report: ApplyReport, digest: str) -> None:
     """Copy configuration, tokenizer, templates and licence; write the model card."""
+    copy_files(plan.source, plan.companions, directory)
     for name in plan.companions:
-        (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(plan.source.file(name), directory / name)
         sync_file(directory / name)
     density = 1 - report.dropped / report.covered if report.covered else 1.0
     facts = [

@@ -25,9 +25,8 @@ from mftmerge.errors import BadInput, MftmergeError
 from mftmerge.files import checksum, sync_directory
 from mftmerge.locks import lock
 
-EXPORT = (
-    "mftmerge_export.json"  # in an export: the names of its files, which are all that is deleted when it is replaced
-)
+# In an export: the names of its files, which are all that is deleted when it is replaced.
+EXPORT = "mftmerge_export.json"
 MANIFEST = ".mftmerge-progress.json"
 OWNER = ".mftmerge-owner"
 # What a checkpoint directory consists of. Anything else in it belongs to the user, and stays when it is replaced.

@@ -8,7 +8,6 @@ back; a patch without values asks the receiver for the base and leads one way.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mftmerge import bits, matching, rice
-from mftmerge.apply import companion_files
+from mftmerge.apply import companion_files, copy_files
 from mftmerge.checkpoint import Checkpoint, TensorEntry, fingerprint_of, resolve
 from mftmerge.errors import BadInput, shown
 from mftmerge.files import open_new, protect, refuse_existing, write_at
@@ -307,9 +306,8 @@ def apply_patch(
     with OutputDirectory(target, lambda: "patch", overwrite=overwrite) as directory:
         for shard in source.shards:
             _write_shard(receiver, source, shard.name, directory.path)
-        for name in (*companion_files(source), *(["README.md"] if (source.path / "README.md").is_file() else [])):
-            (directory.path / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.file(name), directory.path / name)
+        card = ["README.md"] if (source.path / "README.md").is_file() else []
+        copy_files(source, (*companion_files(source), *card), directory.path)
         if reverse is not None and receiver.reverse is not None:
             receiver.reverse.save(reverse, overwrite=overwrite)
         directory.commit()

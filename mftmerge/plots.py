@@ -21,11 +21,10 @@ KINDS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vPX*"  # lines and points are told apart by more than colour
 
 
-def check(path: str | Path, inputs: Iterable[object] = (), *, overwrite: bool = False) -> None:
-    """Raise BadInput where no picture can be written: another ending than .png, .svg or .pdf, or `refuse_existing`."""
-    if Path(path).suffix.lower() not in KINDS:
+def require_kind(path: str | Path | None) -> None:
+    """Raise BadInput for the name of a picture, if one is wanted, that ends with none of .png, .svg and .pdf."""
+    if path is not None and Path(path).suffix.lower() not in KINDS:
         raise BadInput(f"{path}: a picture ends with one of {', '.join(KINDS)}")
-    refuse_existing(path, overwrite, inputs)
 
 
 def labels(names: Iterable[object]) -> list[str]:
@@ -36,11 +35,12 @@ def labels(names: Iterable[object]) -> list[str]:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as .png, .svg or .pdf, whole or not at all. Raises BadInput for another ending.
 
-    A picture that is there is replaced, as matplotlib does; a command asks first, by `check`.
+    A picture that is there is replaced, as matplotlib does; a command asks first, by `files.refuse_outputs`.
     """
     from matplotlib.text import Text
 
-    check(path, overwrite=True)
+    require_kind(path)
+    refuse_existing(path, overwrite=True)
     path = Path(path)
     for text in figure.findobj(Text):
         if isinstance(text, Text):

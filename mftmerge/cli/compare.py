@@ -54,8 +54,7 @@ def command(
     from mftmerge.overlap import picture as picture_of
 
     for picture in (plot, conflict_plot):
-        if picture is not None:
-            plots.check(picture, overwrite=overwrite)
+        plots.require_kind(picture)
     refuse_outputs((plot, conflict_plot), overwrite, (masks, base))
     if base is not None:
         if plot is not None:

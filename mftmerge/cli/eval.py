@@ -50,13 +50,12 @@ def command(
     mftmerge eval --model fft --mask math.mask --mask code.mask --data math=math.jsonl --data code=code.jsonl
     """
     from mftmerge.files import refuse_outputs
-    from mftmerge.plots import check
+    from mftmerge.plots import require_kind
 
     domains = named([*data, *(more or [])], "--data")
     inputs = named(models, "--model"), named(masks, "--mask"), domains
     refuse_outputs((out, markdown, plot), overwrite, inputs)
-    if plot is not None:
-        check(plot, overwrite=overwrite)
+    require_kind(plot)
     from rich.console import Console
 
     from mftmerge.evaluate.files import evaluate_files

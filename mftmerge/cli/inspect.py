@@ -44,8 +44,10 @@ def command(
 
     if plot is not None:
         from mftmerge import plots
+        from mftmerge.files import refuse_existing
 
-        plots.check(plot, [mask], overwrite=overwrite)
+        plots.require_kind(plot)
+        refuse_existing(plot, overwrite, [mask])
     found = inspection.inspect(mask)
     if plot is not None:
         from mftmerge.mask import Mask
